@@ -1,0 +1,23 @@
+"""What a stage is expected to need, in one record that `plan` prints and reports compare with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Predicted needs of one stage; None = not known for this stage.
+
+    `parameters` and `flops` are totals; `memory_bytes` is the peak of one worker; `seconds` is wall
+    time; `cost_usd` and `energy_kwh` cover all workers.
+    """
+
+    parameters: int | None = None
+    tokens: int | None = None
+    flops: float | None = None
+    memory_bytes: int | None = None
+    seconds: float | None = None
+    cost_usd: float | None = None
+    energy_kwh: float | None = None
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,94 @@
+"""Option models: the one description of a recipe that YAML, `--set`, JSON Schema and docs share."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+NAME = re.compile(r"^[a-z][a-z0-9_-]{0,47}$")
+_SIZE = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*([kmgt]?)(i?)b?\s*$", re.IGNORECASE)
+
+
+class Options(BaseModel):
+    """Base of every option model: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+def runtime(default: Any, description: str, **kwargs: Any) -> Any:
+    """A field that says where or how work runs, not what comes out: it never enters a fingerprint."""
+    return Field(default, description=description, json_schema_extra={"fingerprint": False}, **kwargs)
+
+
+def parse_bytes(value: Any) -> Any:
+    """Turns `30MB`, `2GiB` or a plain number into bytes; anything else is left to pydantic."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.match(value)
+    if match is None:
+        raise ValueError(f"{value!r} is not a size: write bytes, or 30MB, 2GiB")
+    number, unit, binary = match.groups()
+    base = 1024 if binary else 1000
+    return int(float(number) * base ** " kmgt".index(unit.lower() or " "))
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
+
+
+class Resources(Options):
+    """What a stage may use. Never part of a fingerprint: the result does not depend on it."""
+
+    workers: int = Field(1, ge=1, description="worker processes (Ray Train workers, Ray Data parallelism)")
+    cpus_per_worker: float = Field(1.0, gt=0, description="CPU cores a worker holds")
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs a worker holds")
+    memory_per_worker: Bytes | None = Field(None, description="bytes of RAM a worker may use; null = the node's")
+    hardware: str | None = Field(None, description="hardware name for predictions (`modelyard plan`); null = this machine")
+
+
+class FileInput(Options):
+    """Raw files as input, with a reproducible cap."""
+
+    paths: tuple[str, ...] = Field(min_length=1, description="files, globs (** allowed), or s3:// URIs")
+    exclude: tuple[str, ...] = Field((), description="globs to leave out")
+    max_bytes: Bytes | None = Field(
+        None, description="keep files, ordered by a hash of their name, until this many bytes; null = all"
+    )
+
+
+InputValue = str | tuple[str, ...] | FileInput
+
+
+class StageOptions(Options):
+    """What every stage has. A stage kind subclasses it, narrows `kind` and adds its own fields."""
+
+    kind: str = Field(description="stage kind")
+    inputs: dict[str, InputValue] = Field(
+        default_factory=dict, description="input name -> name of another stage, or path, glob or URI"
+    )
+    resources: Resources = runtime(Resources(), "processes, cores and memory; never decides the result")
+    retries: int = runtime(0, "how often to try the stage again after a failure", ge=0)
+
+
+class Recipe(Options):
+    """A whole recipe, validated: name, root and stages in the order they were written."""
+
+    name: str = Field(description="name of the recipe: the MLflow experiment and the default model name")
+    root: str = runtime(".modelyard", "where artifacts, work and the default MLflow store live: a folder or s3://")
+    stages: dict[str, StageOptions] = Field(min_length=1, description="stage name -> stage")
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if not NAME.match(value):
+            raise ValueError(f"{value!r}: use lower-case letters, digits, - and _, at most 48")
+        return value
+
+    @field_validator("stages")
+    @classmethod
+    def _stage_names(cls, value: dict[str, StageOptions]) -> dict[str, StageOptions]:
+        for name in value:
+            if not NAME.match(name):
+                raise ValueError(f"stage name {name!r}: use lower-case letters, digits, - and _, at most 48")
+        return value
