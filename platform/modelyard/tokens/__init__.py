@@ -1,0 +1,10 @@
+"""Tokens: the tokenizer, packing into fixed-length sequences, shards on disk, and the order they are read in.
+
+A core: it may import `storage` and `errors`, never Ray, MLflow or torch. `TokenDataset` is the only
+reader of shards, `global_batch_indices` the only order, so training resumes on the exact next batch.
+"""
+
+from modelyard.tokens.order import global_batch_indices, permute, rank_slice
+from modelyard.tokens.shards import Sequences, TokenDataset, TokenWriter
+
+__all__ = ["Sequences", "TokenDataset", "TokenWriter", "global_batch_indices", "permute", "rank_slice"]
