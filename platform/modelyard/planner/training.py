@@ -1,0 +1,133 @@
+"""The estimate of a whole training run: what `modelyard plan` shows for pretrain and finetune stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from modelyard.errors import ResourceError
+from modelyard.planner import formatting as fmt
+from modelyard.planner.architecture import parse
+from modelyard.planner.estimate import Estimate
+from modelyard.planner.flops import flops_per_token
+from modelyard.planner.hardware import Hardware, find_hardware, load_table
+from modelyard.planner.layout import Layout, validate
+from modelyard.planner.memory import TrainingMemory, training_memory
+from modelyard.planner.parameters import count
+from modelyard.planner.time import StepTime, check_positive, step_time
+
+PROCESS_BYTES = 500 * 2**20
+"""What a Python worker with torch and transformers imported holds before it trains (measured, CPU build)."""
+DEVICE_BYTES = 1.5 * 2**30
+"""CUDA context, cuBLAS workspace and NCCL buffers of a GPU worker."""
+
+
+def price(hw: Hardware, spot: bool = False, path: str | None = None) -> float | None:
+    """USD an hour of one device; None for a device without a price."""
+    row = load_table("prices", path)["devices"].get("cpu-core" if hw.kind == "cpu" else hw.name)
+    if row is None:
+        return None
+    cores = max(hw.cores, 1) if hw.kind == "cpu" else 1
+    return float(row["spot" if spot else "on_demand"]) * cores
+
+
+def training_flops(config: Mapping[str, Any], tokens: float, sequence_length: int) -> float:
+    """Model FLOPs of training on `tokens`, attention included, without recomputation."""
+    return flops_per_token(config, sequence_length).model * tokens
+
+
+def estimate_training(
+    config: Mapping[str, Any], tokens: float, sequence_length: int, global_batch: int, workers: int = 1,
+    hardware: str | Hardware | None = None, *, layout: Layout | None = None, micro_batch: int | None = None,
+    recompute: str = "none", optimizer: str = "adamw", precision_name: str = "fp32", trainable: int | None = None,
+    cores_per_worker: float = 1.0, efficiency: float | None = None, memory_limit: int | None = None,
+    spot: bool = False, utilisation: float = 0.9,
+) -> Estimate:  # fmt: skip
+    """Predicts parameters, FLOPs, memory a worker, wall time, cost and energy of a training run.
+
+    Args:
+        config: Hugging Face config of the model.
+        tokens: tokens trained on in all.
+        sequence_length: tokens a sequence.
+        global_batch: sequences an optimizer step over all workers.
+        workers: data-parallel workers, one device each (on a CPU `cores_per_worker` cores each).
+        hardware: name in the hardware table, an own `Hardware`, or None for this machine.
+        layout: full layout; None = FSDP over the workers.
+        micro_batch: sequences a forward pass and worker; None = its whole share of the batch.
+        recompute: `none`, `selective`, `full`.
+        optimizer: see `memory.training_memory`.
+        precision_name: `fp32`, `mixed`, `master`, `bf16`.
+        trainable: trained parameters (adapters); None = all.
+        cores_per_worker: cores a CPU worker computes with.
+        efficiency: measured share of the peak; None = the table's.
+        memory_limit: bytes a worker may use; None = the device's memory (RAM divided by workers on a CPU).
+        spot: price of spot capacity.
+        utilisation: mean power over the device's rated power.
+
+    Raises:
+        RecipeError: bad config, batch or unknown hardware.
+        ResourceError: a worker's peak memory is above the limit.
+    """
+    check_positive(tokens=tokens, sequence_length=sequence_length, global_batch=global_batch, workers=workers)
+    hw = find_hardware(hardware)
+    hw = hw if efficiency is None else hw.calibrated(efficiency)
+    if hw.kind == "cpu" and hw.cores <= 1:
+        hw = several_cores(hw, cores_per_worker)
+    share = max(global_batch // workers, 1)
+    layout = layout or Layout(data=workers, shard=workers, micro_batch=micro_batch or share, recompute=recompute)  # type: ignore[arg-type]
+    a = parse(config)
+    validate(layout, a, sequence_length, global_batch)
+    p = count(a)
+    memory = training_memory(
+        a, sequence_length=sequence_length, layout=layout, optimizer=optimizer, precision_name=precision_name,
+        micro_batches=layout.micro_batches(global_batch), trainable=trainable,
+        overhead=PROCESS_BYTES if hw.kind == "cpu" else DEVICE_BYTES,
+    )  # fmt: skip
+    fits(memory, hw, layout.devices, memory_limit)
+    step = step_time(
+        a, sequence_length=sequence_length, global_batch=global_batch, hardware=hw, layout=layout,
+        precision_name=precision_name, trainable=1.0 if trainable is None else min(trainable / p.total, 1.0),
+    )  # fmt: skip
+    seconds = step.seconds * tokens / (global_batch * sequence_length)
+    hours = seconds / 3600 * layout.devices
+    rate = price(hw, spot)
+    return Estimate(
+        parameters=p.total, tokens=int(tokens), flops=training_flops(config, tokens, sequence_length),
+        memory_bytes=int(memory.peak), seconds=seconds, cost_usd=None if rate is None else rate * hours,
+        energy_kwh=hours * hw.watts * utilisation / 1000, notes=_notes(p.exact, layout, hw, step, memory),
+    )  # fmt: skip
+
+
+def several_cores(hw: Hardware, cores: float) -> Hardware:
+    """A worker of `cores` cores as one device; twice the cores do a little less than twice the work."""
+    scale = cores**0.95
+    return replace(
+        hw, peak={k: v * scale for k, v in hw.peak.items()}, watts=hw.watts * cores, cores=max(round(cores), 1)
+    )
+
+
+def fits(memory: TrainingMemory, hw: Hardware, workers: int, limit: int | None) -> None:
+    """Raises ResourceError when a worker's peak is above `limit` or the device's memory, naming what weighs most."""
+    room = limit if limit is not None else hw.memory / (workers if hw.name == "this-machine" else 1)
+    if memory.peak <= room:
+        return
+    name, largest = max(memory.rows(), key=lambda row: row[1])
+    mends = {
+        "activations": "a smaller micro_batch, or recompute: full",
+        "logits": "a smaller micro_batch or vocabulary",
+        "overhead": "fewer workers on this machine",
+    }
+    raise ResourceError(
+        f"a worker would need {fmt.size(memory.peak)} and has {fmt.size(room)}",
+        place=f"memory, mostly {name} ({fmt.size(largest)})",
+        mend="use " + mends.get(name, "more workers to shard over, or a smaller model"),
+    )
+
+
+def _notes(exact: bool, layout: Layout, hw: Hardware, step: StepTime, memory: TrainingMemory) -> tuple[str, ...]:
+    notes = [f"{layout.label()} on {layout.devices} x {hw.name}, MFU {fmt.share(step.mfu)}"]
+    notes.append("memory peaks at the " + {"loss": "loss", "backward": "end of backward"}.get(memory.moment, "step"))
+    if not exact:
+        notes.append("unknown model_type: counted as a Llama block")
+    return tuple(notes)
