@@ -1,0 +1,117 @@
+"""Every Prometheus metric of modelyard: its name, kind, labels and buckets, in one place.
+
+Serving, training and curation build their metric objects from these specifications, and dashboards and
+alert rules are generated from the same names, so that a panel can never ask for a metric nobody writes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+Kind = Literal["counter", "gauge", "histogram"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric.
+
+    Attributes:
+        name: name in Prometheus; a counter ends in `_total`, a time in `_seconds`.
+        kind: counter, gauge or histogram.
+        help: one sentence with the unit.
+        labels: label names.
+        buckets: upper bounds of a histogram's buckets, in the metric's unit.
+    """
+
+    name: str
+    kind: Kind
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+    def counter(self, registry: CollectorRegistry | None = None) -> Counter:
+        """The prometheus_client counter, in `registry` or the default one."""
+        from prometheus_client import REGISTRY, Counter
+
+        self._expect("counter")
+        return Counter(self.name, self.help, self.labels, registry=registry or REGISTRY)
+
+    def gauge(self, registry: CollectorRegistry | None = None) -> Gauge:
+        """The prometheus_client gauge, in `registry` or the default one."""
+        from prometheus_client import REGISTRY, Gauge
+
+        self._expect("gauge")
+        return Gauge(self.name, self.help, self.labels, registry=registry or REGISTRY)
+
+    def histogram(self, registry: CollectorRegistry | None = None) -> Histogram:
+        """The prometheus_client histogram, in `registry` or the default one."""
+        from prometheus_client import REGISTRY, Histogram
+
+        self._expect("histogram")
+        return Histogram(self.name, self.help, self.labels, buckets=self.buckets, registry=registry or REGISTRY)
+
+    def _expect(self, kind: Kind) -> None:
+        if self.kind != kind:
+            raise TypeError(f"{self.name} is a {self.kind}, not a {kind}")
+
+    @property
+    def series(self) -> tuple[str, ...]:
+        """The series names Prometheus stores."""
+        if self.kind != "histogram":
+            return (self.name,)
+        return (f"{self.name}_bucket", f"{self.name}_sum", f"{self.name}_count")
+
+
+# A first token takes milliseconds (cached prefix) to a minute (cold start); a next one a tenth of that.
+_FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 30.0, 60.0)
+_NEXT_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 3.0)
+_WAIT = (0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0)
+_REQUEST = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+REQUESTS = Metric("modelyard_requests_total", "counter", "Requests answered.", ("endpoint", "code"))
+ERRORS = Metric("modelyard_errors_total", "counter", "Requests that failed, by type of error.", ("type",))
+TOKENS = Metric("modelyard_tokens_total", "counter", "Tokens: direction is prompt or completion.", ("direction",))
+TIME_TO_FIRST_TOKEN = Metric(
+    "modelyard_time_to_first_token_seconds", "histogram", "Seconds from arrival to the first token.", (), _FIRST_TOKEN
+)
+INTER_TOKEN = Metric(
+    "modelyard_inter_token_seconds", "histogram", "Seconds between two tokens of one request.", (), _NEXT_TOKEN
+)
+QUEUE = Metric("modelyard_queue_seconds", "histogram", "Seconds a request waited for its first step.", (), _WAIT)
+REQUEST_SECONDS = Metric(
+    "modelyard_request_seconds", "histogram", "Seconds from arrival to the last byte.", ("endpoint",), _REQUEST
+)
+BATCH_OCCUPANCY = Metric("modelyard_batch_occupancy", "gauge", "Requests in the last engine step.")
+KV_SLOTS_USED = Metric("modelyard_kv_slots_used", "gauge", "KV-cache slots in use.")
+REPLICAS = Metric("modelyard_replicas", "gauge", "Engine replicas that answer.")
+
+TRAIN_LOSS = Metric("modelyard_train_loss", "gauge", "Training loss, nats a token.", ("recipe", "stage"))
+TRAIN_HELDOUT_LOSS = Metric(
+    "modelyard_train_heldout_loss", "gauge", "Held-out loss, nats a token.", ("recipe", "stage")
+)
+TRAIN_TOKENS = Metric("modelyard_train_tokens_total", "counter", "Tokens trained on.", ("recipe", "stage"))
+TRAIN_STEP = Metric("modelyard_train_step", "gauge", "Optimizer steps done.", ("recipe", "stage"))
+TRAIN_LEARNING_RATE = Metric("modelyard_train_learning_rate", "gauge", "Learning rate.", ("recipe", "stage"))
+TRAIN_GRADIENT_NORM = Metric(
+    "modelyard_train_gradient_norm", "gauge", "Norm of the gradient before clipping.", ("recipe", "stage")
+)
+
+CURATE_DOCUMENTS = Metric(
+    "modelyard_curate_documents_total",
+    "counter",
+    "Documents: outcome is kept or the step that dropped it.",
+    ("recipe", "stage", "outcome"),
+)
+CURATE_BYTES = Metric("modelyard_curate_bytes_total", "counter", "UTF-8 bytes read.", ("recipe", "stage"))
+
+SERVING = (
+    REQUESTS, ERRORS, TOKENS, TIME_TO_FIRST_TOKEN, INTER_TOKEN, QUEUE, REQUEST_SECONDS, BATCH_OCCUPANCY,
+    KV_SLOTS_USED, REPLICAS,
+)  # fmt: skip
+TRAINING = (TRAIN_LOSS, TRAIN_HELDOUT_LOSS, TRAIN_TOKENS, TRAIN_STEP, TRAIN_LEARNING_RATE, TRAIN_GRADIENT_NORM)
+CURATION = (CURATE_DOCUMENTS, CURATE_BYTES)
+ALL = SERVING + TRAINING + CURATION
