@@ -51,7 +51,9 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
         keys = list(dict.fromkeys([*old, *new]))
         return [line for key in keys for line in _difference_at(old, new, key, f"{path}.{key}" if path else str(key))]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [line for i, (a, b) in enumerate(zip(old, new, strict=True)) for line in differences(a, b, f"{path}.{i}")]
+        return [
+            line for i, (a, b) in enumerate(zip(old, new, strict=True)) for line in differences(a, b, f"{path}.{i}")
+        ]
     return [] if old == new else [f"{path} {_short(old)} -> {_short(new)}"]
 
 

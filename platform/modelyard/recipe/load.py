@@ -31,7 +31,9 @@ def load_recipe(path: str | Path, kinds: Kinds, overrides: Sequence[str] = ()) -
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the recipe: {error}", place=str(path), mend="give the path of a YAML file") from error
+        raise RecipeError(
+            f"cannot read the recipe: {error}", place=str(path), mend="give the path of a YAML file"
+        ) from error
     source = parse(text, str(path))
     override(source, overrides)
     return build_recipe(source, kinds)
@@ -73,7 +75,9 @@ def _stage(source: Source, name: str, data: Any, kinds: Kinds, mistakes: list[st
         return None
     model = kinds.get(data["kind"])
     if model is None:
-        mistakes.append(f"{source.place((*path, 'kind'))}: unknown stage kind {data['kind']!r}{nearest(data['kind'], kinds)}")
+        mistakes.append(
+            f"{source.place((*path, 'kind'))}: unknown stage kind {data['kind']!r}{nearest(data['kind'], kinds)}"
+        )
         return None
     try:
         return model.model_validate(data)
@@ -126,5 +130,7 @@ def field_names(model: Any, loc: Sequence[str | int]) -> Iterator[str]:
     arguments = [a for a in get_args(model) if a is not type(None)]
     for argument in arguments:
         yield from field_names(argument, loc)
-        if loc and not (isinstance(argument, type) and issubclass(argument, BaseModel) and loc[0] in argument.model_fields):
+        if loc and not (
+            isinstance(argument, type) and issubclass(argument, BaseModel) and loc[0] in argument.model_fields
+        ):
             yield from field_names(argument, loc[1:])

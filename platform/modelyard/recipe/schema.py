@@ -44,7 +44,9 @@ class Resources(Options):
     cpus_per_worker: float = Field(1.0, gt=0, description="CPU cores a worker holds")
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs a worker holds")
     memory_per_worker: Bytes | None = Field(None, description="bytes of RAM a worker may use; null = the node's")
-    hardware: str | None = Field(None, description="hardware name for predictions (`modelyard plan`); null = this machine")
+    hardware: str | None = Field(
+        None, description="hardware name for predictions (`modelyard plan`); null = this machine"
+    )
 
 
 class FileInput(Options):

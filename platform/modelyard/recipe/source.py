@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +44,9 @@ def parse(text: str, name: str) -> Source:
         where = f"{name}:{mark.line + 1}" if mark else name
         raise RecipeError(f"not valid YAML: {getattr(error, 'problem', error)}", place=where) from error
     if not isinstance(node, yaml.MappingNode):
-        raise RecipeError("a recipe is a mapping with name, root and stages", place=name, mend="see pipelines/quickstart.yaml")
+        raise RecipeError(
+            "a recipe is a mapping with name, root and stages", place=name, mend="see pipelines/quickstart.yaml"
+        )
     source = Source(name, {})
     source.data = _build(node, (), source)
     return source
@@ -121,9 +123,11 @@ def _assign(source: Source, keys: list[str], value: Any, assignment: str) -> Non
         elif isinstance(here, dict):
             index = key
         else:
-            raise RecipeError(f"--set {assignment}: {'.'.join(keys[:depth])} has no {key!r}", place=source.place(keys[:depth]))
+            raise RecipeError(
+                f"--set {assignment}: {'.'.join(keys[:depth])} has no {key!r}", place=source.place(keys[:depth])
+            )
         if last:
             here[index] = value
-        elif isinstance(here, Mapping) and here.get(index) is None:
+        elif isinstance(here, dict) and here.get(index) is None:
             here[index] = {}
         here = here[index]

@@ -70,7 +70,9 @@ def _expand(pattern: str) -> Iterable[tuple[str, int, str, str]]:
     """(uri, bytes, relative name, ETag or empty) of every file a pattern names."""
     rows = list(_expand_remote(pattern) if is_remote(pattern) else _expand_local(pattern))
     if not rows:
-        raise DataError("no file matches this input", place=pattern, mend="check the path; relative paths start where you run")
+        raise DataError(
+            "no file matches this input", place=pattern, mend="check the path; relative paths start where you run"
+        )
     return rows
 
 
@@ -119,7 +121,7 @@ def _digests(rows: list[tuple[str, str, int, str]], cache: Path | None) -> list[
         if tag:
             return tag
         try:
-            stat = os.stat(uri)
+            stat = Path(uri).stat()
             entry = known.get(uri)
             if entry is None or entry[:2] != [stat.st_size, stat.st_mtime_ns]:
                 entry = [stat.st_size, stat.st_mtime_ns, checksum(uri)]

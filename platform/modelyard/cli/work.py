@@ -1,0 +1,175 @@
+"""Commands that do something: plan, run, submit, serve."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from modelyard.errors import RecipeError, ResourceError
+
+if TYPE_CHECKING:
+    from modelyard.recipe import Recipe
+
+RecipePath = Annotated[Path, typer.Argument(help="recipe file, such as pipelines/quickstart.yaml")]
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", metavar="STAGE.KEY=VALUE", help="override one option; may be repeated")
+]
+Targets = Annotated[list[str] | None, typer.Option("--to", metavar="STAGE", help="only this stage and what it needs")]
+TargetKinds = Annotated[
+    list[str] | None, typer.Option("--to-kind", metavar="KIND", help="only stages of this kind and what they need")
+]
+Force = Annotated[list[str] | None, typer.Option("--force", metavar="STAGE", help="run this stage although it is done")]
+Root = Annotated[str | None, typer.Option("--root", help="where artifacts go, instead of the recipe's root")]
+
+
+def add(app: typer.Typer) -> None:
+    """Adds the commands of this module."""
+    for command in (plan, run, submit, serve):
+        app.command()(command)
+
+
+def load(
+    recipe: Path,
+    assignments: list[str] | None,
+    root: str | None,
+    to: list[str] | None = None,
+    kinds: list[str] | None = None,
+) -> Recipe:
+    """The recipe with overrides applied, cut to the wanted stages."""
+    from modelyard.stages import api
+    from modelyard.stages.graph import select
+
+    extra = [f"root={root}"] if root else []
+    return select(api.load(recipe, [*(assignments or []), *extra]), to or (), kinds or ())
+
+
+def plan(
+    recipe: RecipePath,
+    assignments: Assignments = None,
+    root: Root = None,
+    to: Targets = None,
+    to_kind: TargetKinds = None,
+    force: Force = None,
+) -> None:
+    """Shows what a run would do, and why: what is done, what runs again, predicted size, time, memory.
+
+    Touches no data and starts nothing.
+    """
+    from modelyard.cli import tables
+    from modelyard.stages import api
+
+    loaded = load(recipe, assignments, root, to, to_kind)
+    Console().print(tables.plan_table(loaded, api.plan(loaded, force=force or ())))
+
+
+def run(
+    recipe: RecipePath,
+    assignments: Assignments = None,
+    root: Root = None,
+    to: Targets = None,
+    to_kind: TargetKinds = None,
+    force: Force = None,
+    keep: Annotated[bool, typer.Option("--keep", help="leave the deployed endpoint up until Ctrl-C")] = False,
+    address: Annotated[
+        str | None, typer.Option(help="a Ray cluster (host:port); default: RAY_ADDRESS, else a local Ray")
+    ] = None,
+) -> None:
+    """Runs a recipe. What is done is skipped; interrupt it anywhere, the same command goes on."""
+    from modelyard.cli import tables
+    from modelyard.stages import api
+
+    loaded = _durable(load(recipe, assignments, root, to, to_kind))
+    outcome = api.run(loaded, force=force or (), keep=keep, address=address)
+    console = Console()
+    console.print(tables.summary_table(outcome))
+    console.print(tables.next_steps(outcome, recipe))
+    if keep and any(options.kind == "deploy" for options in loaded.stages.values()):
+        _wait(console)
+
+
+def _durable(recipe: Recipe) -> Recipe:
+    """A relative root inside a Ray job would lie in the job's upload, which Ray deletes: use the home."""
+    from modelyard.storage import is_remote
+
+    if (
+        "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+        and not is_remote(recipe.root)
+        and not Path(recipe.root).is_absolute()
+    ):
+        return recipe.model_copy(
+            update={"root": str(Path.home() / "modelyard" / recipe.root.removeprefix("./").lstrip("."))}
+        )
+    return recipe
+
+
+def _wait(console: Console) -> None:
+    from modelyard.serving import shutdown
+    from modelyard.stages import session
+
+    console.print("[bold]serving[/] until Ctrl-C")
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        console.print("shutting down")
+        shutdown()
+        session.stop()
+
+
+def submit(
+    recipe: RecipePath,
+    address: Annotated[
+        str, typer.Option(help="the cluster's dashboard, http://host:8265", envvar="RAY_API_SERVER_ADDRESS")
+    ],
+    assignments: Assignments = None,
+    follow: Annotated[bool, typer.Option(help="print the job's log until it ends")] = True,
+) -> None:
+    """Runs a recipe on a Ray cluster as a job; the same as `ray job submit` with jobs/run_recipe.py.
+
+    The current folder is uploaded as the job's working directory (what .gitignore names stays here).
+    """
+    from modelyard.stages import api
+    from modelyard.stages.jobs import follow_job, submit_job
+
+    api.load(recipe, assignments or [])
+    if not Path("jobs/run_recipe.py").exists():
+        raise RecipeError(
+            "jobs/run_recipe.py is not here", place=str(Path.cwd()), mend="run this from the checkout's root"
+        )
+    words = ["python", "jobs/run_recipe.py", str(recipe)]
+    for assignment in assignments or []:
+        words += ["--set", assignment]
+    job = submit_job(address, shlex.join(words), Path.cwd())
+    console = Console()
+    console.print(f"job [bold]{job}[/] on {address}; stop it: ray job stop --address {address} {job}")
+    if follow:
+        status = follow_job(address, job, lambda text: console.print(text, end="", markup=False, highlight=False))
+        if status != "SUCCEEDED":
+            raise ResourceError(f"the job ended as {status}", place=job, mend=f"ray job logs --address {address} {job}")
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="models:/name@champion, an artifact folder, or a Hugging Face folder")],
+    port: Annotated[int, typer.Option(help="0 = any free port")] = 8000,
+    host: Annotated[str, typer.Option(help="bind elsewhere than loopback only with --api-keys")] = "127.0.0.1",
+    name: Annotated[str | None, typer.Option(help="model name in the API")] = None,
+    min_replicas: Annotated[int, typer.Option(min=0)] = 1,
+    max_replicas: Annotated[int, typer.Option(min=1)] = 2,
+    api_keys: Annotated[Path | None, typer.Option(help="file with one API key a line")] = None,
+    root: Annotated[str, typer.Option(help="root whose MLflow store resolves models:/")] = ".modelyard",
+) -> None:
+    """Serves a model behind an OpenAI-compatible API until Ctrl-C."""
+    from modelyard.stages.serve import serve_model
+
+    console = Console()
+    handle = serve_model(
+        model, name=name, host=host, port=port, replicas=(min_replicas, max_replicas), api_keys=api_keys, root=root
+    )
+    console.print(f"[bold]{handle.name}[/] at {handle.url}/v1  (chat page {handle.url}/, metrics {handle.url}/metrics)")
+    _wait(console)

@@ -1,0 +1,84 @@
+"""What can be refused before any work: each stage's own check, memory, and free disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+
+import psutil
+
+from modelyard.errors import ModelyardError, ResourceError
+from modelyard.planner.estimate import Estimate
+from modelyard.recipe import Recipe
+from modelyard.stages.graph import Planned, plan_context
+from modelyard.storage import Artifact, is_remote
+
+# Ray itself (head processes, object store) and the driver, measured on a laptop session.
+RAY_BYTES = 1_200_000_000
+DISK_BYTES = 1_000_000_000
+
+
+def preflight(recipe: Recipe, planned: Mapping[str, Planned], artifacts: Mapping[str, Artifact]) -> dict[str, Estimate]:
+    """Checks every stage that would run and returns its estimate.
+
+    Raises:
+        ModelyardError: from a stage's `check`, with the stage named.
+        ResourceError: a stage needs more memory than this machine has, or the disk is nearly full.
+    """
+    estimates: dict[str, Estimate] = {}
+    for name, entry in planned.items():
+        if entry.artifact is not None:
+            continue
+        ctx = plan_context(recipe, entry, artifacts)
+        try:
+            entry.node.stage.check(ctx)
+            estimates[name] = entry.node.stage.estimate(ctx)
+        except ModelyardError as error:
+            error.place = f"stages.{name}: {error.place}".rstrip(": ")
+            raise
+        _memory(name, entry, estimates[name])
+    _disk(recipe.root)
+    return estimates
+
+
+def _memory(name: str, entry: Planned, estimate: Estimate) -> None:
+    resources = entry.node.options.resources
+    needed = estimate.memory_bytes
+    if needed is None:
+        return
+    limit = resources.memory_per_worker
+    if limit is not None and needed > limit:
+        raise ResourceError(
+            f"a worker is predicted to need {needed / 2**30:.1f} GiB and may use {limit / 2**30:.1f} GiB",
+            place=f"stages.{name}.resources.memory_per_worker",
+            mend="raise it, use more workers (the model is sharded over them), a smaller model, batch or sequence",
+        )
+    # GPU workers and clusters have memory we cannot see from here.
+    if resources.gpus_per_worker or resources.hardware:
+        return
+    have = psutil.virtual_memory().available
+    total = needed * resources.workers + RAY_BYTES
+    if total > have and not _on_cluster():
+        raise ResourceError(
+            f"{resources.workers} workers are predicted to need {total / 2**30:.1f} GiB here"
+            f" and {have / 2**30:.1f} GiB are free",
+            place=f"stages.{name}",
+            mend="use fewer workers, a smaller model, batch or sequence, close other programs, or submit to a cluster",
+        )
+
+
+def _on_cluster() -> bool:
+    return "RAY_ADDRESS" in os.environ
+
+
+def _disk(root: str) -> None:
+    if is_remote(root):
+        return
+    free = shutil.disk_usage(root).free
+    if free < DISK_BYTES:
+        raise ResourceError(
+            f"only {free / 1e9:.1f} GB of disk are free",
+            place=root,
+            mend="free some (`modelyard gc`), or choose another root",
+        )

@@ -1,0 +1,106 @@
+"""A Ray session for a run: the cluster we were given, or a private local one with authentication on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from modelyard.errors import ResourceError
+
+PACKAGE = Path(__file__).resolve().parents[1]
+# Half a gigabyte holds the blocks in flight of a laptop run; Ray spills the rest to disk.
+LOCAL_OBJECT_STORE = 512 * 1024 * 1024
+
+
+def start(cpus_needed: float, address: str | None = None) -> bool:
+    """Connects to Ray unless already connected.
+
+    With an address (argument or `RAY_ADDRESS`) joins that cluster and ships this package to its
+    workers. Otherwise starts a local Ray of as many CPUs as the machine has, or more when one stage
+    asks for more workers than that (they then share the cores).
+
+    Returns:
+        Whether this call started or joined Ray, so that the caller shuts it down.
+
+    Raises:
+        ResourceError: no cluster answers at the address.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return False
+    address = address or os.environ.get("RAY_ADDRESS")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address is None:
+        _authenticate()
+        _start_local(max(os.cpu_count() or 1, int(cpus_needed + 0.999)))
+        return True
+    try:
+        ray.init(address=address, runtime_env=runtime_environment(), logging_level=logging.WARNING, log_to_driver=False)
+    except (ConnectionError, RuntimeError) as error:
+        raise ResourceError(
+            f"no Ray cluster answers: {error}",
+            place=address,
+            mend="check RAY_ADDRESS and RAY_AUTH_TOKEN_PATH, or unset it to run here",
+        ) from error
+    return True
+
+
+def _start_local(cpus: int) -> None:
+    import ray
+
+    ray.init(
+        num_cpus=cpus,
+        include_dashboard=False,
+        object_store_memory=LOCAL_OBJECT_STORE,
+        logging_level=logging.WARNING,
+        log_to_driver=False,
+        configure_logging=True,
+        runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
+    )
+
+
+def _python_path() -> str:
+    # Workers are started with our interpreter but not our sys.path.
+    inherited = os.environ.get("PYTHONPATH", "")
+    return os.pathsep.join(part for part in (str(PACKAGE.parent), inherited) if part)
+
+
+def runtime_environment() -> dict[str, Any]:
+    """The runtime environment that gives workers exactly the code this driver runs."""
+    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        # Inside `ray job submit` the upload of the working directory is already there; add the package.
+        return {"py_modules": [str(PACKAGE)]}
+    return {"py_modules": [str(PACKAGE)]} if PACKAGE.parent.name == "platform" else {}
+
+
+def _authenticate() -> None:
+    """Turns Ray's token authentication on with a token of our own, unless the person chose otherwise.
+
+    Ray would write a token into the home directory and thereby switch authentication on for every
+    later `ray start`; ours stays in its own file.
+    """
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    folder = Path(tempfile.gettempdir()) / f"modelyard-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    token = folder / "ray-token"
+    if not token.exists():
+        temporary = folder / f"ray-token.{os.getpid()}"
+        temporary.touch(mode=0o600)
+        temporary.write_text(secrets.token_hex(32))
+        temporary.replace(token)
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+
+
+def stop() -> None:
+    """Disconnects; a local Ray ends with it."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()

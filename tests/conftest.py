@@ -1,0 +1,91 @@
+"""Fixtures every room shares: one Ray for the whole session, and an offline, quiet environment."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before anything imports these libraries: no hub, no telemetry, no thread oversubscription, and a
+# private numba cache so that a read-only checkout works too.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "MODELYARD_ROOT"):
+    os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def _ray_at_end() -> Iterator[None]:
+    yield
+    from modelyard.stages import session
+
+    session.stop()
+
+
+@pytest.fixture
+def ray_session(_ray_at_end: None) -> None:
+    """A local Ray with two CPUs, shared by all tests that ask for it and started again if one ended it."""
+    from modelyard.stages import session
+
+    session.start(2)
+
+
+@pytest.fixture
+def no_ray() -> Iterator[None]:
+    """For tests that start a Ray of their own: ends the shared one before, and theirs after."""
+    from modelyard.stages import session
+
+    session.stop()
+    yield
+    session.stop()
+
+
+@pytest.fixture(scope="session")
+def moto_server() -> Iterator[str]:
+    """A real S3 endpoint (moto in server mode) with the bucket `yard`; sets the AWS environment."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    values = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    before = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    import boto3
+
+    boto3.client("s3").create_bucket(Bucket="yard")
+    yield endpoint
+    server.stop()
+    for key, value in before.items():
+        if value is None:
+            os.environ.pop(key, None)
+        else:
+            os.environ[key] = value
+
+
+@pytest.fixture(scope="session")
+def documentation() -> Path:
+    """The site-packages folder: real prose and code that every machine with the tests has."""
+    import sysconfig
+
+    return Path(sysconfig.get_paths()["purelib"])
+
+
+@pytest.fixture(scope="session")
+def scratch() -> Iterator[Path]:
+    """A session-wide temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="modelyard-tests-") as folder:
+        yield Path(folder)
