@@ -1,0 +1,60 @@
+"""CORE: the continuous-batching inference engine that serving, rollouts, evaluation and batch generation share.
+
+A request carries `computed`, the number of its tokens whose keys and values are cached; every step has
+a token budget; there is no prefill phase and no decode phase. `request` holds what goes in and out,
+`scheduler` and `slots` decide what runs, `decoder` is the plain-PyTorch forward pass over Hugging Face
+safetensors, `sampler` and `detokenize` turn logits into text, `core` is the step loop and `native` runs it
+behind an asynchronous interface (`protocol.Engine`).
+
+May import storage, errors and planner; never Ray, MLflow or another core. Importing this package, `request`,
+`options` or `tokenizer` does not import torch, so that an HTTP process stays small.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modelyard.engine.core import Completion, EngineCore, generate
+    from modelyard.engine.native import NativeEngine
+    from modelyard.engine.options import EngineOptions
+    from modelyard.engine.protocol import Engine
+    from modelyard.engine.request import EngineStats, Request, Sampling, StepOutput, TokenLogprob
+    from modelyard.engine.tokenizer import Tokenizer
+
+_HOME = {
+    "Completion": "core",
+    "Engine": "protocol",
+    "EngineCore": "core",
+    "EngineOptions": "options",
+    "EngineStats": "request",
+    "NativeEngine": "native",
+    "Request": "request",
+    "Sampling": "request",
+    "StepOutput": "request",
+    "TokenLogprob": "request",
+    "Tokenizer": "tokenizer",
+    "generate": "core",
+}
+
+__all__ = [
+    "Completion",
+    "Engine",
+    "EngineCore",
+    "EngineOptions",
+    "EngineStats",
+    "NativeEngine",
+    "Request",
+    "Sampling",
+    "StepOutput",
+    "TokenLogprob",
+    "Tokenizer",
+    "generate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

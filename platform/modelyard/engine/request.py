@@ -1,0 +1,167 @@
+"""What goes into an engine and what comes out: requests, sampling parameters, step outputs, statistics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from modelyard.errors import DataError
+
+Finish = Literal["stop", "length", "abort", "error"]
+
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen and when to stop.
+
+    Attributes:
+        max_tokens: tokens to generate at most.
+        temperature: divides the logits; 0 = greedy.
+        top_k: keep the k most probable tokens; 0 = all.
+        top_p: keep the smallest set of tokens with this probability mass (nucleus, arXiv:1904.09751).
+        min_p: drop tokens below this share of the most probable one's probability (arXiv:2407.01082).
+        repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or
+            answer (arXiv:1909.05858); 1 = off.
+        presence_penalty: subtracted from logits of tokens already in the answer.
+        frequency_penalty: subtracted once for every time a token is already in the answer.
+        logit_bias: added to the logits of these token ids.
+        seed: makes the answer repeatable whatever else is in the batch; None = a fresh one.
+        stop: strings that end the answer; they are not part of it.
+        stop_tokens: token ids that end the answer besides the model's own end tokens.
+        ignore_eos: go on past the model's end tokens.
+        logprobs: None = off, else how many alternatives to report beside the chosen token.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_tokens: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def penalized(self) -> bool:
+        """Whether logits depend on tokens seen so far or on a bias."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or bool(self.logit_bias)
+        )
+
+    def check(self, vocabulary: int) -> None:
+        """Raises DataError naming the first parameter out of range."""
+        for name, good, rule in self._rules(vocabulary):
+            if not good:
+                raise DataError(f"{name} is {getattr(self, name)!r}", place=name, mend=f"{name} must be {rule}")
+
+    def _rules(self, vocabulary: int) -> Iterable[tuple[str, bool, str]]:
+        yield "max_tokens", self.max_tokens >= 1, "at least 1"
+        yield "temperature", _within(self.temperature, 0.0, 100.0), "a number from 0 (greedy) to 100"
+        yield "top_k", self.top_k >= 0, "0 (off) or more"
+        yield "top_p", _within(self.top_p, 0.0, 1.0) and self.top_p > 0, "above 0 and at most 1"
+        yield "min_p", _within(self.min_p, 0.0, 1.0), "from 0 to 1"
+        yield "repetition_penalty", _within(self.repetition_penalty, 0.01, 100.0), "from 0.01 to 100"
+        yield "presence_penalty", _within(self.presence_penalty, -100.0, 100.0), "from -100 to 100"
+        yield "frequency_penalty", _within(self.frequency_penalty, -100.0, 100.0), "from -100 to 100"
+        bias = all(0 <= t < vocabulary and _within(b, -1e4, 1e4) for t, b in self.logit_bias.items())
+        yield "logit_bias", bias, f"token ids below {vocabulary} with biases from -10000 to 10000"
+        stops = len(self.stop) <= MAX_STOPS and all(0 < len(s) <= MAX_STOP_CHARACTERS for s in self.stop)
+        yield "stop", stops, f"at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARACTERS} characters"
+        yield "logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}"
+
+
+def _within(value: float, low: float, high: float) -> bool:
+    return math.isfinite(value) and low <= value <= high
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to continue.
+
+    Attributes:
+        id: unique among the requests an engine holds.
+        prompt: token ids, at least one.
+        sampling: how to continue it.
+        priority: smaller runs first; equal priorities run in order of arrival.
+        detokenize: whether step outputs carry text; stop strings need it.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: Sampling = Sampling()
+    priority: int = 0
+    detokenize: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural-log probability of a chosen token under the model, before temperature, and its rivals."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one request gained since the last output: tokens, text, and perhaps its end.
+
+    `text` lags behind `tokens` while a character or a possible stop string is incomplete. `weights` is
+    the version of the weights that chose the last of these tokens.
+    """
+
+    tokens: tuple[int, ...]
+    text: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: Finish | None = None
+    weights: int = 0
+    error: str = ""
+
+    def __add__(self, later: StepOutput) -> StepOutput:
+        """This output and the next of the same request as one."""
+        return StepOutput(
+            self.tokens + later.tokens,
+            self.text + later.text,
+            self.logprobs + later.logprobs,
+            later.finish,
+            later.weights,
+            later.error,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot of an engine. Totals count since the engine started."""
+
+    waiting: int
+    running: int
+    waiting_tokens: int
+    slots: int
+    cached_tokens: int
+    cache_capacity: int
+    prompt_tokens_total: int
+    output_tokens_total: int
+    steps_total: int
+    finished_total: int
+    aborted_total: int
+    last_batch: int
+    weights: int
