@@ -24,7 +24,7 @@ _Words = npt.NDArray[np.uint64]
 
 _ROUNDS = 6
 """Luby and Rackoff need 4 rounds for strong pseudo-randomness; 6 give a margin on small halves."""
-_MIN_HALF_BITS = 4
+_MIN_HALF_BITS = 2
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
