@@ -89,29 +89,37 @@ BATCH_OCCUPANCY = Metric("modelyard_batch_occupancy", "gauge", "Requests in the 
 KV_SLOTS_USED = Metric("modelyard_kv_slots_used", "gauge", "KV-cache slots in use.")
 REPLICAS = Metric("modelyard_replicas", "gauge", "Engine replicas that answer.")
 
-TRAIN_LOSS = Metric("modelyard_train_loss", "gauge", "Training loss, nats a token.", ("recipe", "stage"))
-TRAIN_HELDOUT_LOSS = Metric(
-    "modelyard_train_heldout_loss", "gauge", "Held-out loss, nats a token.", ("recipe", "stage")
-)
-TRAIN_TOKENS = Metric("modelyard_train_tokens_total", "counter", "Tokens trained on.", ("recipe", "stage"))
-TRAIN_STEP = Metric("modelyard_train_step", "gauge", "Optimizer steps done.", ("recipe", "stage"))
-TRAIN_LEARNING_RATE = Metric("modelyard_train_learning_rate", "gauge", "Learning rate.", ("recipe", "stage"))
-TRAIN_GRADIENT_NORM = Metric(
-    "modelyard_train_gradient_norm", "gauge", "Norm of the gradient before clipping.", ("recipe", "stage")
-)
+_STAGE = ("recipe", "stage")
+TRAIN_LOSS = Metric("modelyard_train_loss", "gauge", "Training loss, nats a token.", _STAGE)
+TRAIN_HELDOUT_LOSS = Metric("modelyard_train_heldout_loss", "gauge", "Held-out loss, nats a token.", _STAGE)
+TRAIN_STEP = Metric("modelyard_train_step", "gauge", "Optimizer steps done.", _STAGE)
+TRAIN_TOKENS = Metric("modelyard_train_tokens", "gauge", "Tokens trained on so far.", _STAGE)
+TRAIN_TOKENS_PER_SECOND = Metric("modelyard_train_tokens_per_second", "gauge", "Tokens a second, all workers.", _STAGE)
+TRAIN_LEARNING_RATE = Metric("modelyard_train_learning_rate", "gauge", "Learning rate.", _STAGE)
+TRAIN_GRADIENT_NORM = Metric("modelyard_train_gradient_norm", "gauge", "Gradient norm before clipping.", _STAGE)
+TRAIN_DATA_WAIT = Metric("modelyard_train_data_wait_ratio", "gauge", "Share of a step spent waiting for data.", _STAGE)
 
-CURATE_DOCUMENTS = Metric(
-    "modelyard_curate_documents_total",
-    "counter",
-    "Documents: outcome is kept or the step that dropped it.",
-    ("recipe", "stage", "outcome"),
-)
-CURATE_BYTES = Metric("modelyard_curate_bytes_total", "counter", "UTF-8 bytes read.", ("recipe", "stage"))
+CURATE_DOCUMENTS_READ = Metric("modelyard_curate_documents_read", "gauge", "Documents read.", _STAGE)
+CURATE_DOCUMENTS_KEPT = Metric("modelyard_curate_documents_kept", "gauge", "Documents kept.", _STAGE)
+CURATE_BYTES_READ = Metric("modelyard_curate_read_bytes", "gauge", "UTF-8 bytes read.", _STAGE)
+CURATE_BYTES_KEPT = Metric("modelyard_curate_kept_bytes", "gauge", "UTF-8 bytes kept.", _STAGE)
 
 SERVING = (
     REQUESTS, ERRORS, TOKENS, TIME_TO_FIRST_TOKEN, INTER_TOKEN, QUEUE, REQUEST_SECONDS, BATCH_OCCUPANCY,
     KV_SLOTS_USED, REPLICAS,
 )  # fmt: skip
-TRAINING = (TRAIN_LOSS, TRAIN_HELDOUT_LOSS, TRAIN_TOKENS, TRAIN_STEP, TRAIN_LEARNING_RATE, TRAIN_GRADIENT_NORM)
-CURATION = (CURATE_DOCUMENTS, CURATE_BYTES)
+TRAINING = (
+    TRAIN_LOSS, TRAIN_HELDOUT_LOSS, TRAIN_STEP, TRAIN_TOKENS, TRAIN_TOKENS_PER_SECOND, TRAIN_LEARNING_RATE,
+    TRAIN_GRADIENT_NORM, TRAIN_DATA_WAIT,
+)  # fmt: skip
+CURATION = (CURATE_DOCUMENTS_READ, CURATE_DOCUMENTS_KEPT, CURATE_BYTES_READ, CURATE_BYTES_KEPT)
 ALL = SERVING + TRAINING + CURATION
+
+RAY = (
+    "ray_node_cpu_utilization", "ray_node_cpu_count", "ray_node_mem_used", "ray_node_mem_total", "ray_node_disk_usage",
+    "ray_node_disk_free", "ray_node_gpus_utilization", "ray_node_gram_used", "ray_node_gram_available",
+    "ray_object_store_memory", "ray_tasks", "ray_actors", "ray_serve_deployment_replica_healthy",
+    "ray_serve_deployment_queued_queries", "ray_serve_deployment_error_counter_total",
+    "ray_serve_deployment_processing_latency_ms_bucket",
+)  # fmt: skip
+"""Series that Ray itself exports and dashboards and rules read (names of Ray 2.60)."""

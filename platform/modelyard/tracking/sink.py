@@ -162,7 +162,7 @@ class Sink:
         if source.stat().st_size > LARGEST_FILE:
             self.client.set_tag(run_id, f"modelyard.file.{name.name}"[:250], str(source))
             return
-        folder = None if name.parent == Path(".") else name.parent.as_posix()
+        folder = None if name.parent == Path() else name.parent.as_posix()
         with tempfile.TemporaryDirectory() as scratch:  # MLflow keeps the local file's name
             renamed = Path(scratch) / name.name
             shutil.copyfile(source, renamed)

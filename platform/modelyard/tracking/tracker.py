@@ -12,12 +12,14 @@ from types import TracebackType
 from typing import Any
 
 from modelyard.errors import StorageError
+from modelyard.monitor.exporter import from_environment
 from modelyard.storage import InputEntry
+from modelyard.tracking.live import LiveRun
 from modelyard.tracking.recover import Orphan, recover
 from modelyard.tracking.redact import flatten
-from modelyard.tracking.run import Event, EventRun, Run, event, start_event
+from modelyard.tracking.run import Event, Run, event, start_event
 from modelyard.tracking.sink import FINGERPRINT, KIND, RECIPE, STAGE, Sink
-from modelyard.tracking.spool import Spool, replay_all
+from modelyard.tracking.spool import replay_all
 from modelyard.tracking.store import Refused, Unreachable, connect, find_store
 
 FLUSH_S = 2.0
@@ -25,80 +27,6 @@ RETRY_S = 15.0
 BEAT_S = 60.0
 
 log = logging.getLogger("modelyard.tracking")
-
-
-class LiveRun(EventRun):
-    """A run whose events go to the tracker's store, or to a spool while that is away."""
-
-    def __init__(self, tracker: Tracker, first: list[Event], spool: Path) -> None:
-        self._tracker, self.start, self._spool = tracker, first[0], Spool(spool)
-        self._buffer: list[Event] = list(first)
-        self._buffer_lock, self._send_lock = threading.Lock(), threading.RLock()
-        self._id: str | None = None
-        self._refused = False
-        self.ended = False
-
-    @property
-    def id(self) -> str | None:
-        """The MLflow run id; None while MLflow has not been reached."""
-        return self._id
-
-    @property
-    def uid(self) -> str:
-        """The run's identity before MLflow gave it an id."""
-        return str(self.start["uid"])
-
-    def end(self, status: str = "FINISHED") -> None:
-        if not self.ended:
-            super().end(status)
-            self.ended = True
-            self.flush()
-
-    def log_file(self, local_path: str | Path, name: str) -> None:
-        super().log_file(local_path, name)
-        self.flush()  # at once: the caller may delete the file next
-
-    def _emit(self, event: Event) -> None:
-        with self._buffer_lock:
-            self._buffer.append(event)
-
-    def flush(self) -> None:
-        """Sends what is buffered; spools it when MLflow is away or refuses it."""
-        with self._send_lock:
-            with self._buffer_lock:
-                events, self._buffer = self._buffer, []
-            spooled = self._spool.path.exists()
-            if not events and not (spooled and self._tracker.online and not self._refused):
-                return
-            self._send(events, self._spool.read() if spooled else [])
-
-    def _send(self, events: list[Event], earlier: list[Event]) -> None:
-        if not self._tracker.online or self._refused:
-            self._keep(events, earlier)
-            return
-        try:
-            self._id = self._tracker.apply(self._id, earlier + events)
-        except Unreachable as error:
-            self._keep(events, earlier)
-            self._tracker.lost(error)
-        except Refused as error:
-            self._refused = True
-            self._keep(events, earlier)
-            log.warning("MLflow refused events, kept in %s: %s", self._spool.folder, error)
-        else:
-            self._spool.discard()
-
-    def _keep(self, events: list[Event], earlier: list[Event]) -> None:
-        if not earlier and events[:1] != [self.start]:
-            # A replay in another process must find this run: by its id when it has one.
-            self._spool.append([{**self.start, "existing": self._id or self.start.get("existing")}])
-        self._spool.append(events)
-
-    def beat(self) -> None:
-        """Tells the store that this process is alive."""
-        with self._send_lock:
-            if self._id is not None and not self.ended:
-                self._tracker.beat(self._id)
 
 
 class Tracker:
@@ -112,7 +40,11 @@ class Tracker:
         say: where one-line notices for people go; default the log.
 
     Nothing is raised when MLflow cannot be reached: one warning, and events wait on disk. They are
-    replayed when it is back, within this process (tried every 15 s) or at the next start.
+    replayed when it is back, within this process (tried every 15 s) or at the next start. With
+    `MODELYARD_METRICS_PORT` set, what stages log is shown to Prometheus too.
+
+    Raises:
+        ResourceError: the port that `MODELYARD_METRICS_PORT` names is in use.
     """
 
     def __init__(
@@ -127,6 +59,7 @@ class Tracker:
         self.root, self.recipe, self.store = root, recipe, find_store(root, uri)
         self.spool = Path(spool) if spool else self.store.folder / "spool"
         self._say = say or log.warning
+        self.exporter = from_environment()
         self._sink: Sink | None = None
         self._runs: list[LiveRun] = []
         self._orphans: list[Orphan] = []
@@ -226,16 +159,20 @@ class Tracker:
         for run in runs:
             run.flush()
         with self._lock:
-            self._runs = [r for r in self._runs if not (r.ended and not r._spool.path.exists())]
+            self._runs = [run for run in self._runs if not run.done]
 
     def close(self) -> None:
-        """Flushes and stops the background thread. Runs that were not ended stay open in MLflow."""
+        """Ends what is still open as KILLED, flushes and stops the background thread."""
         if self._stop.is_set():
             return
         self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=30)
+        self._thread.join(timeout=30)
+        for run in reversed(self._runs):
+            run.end("KILLED")
         self.flush()
+        self._close_orphans()
+        if self.exporter:
+            self.exporter.close()
         atexit.unregister(self.close)
 
     def __enter__(self) -> Tracker:
@@ -279,6 +216,15 @@ class Tracker:
     def _orphan_stage(self, stage: str, fingerprint: str) -> str | None:
         key = (stage, fingerprint)
         return next((orphan.stages.pop(key) for orphan in self._orphans if key in orphan.stages), None)
+
+    def _close_orphans(self) -> None:
+        """Stages of a resumed recipe run that this execution did not continue."""
+        left = [run_id for orphan in self._orphans for run_id in orphan.stages.values()]
+        try:
+            for run_id in left:
+                self.apply(run_id, [event("end", status="KILLED")])
+        except StorageError as error:
+            log.warning("cannot close runs that an earlier process left open: %s", error.what)
 
     def _work(self) -> None:
         last_beat = time.monotonic()
