@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
-from modelyard.cli import main  # noqa: E402  (the uploaded package is importable only from here on)
+from modelyard.cli import main
 
 if __name__ == "__main__":
     main(["run", *sys.argv[1:], "--to-kind", "curate"])
