@@ -1,0 +1,82 @@
+"""Which model: the part of a recipe that names a preset or a transformers configuration, and adapters on top."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from modelyard.models.presets import PRESETS
+from modelyard.recipe.schema import Options
+
+OVERRIDES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+
+
+class ModelOptions(Options):
+    """A model to be built: `preset`, or `config` (a transformers configuration with `model_type`), with overrides."""
+
+    preset: str | None = Field(None, description=f"named shape: {', '.join(PRESETS)}")
+    config: dict[str, Any] | None = Field(
+        None, description="transformers configuration, `model_type` included; instead of a preset"
+    )
+    hidden_size: int | None = Field(None, gt=0, description="width of the residual stream; null = the preset's")
+    intermediate_size: int | None = Field(None, gt=0, description="feed-forward width; null = the preset's")
+    num_hidden_layers: int | None = Field(None, gt=0, description="decoder blocks; null = the preset's")
+    num_attention_heads: int | None = Field(None, gt=0, description="query heads; null = the preset's")
+    num_key_value_heads: int | None = Field(None, gt=0, description="key-value heads; null = the preset's")
+    max_position_embeddings: int | None = Field(
+        None, gt=0, description="longest sequence in tokens; null = the preset's"
+    )
+    vocab_size: int | None = Field(None, gt=0, description="rows of the embedding; null = the tokenizer's vocabulary")
+    tie_word_embeddings: bool | None = Field(
+        None, description="whether input and output embedding are one matrix; null = the preset's"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelOptions:
+        if (self.preset is None) == (self.config is None):
+            raise ValueError("give either preset or config")
+        if self.preset is not None and self.preset not in PRESETS:
+            near = difflib.get_close_matches(self.preset, PRESETS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"no preset {self.preset!r}{hint} (presets: {', '.join(PRESETS)})")
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ValueError("config needs model_type, the name of a transformers architecture (llama, qwen3, gpt2...)")
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """Preset or config with the overrides applied; `vocab_size` stays out unless it was asked for."""
+        if self.preset is not None:
+            base = PRESETS[self.preset].config()
+            base.pop("vocab_size")
+        else:
+            base = dict(self.config or {})
+        overrides = {name: getattr(self, name) for name in OVERRIDES}
+        return base | {name: value for name, value in overrides.items() if value is not None}
+
+
+class LoraOptions(Options):
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on linear layers."""
+
+    r: int = Field(8, gt=0, description="rank of the update (default of the paper's GPT-2 experiments: 4; PEFT: 8)")
+    alpha: float = Field(16.0, gt=0, description="scale of the update is alpha / r (twice the rank, common practice)")
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability of dropping an input of the adapter")
+    targets: tuple[str, ...] | Literal["all-linear"] = Field(
+        "all-linear", description="names of the linear layers that get an adapter (QLoRA: all)"
+    )
+
+
+class AdapterOptions(Options):
+    """How fine-tuning changes the model; `lora: null` trains every parameter."""
+
+    lora: LoraOptions | None = Field(LoraOptions(), description="low-rank adapters; null = full fine-tuning")

@@ -1,0 +1,220 @@
+"""The training loop. It knows no objective, model or data set by name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from modelyard.train.checkpoint import Checkpoints, Row, State
+from modelyard.train.data import Feed, MicroBatches, Sequences
+from modelyard.train.guard import FiniteGuard
+from modelyard.train.metrics import Meter, Say, Sink, StepMetrics, no_say, no_sink
+from modelyard.train.objective import Objective, checked
+from modelyard.train.optimizer import local_gradients, set_learning_rate, squared_norm
+from modelyard.train.options import TrainOptions
+from modelyard.train.parallel.parallelize import compute_dtype
+from modelyard.train.schedule import make_schedule
+from modelyard.train.world import World
+
+
+@dataclass
+class Job:
+    """Everything one run needs, put together by a program.
+
+    Attributes:
+        model: sharded where there is more than one worker.
+        optimizer: over its trainable parameters.
+        objective: what is minimised.
+        data: training sequences.
+        sequence_length: tokens in one.
+        options: budget, batch, schedule and so on.
+        checkpoints: where to save and resume; None = neither.
+        evaluate: held-out loss, `evaluate(limit)`; None = never. All workers call it together.
+        sink: takes the metrics of every step on rank 0.
+        say: takes messages for people on rank 0.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    data: Sequences
+    sequence_length: int
+    options: TrainOptions
+    checkpoints: Checkpoints | None = None
+    evaluate: Callable[[int | None], float] | None = None
+    sink: Sink = no_sink
+    say: Say = no_say
+
+
+@dataclass
+class Outcome:
+    """What a run came to. `history` holds one row a step, those before a restart included."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    loss: float
+    heldout_loss: float | None = None
+    parameters: int = 0
+    trainable: int = 0
+    skipped: int = 0
+    history: list[Row] = field(default_factory=list)
+
+
+def fit(job: Job, world: World) -> Outcome:
+    """Trains to the end of the budget, from the newest checkpoint where there is one.
+
+    Raises:
+        DivergedError: losses or gradients stopped being numbers.
+        RecipeError: the objective does not return what an objective returns.
+        DataError: a checkpoint belongs to another run.
+    """
+    began = time.perf_counter()
+    options = job.options
+    steps = options.total_steps(len(job.data), job.sequence_length)
+    state = State(job.model, job.optimizer, 0, [])
+    if job.checkpoints is not None:
+        job.checkpoints.restore(state)
+    meter = Meter(options.global_batch * job.sequence_length)
+    job.model.train()
+    with _feed(job, world) as feed:
+        run = _Run(job, world, state, steps, meter)
+        for step in range(state.step, steps):
+            run.step(step, feed)
+    heldout = job.evaluate(None) if job.evaluate is not None else None
+    return _outcome(state, meter, steps, options.global_batch * job.sequence_length, heldout, began)
+
+
+def _feed(job: Job, world: World) -> Feed:
+    options = job.options
+    return Feed(job.data, options.seed, options.global_batch, options.micro_batch, world.rank, world.size, world.device)
+
+
+def _outcome(state: State, meter: Meter, steps: int, per_step: int, heldout: float | None, began: float) -> Outcome:
+    parameters = list(state.model.parameters())
+    return Outcome(
+        steps=steps,
+        tokens=steps * per_step,
+        seconds=time.perf_counter() - began,
+        tokens_per_second=meter.mean_tokens_per_second,
+        loss=state.history[-1]["loss"] if state.history else float("nan"),
+        heldout_loss=heldout,
+        parameters=sum(p.numel() for p in parameters),
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        skipped=sum(int(row.get("skipped", 0)) for row in state.history),
+        history=state.history,
+    )
+
+
+class _Run:
+    """One pass through the budget: what `fit` would keep in local variables."""
+
+    def __init__(self, job: Job, world: World, state: State, steps: int, meter: Meter) -> None:
+        self.job, self.world, self.state, self.steps, self.meter = job, world, state, steps, meter
+        self.schedule = make_schedule(job.options, steps)
+        self.guard = FiniteGuard(job.options.bad_steps)
+        self.objective = checked(job.objective)
+        self.parameters = [p for p in job.model.parameters() if p.requires_grad]
+
+    def step(self, step: int, feed: Feed) -> None:
+        """One optimizer step: forward and backward, one reduction of everything measured, update, report."""
+        options, began = self.job.options, time.perf_counter()
+        rate = options.learning_rate * self.schedule(step)
+        set_learning_rate(self.job.optimizer, rate)
+        seed_everything(options.seed, step, self.world.rank)
+        batches, wait = feed.take(step, more=step + 1 < self.steps)
+        means, norm = self._reduce(self._accumulate(batches))
+        accepted = self.guard.accepts(step, means["loss"], norm)
+        if accepted:
+            self.job.optimizer.step()
+        self.job.optimizer.zero_grad(set_to_none=True)
+        self.state.step = step + 1
+        self.meter.update(time.perf_counter() - began, wait)
+        self._report(rate, means, norm, accepted)
+        self._save()
+
+    def _accumulate(self, batches: MicroBatches) -> dict[str, torch.Tensor]:
+        """Sums of loss, weight and further metrics over this worker's micro-batches; gradients add up."""
+        sums: dict[str, torch.Tensor] = {}
+        with _precision(self.job, self.world):
+            for index, batch in enumerate(batches):
+                _communicate(self.job.model, index + 1 == len(batches))
+                loss, metrics = self.objective(self.job.model, batch)
+                loss.backward()  # type: ignore[no-untyped-call]
+                for name, value in {"loss": loss, **metrics}.items():
+                    sums[name] = sums.get(name, 0) + value.detach().double()
+        return sums
+
+    def _reduce(self, sums: dict[str, torch.Tensor]) -> tuple[dict[str, float], float]:
+        """Global means and the global gradient norm, by one all-reduce; scales and clips the gradients.
+
+        Gradients hold the sum over this step (averaged over workers by FSDP): dividing by the global
+        weight here, after the backward passes, needs no knowledge of it before them.
+        """
+        gradients = local_gradients(self.parameters)
+        measured = torch.stack([*sums.values(), squared_norm(gradients)])
+        *totals, square = self.world.add(measured).tolist()
+        values = dict(zip(sums, totals, strict=True))
+        weight = values.pop("weight")
+        scale = self.world.size / max(weight, 1.0)
+        norm = (square**0.5) * scale
+        clip = self.job.options.clip
+        factor = scale * (min(1.0, clip / (norm + 1e-6)) if clip is not None else 1.0)
+        torch._foreach_mul_([g for g, _ in gradients], factor)
+        return {name: value / max(weight, 1.0) for name, value in values.items()}, norm
+
+    def _report(self, rate: float, means: dict[str, float], norm: float, accepted: bool) -> None:
+        done, options = self.state.step, self.job.options
+        extra = {name: value for name, value in means.items() if name != "loss"}
+        if self.job.evaluate is not None and options.evaluate_every and done % options.evaluate_every == 0:
+            extra["heldout_loss"] = self.job.evaluate(options.evaluate_sequences)
+        metrics = StepMetrics(
+            step=done,
+            loss=means["loss"],
+            learning_rate=rate,
+            grad_norm=norm,
+            tokens=done * options.global_batch * self.job.sequence_length,
+            tokens_per_second=self.meter.tokens_per_second,
+            data_wait=self.meter.data_wait,
+            eta=self.meter.eta(self.steps - done),
+            skipped=not accepted,
+            extra=extra,
+        )
+        self.state.history.append({"step": done, **metrics.series(), "skipped": int(not accepted)})
+        if self.world.leads:
+            self.job.sink(metrics)
+
+    def _save(self) -> None:
+        done = self.state.step
+        if self.job.checkpoints is None:
+            return
+        if done == self.steps or done % self.job.options.checkpoint_every == 0:
+            self.job.checkpoints.save(self.state)
+
+
+def seed_everything(seed: int, step: int, rank: int) -> None:
+    """Seeds the generator of dropout from (seed, step, rank): nothing to save, and a resumed step draws the same."""
+    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+
+
+def _communicate(model: nn.Module, last: bool) -> None:
+    """Reduces gradients over workers only in the last micro-batch of a step."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+
+
+@contextmanager
+def _precision(job: Job, world: World) -> Iterator[None]:
+    """bf16 autocast for one unsharded worker; a sharded model has its own mixed-precision policy."""
+    dtype = compute_dtype(job.options, world.device)
+    alone = dtype != torch.float32 and not isinstance(job.model, FSDPModule)
+    context: AbstractContextManager[object] = torch.autocast(world.device.type, dtype) if alone else nullcontext()
+    with context:
+        yield

@@ -1,0 +1,86 @@
+"""How to train: budget, batch, optimizer, schedule, precision, checkpoints. Light: read by `plan` without torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from modelyard.recipe.schema import Options, runtime
+
+
+class ParallelOptions(Options):
+    """Degrees of the device mesh; their product is the number of workers."""
+
+    data: int = Field(1, ge=1, description="replicas that hold the same shard (HSDP when above 1)")
+    shard: int | None = Field(
+        None, ge=1, description="workers one copy of parameters, gradients and optimizer is split over; null = the rest"
+    )
+    reshard: bool = Field(
+        True, description="drop gathered parameters after forward (ZeRO-3); false keeps them for backward (ZeRO-2)"
+    )
+
+
+class TrainOptions(Options):
+    """One budget (`steps`, `tokens` or `epochs`), one global batch, AdamW, warm-up and decay."""
+
+    steps: int | None = Field(None, ge=1, description="optimizer steps to take; one of steps, tokens, epochs")
+    tokens: int | None = Field(None, ge=1, description="tokens to train on; one of steps, tokens, epochs")
+    epochs: float | None = Field(None, gt=0, description="passes over the data; the default budget is 1")
+    global_batch: int = Field(32, ge=1, description="sequences an optimizer step, over all workers together")
+    learning_rate: float = Field(1e-3, gt=0, description="peak rate (small models: 1e-3; 1 B: 3e-4; 70 B: 1.5e-4)")
+    warmup: float = Field(
+        0.05, ge=0, description="linear warm-up: a share of the steps when below 1, else steps (Llama 2: 2000)"
+    )
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
+        "cosine", description="decay after the warm-up; wsd stays flat and decays over the last fifth"
+    )
+    floor: float = Field(0.1, ge=0, le=1, description="last rate as a share of the peak (Chinchilla, Llama 2: 0.1)")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW decay of matrices, not of norms and embeddings (GPT-3)")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW moment decay rates (GPT-3, Llama)")
+    epsilon: float = Field(1e-8, gt=0, description="AdamW denominator offset (Kingma and Ba 2015)")
+    clip: float | None = Field(1.0, gt=0, description="largest global gradient norm (GPT-3); null = no clipping")
+    seed: int = Field(0, ge=0, description="decides initial weights, data order and dropout")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto = bf16 compute with fp32 weights and reductions on CUDA, fp32 on a CPU"
+    )
+    document_mask: bool = Field(
+        False, description="whether attention stops at document boundaries inside a packed sequence (Llama 3: yes)"
+    )
+    bad_steps: int = Field(
+        3, ge=0, description="updates in a row that may be skipped for a non-finite loss or gradient before giving up"
+    )
+    micro_batch: int | None = runtime(
+        None, "sequences a forward pass on one worker; null = 16, or fewer if the worker's share is smaller", ge=1
+    )
+    parallel: ParallelOptions = runtime(ParallelOptions(), "degrees of the device mesh")
+    compile: bool = runtime(False, "compile each block with torch.compile")
+    checkpoint_every: int = runtime(100, "steps between checkpoints", ge=1)
+    keep_checkpoints: int = runtime(2, "checkpoints kept; the oldest go first", ge=1)
+    evaluate_every: int = runtime(0, "steps between held-out evaluations; 0 = only at the end", ge=0)
+    evaluate_sequences: int = runtime(256, "held-out sequences of an evaluation on the way; the last uses all", ge=1)
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> TrainOptions:
+        given = [name for name in ("steps", "tokens", "epochs") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one budget, not {' and '.join(given)}")
+        return self
+
+    def total_steps(self, sequences: int, sequence_length: int) -> int:
+        """Optimizer steps for a data set of `sequences` of `sequence_length` tokens; at least one."""
+        if self.steps is not None:
+            return self.steps
+        if self.tokens is not None:
+            return max(1, round(self.tokens / (self.global_batch * sequence_length)))
+        return max(1, math.ceil((self.epochs or 1.0) * sequences / self.global_batch))
+
+    def warmup_steps(self, steps: int) -> int:
+        """Warm-up in steps; at most half the run when given as a number of steps."""
+        return math.ceil(self.warmup * steps) if self.warmup < 1 else min(int(self.warmup), max(1, steps // 2))
+
+    def accumulation(self, workers: int) -> int:
+        """Forward passes a worker makes for one optimizer step."""
+        share = math.ceil(self.global_batch / workers)
+        return math.ceil(share / (self.micro_batch or 16))

@@ -1,0 +1,226 @@
+"""Whole training jobs: what to build, on what data, where to save. Run by Ray Train workers, torchrun or a test.
+
+A job is plain data (local paths and option models), so that any launcher can hand it to its processes. Every process
+calls the program with its `World`; rank 0 reports through `sink` and `say` and writes the model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from pydantic import Field
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PretrainedConfig
+
+from modelyard import storage
+from modelyard.errors import DataError, RecipeError
+from modelyard.models.adapters import add_adapter, merge_adapter, save_adapter
+from modelyard.models.build import build_config, build_on_meta, check_shape, initialise, materialise
+from modelyard.models.export import copy_tokenizer, export_model, load_model, read_config
+from modelyard.models.options import LoraOptions, ModelOptions
+from modelyard.recipe.schema import Options
+from modelyard.tokens import TokenDataset
+from modelyard.train.checkpoint import Checkpoints
+from modelyard.train.data import Sequences
+from modelyard.train.heldout import heldout_loss
+from modelyard.train.loop import Job, Outcome, fit
+from modelyard.train.metrics import Say, Sink, no_say, no_sink
+from modelyard.train.objective import Objective, causal_lm, causal_lm_by_document, completion_lm
+from modelyard.train.optimizer import make_optimizer
+from modelyard.train.options import TrainOptions
+from modelyard.train.pairs import PackedPairs
+from modelyard.train.parallel.parallelize import parallelize
+from modelyard.train.world import World
+
+
+class PretrainJob(Options):
+    """Causal language modelling on token shards, from fresh weights (`model`) or a model folder (`start`)."""
+
+    tokens: str = Field(description="local folder with train/, heldout/ and tokenizer/")
+    output: str = Field(description="URI of the model folder to write")
+    train: TrainOptions = Field(description="how to train")
+    model: ModelOptions | None = Field(None, description="the model to build; null = continue from start")
+    start: str | None = Field(None, description="local model folder to start from; null = fresh weights")
+    checkpoints: str | None = Field(None, description="URI for checkpoints; null = none")
+
+
+class FinetuneJob(Options):
+    """Supervised fine-tuning of a model folder on packed pairs."""
+
+    model: str = Field(description="local model folder, with tokenizer")
+    data: str = Field(description="packed training pairs (.npz)")
+    heldout: str | None = Field(None, description="packed held-out pairs (.npz); null = none")
+    output: str = Field(description="URI of the folder to write model/ and adapter/ into")
+    train: TrainOptions = Field(description="how to train")
+    lora: LoraOptions | None = Field(None, description="adapter; null = all parameters")
+    checkpoints: str | None = Field(None, description="URI for checkpoints; null = none")
+
+
+def pretrain(job: PretrainJob, world: World, sink: Sink = no_sink, say: Say = no_say) -> Outcome:
+    """Pre-trains and writes the model folder.
+
+    Raises:
+        DataError: tokens are missing or damaged, or do not fit the model.
+        RecipeError: the model's configuration is wrong.
+        ResourceError: mesh or batch does not fit the number of workers.
+        DivergedError: losses stopped being numbers.
+    """
+    folder = Path(job.tokens)
+    # Every worker checks sizes, one compares checksums.
+    train = TokenDataset.open(folder / "train", verify=world.leads)
+    heldout = _optional_tokens(folder / "heldout", world)
+    model, config = _pretraining_model(job, train, world)
+    objective = causal_lm_by_document if job.train.document_mask else causal_lm
+    identity = f"{_architecture(config)}, {objective.__name__}"
+    setup = _Setup(job.train, objective, identity, job.checkpoints, train.sequence_length)
+    outcome = _fit(setup, model, train, heldout, world, sink, say)
+    state = full_state(model, world)
+    if world.leads:
+        with _written(job.output) as target:
+            export_model(config, state, target, folder / "tokenizer")
+    world.barrier()
+    return outcome
+
+
+def finetune(job: FinetuneJob, world: World, sink: Sink = no_sink, say: Say = no_say) -> Outcome:
+    """Fine-tunes and writes `model/` (merged) and, with LoRA, `adapter/`. Raises as :func:`pretrain`."""
+    source = Path(job.model)
+    data = PackedPairs.load(Path(job.data))
+    heldout = PackedPairs.load(Path(job.heldout)) if job.heldout else None
+    plain = load_model(source)
+    check_shape(plain.config, data.sequence_length)
+    model = add_adapter(plain, job.lora, job.train.seed) if job.lora else plain
+    config = read_config(source)
+    identity = f"{_architecture(config)}, completion_lm, lora {job.lora.model_dump() if job.lora else None}"
+    model = parallelize(model.to(world.device), job.train, world)
+    setup = _Setup(job.train, completion_lm, identity, job.checkpoints, data.sequence_length)
+    outcome = _fit(setup, model, data, heldout, world, sink, say)
+    state = full_state(model, world, trainable_only=job.lora is not None)
+    if world.leads:
+        with _written(job.output) as target:
+            _write_finetuned(job, config, state, target)
+    world.barrier()
+    return outcome
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """What the two programs do differently around the same loop."""
+
+    options: TrainOptions
+    objective: Objective
+    identity: str
+    checkpoints: str | None
+    sequence_length: int
+
+
+def _fit(
+    setup: _Setup, model: nn.Module, data: Sequences, heldout: Sequences | None, world: World, sink: Sink, say: Say
+) -> Outcome:
+    options, objective = setup.options, setup.objective
+    keeper = None
+    if setup.checkpoints:
+        keeper = Checkpoints(setup.checkpoints, setup.identity, world, options.keep_checkpoints, say)
+    evaluate = None
+    if heldout is not None:
+        evaluate = partial(heldout_loss, model, objective, heldout, world, batch=options.micro_batch or 16)
+    optimizer = make_optimizer(model, options)
+    job = Job(model, optimizer, objective, data, setup.sequence_length, options, keeper, evaluate, sink, say)
+    return fit(job, world)
+
+
+def _optional_tokens(folder: Path, world: World) -> TokenDataset | None:
+    return TokenDataset.open(folder, verify=world.leads) if (folder / "index.json").exists() else None
+
+
+def _pretraining_model(job: PretrainJob, data: TokenDataset, world: World) -> tuple[nn.Module, PretrainedConfig]:
+    if job.start is not None:
+        loaded = load_model(Path(job.start))
+        check_vocabulary(loaded.config, data)
+        check_shape(loaded.config, data.sequence_length)
+        return parallelize(cast(nn.Module, loaded).to(world.device), job.train, world), loaded.config
+    if job.model is None:
+        raise RecipeError("nothing to train", mend="give model (preset or config) or an input model to start from")
+    config = build_config(job.model, data.vocab_size, data.sequence_length)
+    built = build_on_meta(config)
+    model = parallelize(built, job.train, world)
+    materialise(model, world.device)
+    initialise(built, job.train.seed)
+    return model, config
+
+
+def check_vocabulary(config: PretrainedConfig, data: TokenDataset) -> None:
+    """Raises DataError where the tokens name ids the model does not have."""
+    if config.vocab_size < data.vocab_size:
+        raise DataError(
+            f"the tokens have a vocabulary of {data.vocab_size:,}, the model has {config.vocab_size:,} rows",
+            place=str(data.folder),
+            mend="tokenize with the model's own tokenizer",
+        )
+
+
+def _architecture(config: PretrainedConfig) -> str:
+    """What a checkpoint must agree with: the model's type and widths, short enough to print."""
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    sizes = " ".join(f"{name}={getattr(config, name)}" for name in names if hasattr(config, name))
+    return f"{config.model_type} {sizes}"
+
+
+@torch.no_grad()
+def full_state(model: nn.Module, world: World, trainable_only: bool = False) -> dict[str, torch.Tensor]:
+    """Unsharded parameters on rank 0's CPU (other ranks: empty), by name. All ranks call it together.
+
+    One parameter is gathered at a time, so other ranks never hold a second copy of the model.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if trainable_only and not parameter.requires_grad:
+            continue
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if world.leads:
+            found[name] = whole.detach().cpu().clone()
+    return found
+
+
+def _write_finetuned(job: FinetuneJob, config: PretrainedConfig, state: dict[str, torch.Tensor], target: Path) -> None:
+    """Rebuilds the plain model on this CPU, puts the trained adapter in, saves it apart and merged."""
+    source = Path(job.model)
+    if job.lora is None:
+        export_model(config, state, target / "model", source)
+        return
+    adapted = add_adapter(load_model(source), job.lora, job.train.seed)
+    unknown = adapted.load_state_dict(state, strict=False).unexpected_keys
+    if unknown:
+        raise DataError(f"the adapter's weights do not fit the model: {unknown[0]}", place=job.model)
+    save_adapter(adapted, target / "adapter")
+    # The base model's path is this machine's: a reader elsewhere must not follow it.
+    settings = target / "adapter" / "adapter_config.json"
+    described: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
+    described["base_model_name_or_path"] = None
+    settings.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    copy_tokenizer(source, target / "adapter")
+    merged = merge_adapter(adapted)
+    export_model(config, cast(dict[str, torch.Tensor], dict(merged.named_parameters())), target / "model", source)
+
+
+@contextmanager
+def _written(uri: str) -> Iterator[Path]:
+    """A local folder whose content ends up below `uri`, over whatever an interrupted try left there."""
+    with tempfile.TemporaryDirectory(prefix="modelyard-model-") as folder:
+        yield Path(folder)
+        for child in Path(folder).iterdir():
+            storage.remove(storage.join(uri, child.name))
+        if storage.is_remote(uri):
+            storage.upload(folder, uri)
+        else:
+            shutil.copytree(folder, storage.filesystem(uri)[1], dirs_exist_ok=True)
