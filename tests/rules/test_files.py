@@ -63,7 +63,7 @@ def test_no_file_names_a_package_index_or_a_path_of_one_machine() -> None:
     index = "|".join(
         ["pypi" + r"\.org", "pytorch" + r"\.org/whl", "python" + "hosted", "index" + "-url", "find" + "-links"]
     )
-    place = r"(?<![\w.}~$/-])/(?:" + "|".join(["wo" + "rk", "ro" + "ot", "ho" + "me", "Us" + "ers"]) + "/"
+    place = r"(?<![\w.}~$/-])/(?:" + "|".join(["wo" + "rk", "ro" + "ot", "ho" + "me", "Us" + "ers"]) + ")/"
     pattern = re.compile(f"{index}|{place}")
     found = []
     for path in files():
