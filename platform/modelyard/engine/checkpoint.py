@@ -51,6 +51,13 @@ class DecoderConfig:
     window: int | None
     end_tokens: tuple[int, ...]
 
+    def length(self, wanted: int | None) -> int:
+        """Tokens a prompt and its answer may have together when `wanted` are asked for.
+
+        A model with a sliding window is bounded to one window, inside which the window makes no difference.
+        """
+        return min(self.positions, wanted or self.positions, self.window or self.positions)
+
     @property
     def cache_bytes_per_token(self) -> int:
         """Bytes of float32 keys and values one token keeps."""
@@ -144,7 +151,7 @@ def _decoder_config(raw: dict[str, Any], family: str, end_tokens: tuple[int, ...
 def _rope(raw: dict[str, Any]) -> dict[str, Any]:
     """Both spellings: `rope_parameters` of transformers 5, `rope_theta` with `rope_scaling` before it."""
     if raw.get("rope_parameters"):
-        return {"rope_theta": 10000.0} | raw["rope_parameters"]
+        return {"rope_theta": 10000.0} | dict(raw["rope_parameters"])
     scaling = dict(raw.get("rope_scaling") or {})
     kind = scaling.pop("rope_type", scaling.pop("type", "default"))
     return {"rope_theta": raw.get("rope_theta", 10000.0), "rope_type": kind} | scaling

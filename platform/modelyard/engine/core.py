@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,9 +54,7 @@ class EngineCore:
         path = Path(folder)
         check_folder(path)
         self.config = read_config(path)
-        self.max_length = min(self.config.positions, self.options.max_length or self.config.positions)
-        if self.config.window is not None:
-            self.max_length = min(self.max_length, self.config.window)  # inside the window it makes no difference
+        self.max_length = self.config.length(self.options.max_length)
         _check_cache(self.config.cache_bytes_per_token * self.max_length * self.options.max_sequences, self.options)
         self.tokenizer = Tokenizer(path) if (path / "tokenizer.json").exists() else None
         torch.set_num_threads(self.options.threads or len(os.sched_getaffinity(0)))
@@ -103,6 +102,7 @@ class EngineCore:
         sequence = Sequence(
             request=request,
             arrival=self._arrivals,
+            arrived=time.monotonic(),
             tokens=list(request.prompt),
             seed=secrets.randbits(63) if seed is None else seed,
             limit=min(request.sampling.max_tokens, self.max_length - len(request.prompt)),
@@ -155,7 +155,7 @@ class EngineCore:
             self._totals.finished += 1
             self._remove(sequence)
         logprobs = (choice.logprob,) if choice.logprob is not None else ()
-        return StepOutput((token,), text, logprobs, finish, self.version)
+        return StepOutput((token,), text, logprobs, finish, self.version, sequence.waited)
 
     def _read(self, sequence: Sequence, token: int) -> tuple[str, Finish | None]:
         """Text that became certain with `token`, and why the answer ends with it, if it does."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,7 +81,7 @@ class NativeEngine:
         """Whether the step thread runs."""
         return self._thread.is_alive()
 
-    async def submit(self, request: Request) -> AsyncIterator[StepOutput]:
+    async def submit(self, request: Request) -> AsyncGenerator[StepOutput, None]:
         """See `protocol.Engine.submit`."""
         box = _Mailbox(asyncio.get_running_loop())
         await asyncio.wrap_future(self._call(lambda: self._add(request, box)))

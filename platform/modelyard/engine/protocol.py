@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from modelyard.engine.request import EngineStats, Request, StepOutput
@@ -25,7 +25,7 @@ class Engine(Protocol):
         """Tokens a prompt and its answer may have together."""
         ...
 
-    def submit(self, request: Request) -> AsyncIterator[StepOutput]:
+    def submit(self, request: Request) -> AsyncGenerator[StepOutput, None]:
         """Queues a request and yields what is ready; the last output has `finish` set.
 
         Outputs that pile up while the reader is busy arrive merged. Leaving the iterator early aborts

@@ -126,7 +126,8 @@ class StepOutput:
     """What one request gained since the last output: tokens, text, and perhaps its end.
 
     `text` lags behind `tokens` while a character or a possible stop string is incomplete. `weights` is
-    the version of the weights that chose the last of these tokens.
+    the version of the weights that chose the last of these tokens, `waited` the seconds from arrival to the
+    request's first step.
     """
 
     tokens: tuple[int, ...]
@@ -134,6 +135,7 @@ class StepOutput:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: Finish | None = None
     weights: int = 0
+    waited: float = 0.0
     error: str = ""
 
     def __add__(self, later: StepOutput) -> StepOutput:
@@ -144,6 +146,7 @@ class StepOutput:
             self.logprobs + later.logprobs,
             later.finish,
             later.weights,
+            later.waited,
             later.error,
         )
 

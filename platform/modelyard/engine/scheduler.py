@@ -8,6 +8,7 @@ decoding is the case "one token is missing" and a long prompt is cut wherever th
 from __future__ import annotations
 
 import heapq
+import time
 from dataclasses import dataclass, field
 
 from modelyard.engine.request import Request
@@ -16,17 +17,21 @@ from modelyard.engine.slots import Slots
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request in flight: its tokens so far and how many of them have cached keys and values."""
+    """A request in flight: its tokens so far and how many of them have cached keys and values.
+
+    `arrived` is on the monotonic clock; `waited` is the time from then to the first step, in seconds.
+    """
 
     request: Request
     arrival: int
+    arrived: float
     tokens: list[int]
     seed: int
     limit: int
+    waited: float = 0.0
     computed: int = 0
     slot: int = -1
     output_counts: dict[int, int] = field(default_factory=dict)
-    cancelled: bool = False
 
     @property
     def prompt_length(self) -> int:
@@ -98,6 +103,7 @@ class Scheduler:
         while left > 0 and self._waiting and self.slots.can_allocate():
             sequence = heapq.heappop(self._waiting)[1]
             sequence.slot = self.slots.allocate()
+            sequence.waited = time.monotonic() - sequence.arrived
             self.running.append(sequence)
             pieces.append(Piece(sequence, min(sequence.missing, left)))
             left -= pieces[-1].count

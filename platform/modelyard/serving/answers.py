@@ -1,0 +1,142 @@
+"""Step outputs as OpenAI objects: whole answers and streamed chunks, for text and chat completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any, Protocol
+
+from modelyard.engine.request import StepOutput, TokenLogprob
+from modelyard.engine.tokenizer import Tokenizer
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """OpenAI's usage object."""
+    total = prompt_tokens + completion_tokens
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+
+
+class Form(Protocol):
+    """How one endpoint writes answers. `id` names the whole response."""
+
+    id: str
+
+    def whole(self, answers: list[StepOutput], prompt_tokens: int) -> dict[str, Any]:
+        """The object of a response that is not streamed, one choice an answer."""
+        ...
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """The chunk before a choice's first text, None when there is none."""
+        ...
+
+    def chunk(self, index: int, output: StepOutput) -> dict[str, Any] | None:
+        """The chunk for a message from the engine, None when it holds nothing to send."""
+        ...
+
+    def closing(self, prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
+        """The last chunk, with the usage."""
+        ...
+
+
+class _Base:
+    prefix = ""
+    kind = ""
+    chunk_kind = ""
+
+    def __init__(self, model: str, tokenizer: Tokenizer, *, include_usage: bool = False) -> None:
+        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self._tokenizer = tokenizer
+        self._head = {"id": self.id, "object": self.chunk_kind, "created": int(time.time()), "model": model}
+        # With include_usage every chunk carries the field, null until the last.
+        self._usage: dict[str, Any] = {"usage": None} if include_usage else {}
+
+    def closing(self, prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
+        return self._head | {"choices": [], "usage": usage(prompt_tokens, completion_tokens)}
+
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        return self._head | {"choices": [choice]} | self._usage
+
+    def _whole(self, choices: list[dict[str, Any]], prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
+        return self._head | {
+            "object": self.kind,
+            "choices": choices,
+            "usage": usage(prompt_tokens, completion_tokens),
+        }
+
+
+class TextForm(_Base):
+    """Text completions."""
+
+    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, model: str, tokenizer: Tokenizer, *, include_usage: bool = False) -> None:
+        super().__init__(model, tokenizer, include_usage=include_usage)
+        self._offsets: dict[int, int] = {}
+
+    def whole(self, answers: list[StepOutput], prompt_tokens: int) -> dict[str, Any]:
+        choices = [self._choice(i, a) for i, a in enumerate(answers)]
+        return self._whole(choices, prompt_tokens, sum(len(a.tokens) for a in answers))
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        return None
+
+    def chunk(self, index: int, output: StepOutput) -> dict[str, Any] | None:
+        if not output.text and output.finish is None and not output.logprobs:
+            return None
+        return self._chunk(self._choice(index, output))
+
+    def _choice(self, index: int, output: StepOutput) -> dict[str, Any]:
+        logprobs = self._logprobs(index, output.logprobs) if output.logprobs else None
+        return {"index": index, "text": output.text, "logprobs": logprobs, "finish_reason": output.finish}
+
+    def _logprobs(self, index: int, entries: tuple[TokenLogprob, ...]) -> dict[str, Any]:
+        texts = [self._tokenizer.token_text(e.token) for e in entries]
+        offsets, at = [], self._offsets.get(index, 0)
+        for text in texts:
+            offsets.append(at)
+            at += len(text)
+        self._offsets[index] = at
+        top = [{self._tokenizer.token_text(t): p for t, p in e.top} for e in entries]
+        return {
+            "tokens": texts,
+            "token_logprobs": [e.logprob for e in entries],
+            "top_logprobs": top if any(top) else None,
+            "text_offset": offsets,
+        }
+
+
+class ChatForm(_Base):
+    """Chat completions."""
+
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def whole(self, answers: list[StepOutput], prompt_tokens: int) -> dict[str, Any]:
+        choices = [
+            {
+                "index": i,
+                "message": {"role": "assistant", "content": a.text, "refusal": None},
+                "logprobs": self._logprobs(a.logprobs) if a.logprobs else None,
+                "finish_reason": a.finish,
+            }
+            for i, a in enumerate(answers)
+        ]
+        return self._whole(choices, prompt_tokens, sum(len(a.tokens) for a in answers))
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        delta = {"role": "assistant", "content": ""}
+        return self._chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
+
+    def chunk(self, index: int, output: StepOutput) -> dict[str, Any] | None:
+        if not output.text and output.finish is None and not output.logprobs:
+            return None
+        delta = {"content": output.text} if output.text else {}
+        logprobs = self._logprobs(output.logprobs) if output.logprobs else None
+        return self._chunk({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": output.finish})
+
+    def _logprobs(self, entries: tuple[TokenLogprob, ...]) -> dict[str, Any]:
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            text = self._tokenizer.token_text(token)
+            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+        content = [entry(e.token, e.logprob) | {"top_logprobs": [entry(t, p) for t, p in e.top]} for e in entries]
+        return {"content": content, "refusal": None}

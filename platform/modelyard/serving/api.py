@@ -1,0 +1,162 @@
+"""The HTTP application: OpenAI's routes over a service, with errors in OpenAI's shape. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from modelyard.engine.request import StepOutput
+from modelyard.serving.answers import ChatForm, Form, TextForm
+from modelyard.serving.errors import ApiError
+from modelyard.serving.middleware import Gate
+from modelyard.serving.schema import ChatRequest, CompletionRequest
+from modelyard.serving.service import Job, Service
+
+T = TypeVar("T")
+
+
+def build_app(service: Service, *, keys: Mapping[str, str] | None, max_body: int) -> FastAPI:
+    """The application that serves one model.
+
+    Args:
+        service: what answers.
+        keys: digests of API keys and their holders; None = no key is asked for.
+        max_body: largest request body in bytes.
+    """
+    app = FastAPI(title="modelyard", summary="OpenAI-compatible inference", docs_url=None, redoc_url=None)
+    app.add_middleware(Gate, keys=keys, max_body=max_body, metrics=service.metrics)
+    _handle_errors(app, service)
+    _information(app, service)
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        service.check_model(body.model)
+        include_usage = body.stream_options is not None and body.stream_options.include_usage
+        form = ChatForm(service.name, service.tokenizer, include_usage=include_usage)
+        jobs = await service.chat_jobs(body, form)
+        return await _respond(service, request, jobs, form, stream=body.stream, include_usage=include_usage)
+
+    @app.post("/v1/completions", response_model=None)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        service.check_model(body.model)
+        include_usage = body.stream_options is not None and body.stream_options.include_usage
+        form = TextForm(service.name, service.tokenizer, include_usage=include_usage)
+        jobs = await service.text_jobs(body, form)
+        return await _respond(service, request, jobs, form, stream=body.stream, include_usage=include_usage)
+
+    return app
+
+
+def _information(app: FastAPI, service: Service) -> None:
+    """Routes that generate nothing."""
+    created = int(time.time())
+    page = (Path(__file__).parent / "static" / "chat.html").read_text(encoding="utf-8")
+    card = {
+        "id": service.name,
+        "object": "model",
+        "created": created,
+        "owned_by": "modelyard",
+        "max_model_len": service.max_length,
+    }
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return card
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok", "model": service.name}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        text = service.metrics.render(await service.backend.stats())
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def chat_page() -> str:
+        return page
+
+
+def _handle_errors(app: FastAPI, service: Service) -> None:
+    """Everything that goes wrong leaves in OpenAI's shape, without the request's content."""
+
+    def respond(error: ApiError) -> JSONResponse:
+        service.metrics.errors.labels(error.code or error.kind).inc()
+        return JSONResponse(error.body(), error.status, error.headers())
+
+    @app.exception_handler(ApiError)
+    async def api_error(_: Request, error: ApiError) -> JSONResponse:
+        return respond(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"] if part != "body")
+        return respond(ApiError(400, f"{field}: {first['msg']}" if field else first["msg"], param=field or None))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
+        return respond(ApiError(error.status_code, str(error.detail)))
+
+
+async def _respond(
+    service: Service, request: Request, jobs: list[Job], form: Form, *, stream: bool, include_usage: bool
+) -> Response:
+    if not stream:
+        answers = await _unless_disconnected(request, service.whole(jobs))
+        return JSONResponse(form.whole(answers, service.usage_tokens(jobs)))
+    # The first message is awaited before the status line is sent, so that a refusal can still be a 4xx.
+    outputs = service.merged(jobs)
+    first = await _unless_disconnected(request, _first(outputs))
+    events = service.events(jobs, form, _chain(first, outputs), include_usage=include_usage)
+    headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+
+async def _first(outputs: AsyncGenerator[tuple[int, StepOutput], None]) -> tuple[int, StepOutput]:
+    return await anext(outputs)
+
+
+async def _chain(
+    first: tuple[int, StepOutput], rest: AsyncGenerator[tuple[int, StepOutput], None]
+) -> AsyncIterator[tuple[int, StepOutput]]:
+    try:
+        yield first
+        async for item in rest:
+            yield item
+    finally:
+        await rest.aclose()  # aborts what still runs
+
+
+async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away first."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(499, "the client went away", code="client_disconnected")
+        return await task
+    finally:
+        for future in (task, gone):
+            if not future.done():
+                future.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,67 @@
+"""Prometheus metrics of the HTTP side, and of the engines at the moment they are asked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, disable_created_metrics, generate_latest
+
+from modelyard.engine.request import EngineStats, StepOutput
+from modelyard.monitor import metrics as names
+
+
+class Metrics:
+    """All metrics of one ingress process."""
+
+    def __init__(self) -> None:
+        disable_created_metrics()  # one more series a metric that nobody reads
+        self.registry = CollectorRegistry()
+        self.requests = names.REQUESTS.counter(self.registry)
+        self.errors = names.ERRORS.counter(self.registry)
+        self.seconds = names.REQUEST_SECONDS.histogram(self.registry)
+        tokens = names.TOKENS.counter(self.registry)
+        self.prompt_tokens, self.completion_tokens = tokens.labels("prompt"), tokens.labels("completion")
+        self.first_token = names.TIME_TO_FIRST_TOKEN.histogram(self.registry)
+        self.next_token = names.INTER_TOKEN.histogram(self.registry)
+        self.queue = names.QUEUE.histogram(self.registry)
+        self._occupancy = names.BATCH_OCCUPANCY.gauge(self.registry)
+        self._slots = names.KV_SLOTS_USED.gauge(self.registry)
+        self._replicas = names.REPLICAS.gauge(self.registry)
+
+    def render(self, engines: Sequence[EngineStats]) -> bytes:
+        """Everything in Prometheus' text format."""
+        self._occupancy.set(sum(e.last_batch if e.running else 0 for e in engines))
+        self._slots.set(sum(e.running for e in engines))
+        self._replicas.set(len(engines))
+        return generate_latest(self.registry)
+
+    def watch(self, prompt_tokens: int) -> Watch:
+        """Starts timing one answer."""
+        self.prompt_tokens.inc(prompt_tokens)
+        return Watch(self)
+
+
+class Watch:
+    """Times one answer: first token, then the average gap of each message that arrives."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._last = time.perf_counter()
+        self._first = True
+
+    def saw(self, output: StepOutput) -> None:
+        """Records one message of the answer."""
+        count = len(output.tokens)
+        if not count:
+            return
+        now = time.perf_counter()
+        gap, self._last = now - self._last, now
+        self._metrics.completion_tokens.inc(count)
+        if self._first:
+            self._metrics.first_token.observe(gap)
+            self._metrics.queue.observe(output.waited)
+            self._first = False
+            return
+        for _ in range(count):
+            self._metrics.next_token.observe(gap / count)

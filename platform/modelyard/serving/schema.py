@@ -1,0 +1,141 @@
+"""Request bodies of the OpenAI API that this server understands.
+
+Unknown fields are ignored, as OpenAI's server does; known fields whose effect is not offered are refused by
+name, so that nobody believes a constraint was kept that was not.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
+
+from modelyard.engine.request import MAX_LOGPROBS, MAX_STOP_CHARACTERS, MAX_STOPS, Sampling
+
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1)]
+
+
+class StreamOptions(BaseModel):
+    """Options of a streamed answer."""
+
+    include_usage: bool = False
+
+
+class _Common(BaseModel):
+    """Fields completions and chat share."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=(), allow_inf_nan=False)
+
+    model: str = Field(description="served model name")
+    temperature: float = Field(1.0, ge=0, le=2, description="0 = greedy")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0 = off (extension)")
+    min_p: float = Field(0.0, ge=0, le=1, description="(extension)")
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10, description="(extension)")
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: (
+        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
+    ) = Field(None, max_length=1024, description="token id -> bias")
+    n: int = Field(1, ge=1, le=128)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Stop | Stops | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, max_length=1024)
+
+    @field_validator("temperature", "top_p", "n", "presence_penalty", "frequency_penalty", "stream", mode="before")
+    @classmethod
+    def _null_is_default(cls, value: Any, info: Any) -> Any:
+        return cls.model_fields[info.field_name].default if value is None else value
+
+    @model_validator(mode="after")
+    def _stream_options_need_stream(self) -> _Common:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream=true")
+        return self
+
+    def _sampling(self, max_tokens: int, logprobs: int | None) -> Sampling:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias={int(k): v for k, v in (self.logit_bias or {}).items()},
+            seed=self.seed,
+            stop=stop,
+            logprobs=logprobs,
+        )
+
+
+class CompletionRequest(_Common):
+    """POST /v1/completions."""
+
+    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+    max_tokens: int | None = Field(16, ge=1)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: Literal[False] | None = Field(None, description="not offered")
+    suffix: None = Field(None, description="not offered")
+    best_of: Literal[1] | None = Field(None, description="not offered")
+
+    def prompts(self) -> list[str | list[int]]:
+        """Every prompt, as text or as token ids."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+    def sampling(self, room: int) -> Sampling:
+        """Parameters for a prompt that leaves `room` tokens for its answer."""
+        return self._sampling(min(self.max_tokens or room, room), self.logprobs)
+
+
+class Message(BaseModel):
+    """One turn. Tool-call fields pass through to the chat template."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[dict[str, Any]] | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """The turn with text parts joined, for the chat template. Raises ValueError for images or audio."""
+        value = self.model_dump()
+        if isinstance(self.content, list):
+            if any(part.get("type") != "text" or not isinstance(part.get("text"), str) for part in self.content):
+                raise ValueError("only text content is supported")
+            value["content"] = "".join(part["text"] for part in self.content)
+        return value
+
+
+class ResponseFormat(BaseModel):
+    """Only plain text is offered."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(_Common):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1, max_length=4096)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    tools: list[dict[str, Any]] | None = Field(None, max_length=256, description="passed to the chat template")
+    response_format: ResponseFormat | None = None
+
+    def turns(self) -> list[dict[str, Any]]:
+        """The messages for the chat template."""
+        return [m.plain() for m in self.messages]
+
+    def sampling(self, room: int) -> Sampling:
+        """Parameters for a prompt that leaves `room` tokens for its answer."""
+        wanted = self.max_completion_tokens or self.max_tokens or room
+        return self._sampling(min(wanted, room), (self.top_logprobs or 0) if self.logprobs else None)

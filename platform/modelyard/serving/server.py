@@ -1,0 +1,226 @@
+"""Starts and stops a served model: checks first, then Ray Serve, then waits until it answers."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modelyard.errors import RecipeError, ResourceError, StageError
+from modelyard.serving.keys import read_keys
+from modelyard.serving.options import ServeOptions
+
+APPLICATION = "modelyard"
+_CONTROLLER = "SERVE_CONTROLLER_ACTOR"
+ANYWHERE = frozenset({"0.0.0.0", "::"})  # noqa: S104 - allowed only with API keys
+# HAProxy instead of Serve's Python proxy, gRPC between deployments, user code in the replica's main loop.
+HAPROXY_ENVIRONMENT = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+
+
+@dataclass(frozen=True)
+class ServerHandle:
+    """A running server.
+
+    Attributes:
+        name: the model's name in the API.
+        url: base URL without `/v1`.
+        seconds: from the call to the first answer of `/healthz`.
+    """
+
+    name: str
+    url: str
+    seconds: float
+
+    def shutdown(self) -> None:
+        """Drains and stops the server and Ray Serve. Ray itself goes on."""
+        shutdown()
+
+
+def launch(model: str, name: str, options: ServeOptions | None = None) -> ServerHandle:
+    """Serves a model folder over HTTP and returns when it answers.
+
+    Starts a local Ray when none is connected.
+
+    Args:
+        model: Hugging Face folder: a path or an `s3://` URI that every node can read.
+        name: the model's name in the API.
+        options: replicas, address, limits, engine.
+
+    Raises:
+        RecipeError: an address beyond loopback without API keys.
+        DataError: the folder cannot be served, or the key file is damaged.
+        ResourceError: the port is in use, Serve already runs, or the cluster is too small.
+        StageError: a replica failed to start.
+    """
+    started = time.monotonic()
+    o = options or ServeOptions()
+    keys = check(o)
+    port = o.port or free_port(o.host)
+    if o.use_haproxy:
+        _enable_haproxy()
+    import ray
+
+    from modelyard.serving.app import build
+
+    application = build(model, name, o, keys)
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False)
+    _check_cluster(o)
+    _run(application, o, port)
+    url = f"http://{'127.0.0.1' if o.host in ANYWHERE else o.host}:{port}"
+    try:
+        _wait(url, started + o.ready_timeout_s)
+    except BaseException:
+        shutdown()
+        raise
+    return ServerHandle(name, url, time.monotonic() - started)
+
+
+def check(options: ServeOptions) -> Mapping[str, str] | None:
+    """Checks address, port and keys before any work; returns the keys' digests and holders, if any.
+
+    Raises RecipeError, DataError or ResourceError.
+    """
+    keys = read_keys(Path(options.api_keys)) if options.api_keys else None
+    if keys is None and not options.loopback:
+        raise RecipeError(
+            f"refusing to listen on {options.host} without API keys",
+            place="host",
+            mend="give api_keys (python -m modelyard.serving.keys add FILE NAME), or listen on 127.0.0.1",
+        )
+    if keys is None and options.use_haproxy:
+        raise RecipeError(
+            "HAProxy mode opens replica ports on all interfaces and needs API keys",
+            place="haproxy",
+            mend="give api_keys, or leave haproxy off",
+        )
+    if options.port:
+        check_port(options.host, options.port)
+    return keys
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ResourceError when `port` cannot be listened on."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ResourceError(
+                f"cannot listen on {host}:{port}: {error.strerror or error}",
+                place="port",
+                mend=f"stop what uses it (ss -ltnp 'sport = :{port}'), or choose another port; 0 = any free one",
+            ) from error
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port nobody listens on now."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def shutdown() -> None:
+    """Stops Ray Serve if it runs. Requests in progress are drained first."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized() or not _serve_runs():
+        return
+    from ray import serve
+
+    serve.shutdown()
+
+
+def _enable_haproxy() -> None:
+    if "ray.serve" in sys.modules and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
+        raise ResourceError(
+            "HAProxy mode must be chosen before Ray Serve is imported",
+            place="haproxy",
+            mend="set " + " ".join(f"{k}={v}" for k, v in HAPROXY_ENVIRONMENT.items()) + " before starting",
+        )
+    os.environ.update(HAPROXY_ENVIRONMENT)
+
+
+def _serve_runs() -> bool:
+    import ray
+
+    try:
+        ray.get_actor(_CONTROLLER, namespace="serve")
+    except ValueError:
+        return False
+    return True
+
+
+def _check_cluster(options: ServeOptions) -> None:
+    import ray
+
+    if _serve_runs():
+        raise ResourceError(
+            "Ray Serve already runs on this cluster",
+            place="ray serve",
+            mend="stop it (`serve shutdown -y`), or use another cluster",
+        )
+    have = float(ray.cluster_resources().get("CPU", 0))
+    need = options.cpus_per_replica * max(1, options.autoscaling.min_replicas)
+    if need > have:
+        raise ResourceError(
+            f"{need:g} CPUs are needed for the replicas, the cluster has {have:g}",
+            place="autoscaling.min_replicas, cpus_per_replica",
+            mend="lower them or add nodes",
+        )
+
+
+def _run(application: Any, options: ServeOptions, port: int) -> None:
+    from ray import serve
+    from ray.serve.config import ControllerOptions, HTTPOptions, ProxyLocation
+    from ray.serve.schema import LoggingConfig
+
+    environment = {k: v for k, v in os.environ.items() if k.startswith("RAY_SERVE_")}
+    # No access log: paths and addresses are personal data, and bodies never enter any log.
+    quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
+    serve.start(
+        proxy_location=ProxyLocation.HeadOnly if options.loopback else ProxyLocation.EveryNode,
+        http_options=HTTPOptions(host=options.host, port=port, request_timeout_s=options.request_timeout_s),
+        logging_config=quiet,
+        controller_options=ControllerOptions(runtime_env={"env_vars": environment}) if environment else None,
+    )
+    serve.run_many(
+        [serve.RunTarget(application, name=APPLICATION, route_prefix="/", logging_config=quiet)],
+        wait_for_applications_running=False,
+    )
+
+
+def _wait(url: str, deadline: float) -> None:
+    """Returns when the application runs and `/healthz` answers. Raises StageError or ResourceError when not."""
+    import httpx
+    from ray import serve
+
+    status = None
+    while time.monotonic() < deadline:
+        status = serve.status().applications.get(APPLICATION)
+        if status is not None and status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise StageError(f"a replica failed to start: {_reason(status)}", place=APPLICATION, mend="see above")
+        if status is not None and status.status == "RUNNING":
+            try:
+                if httpx.get(f"{url}/healthz", timeout=5).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass  # the proxy is still starting
+        time.sleep(0.1)
+    raise ResourceError(
+        f"the server did not answer in time: {_reason(status)}",
+        place=url,
+        mend="check that the cluster has free CPUs and memory, or raise ready_timeout_s",
+    )
+
+
+def _reason(status: Any) -> str:
+    """What Serve says about an application and its deployments, on a few lines."""
+    if status is None:
+        return "the application is unknown to Serve"
+    parts = [status.message] + [f"{n}: {d.status} {d.message}" for n, d in status.deployments.items()]
+    return "\n".join(p.strip() for p in parts if p.strip())[:4000] or str(status.status)

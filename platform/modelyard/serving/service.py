@@ -1,0 +1,235 @@
+"""From a validated request body to answers: prompts to tokens, jobs to the backend, outputs to JSON or events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from modelyard.engine.request import Request, Sampling, StepOutput
+from modelyard.engine.tokenizer import Tokenizer
+from modelyard.errors import DataError, ResourceError
+from modelyard.serving.answers import Form
+from modelyard.serving.backend import Backend
+from modelyard.serving.errors import ApiError, overloaded
+from modelyard.serving.metrics import Metrics
+from modelyard.serving.schema import ChatRequest, CompletionRequest
+
+LONG_TEXT = 20_000
+"""Characters from which tokenization leaves the event loop: about 5 ms of work."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One choice of a response."""
+
+    index: int
+    request: Request
+
+
+class Service:
+    """One served model.
+
+    Args:
+        name: its name in the API.
+        tokenizer: its tokenizer and chat template.
+        backend: what continues prompts.
+        max_length: tokens of prompt and answer together.
+        max_choices: answers one request may ask for.
+        timeout: seconds for one request.
+        metrics: where to count.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tokenizer: Tokenizer,
+        backend: Backend,
+        *,
+        max_length: int,
+        max_choices: int,
+        timeout: float,
+        metrics: Metrics,
+    ) -> None:
+        self.name, self.tokenizer, self.backend = name, tokenizer, backend
+        self.max_length, self.max_choices, self.timeout = max_length, max_choices, timeout
+        self.metrics = metrics
+
+    def check_model(self, name: str) -> None:
+        """Raises a 404 ApiError for another model's name."""
+        if name != self.name:
+            message = f"the model {name[:100]!r} does not exist; this server has {self.name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    async def chat_jobs(self, body: ChatRequest, form: Form) -> list[Job]:
+        """The choices of a chat request. Raises ApiError when the prompt cannot be made or is too long."""
+        try:
+            turns = body.turns()
+        except ValueError as error:
+            raise ApiError(400, str(error), param="messages") from None
+        text = self._render(turns, body)
+        return self._jobs([await self._encode(text, special=False)], body, form, "messages")
+
+    def _render(self, turns: list[dict[str, object]], body: ChatRequest) -> str:
+        try:
+            return self.tokenizer.render(turns, body.tools)
+        except DataError as error:
+            raise ApiError(400, error.what, param=error.place) from None
+
+    async def text_jobs(self, body: CompletionRequest, form: Form) -> list[Job]:
+        """The choices of a text completion request, prompt by prompt. Raises ApiError as above."""
+        prompts = [p if isinstance(p, list) else await self._encode(p, special=True) for p in body.prompts()]
+        return self._jobs(prompts, body, form, "prompt")
+
+    async def _encode(self, text: str, *, special: bool) -> list[int]:
+        if len(text) < LONG_TEXT:
+            return self.tokenizer.encode(text, special=special)
+        return await asyncio.to_thread(self.tokenizer.encode, text, special=special)
+
+    def _jobs(
+        self, prompts: Sequence[list[int]], body: ChatRequest | CompletionRequest, form: Form, field: str
+    ) -> list[Job]:
+        if len(prompts) * body.n > self.max_choices:
+            raise ApiError(400, f"at most {self.max_choices} answers a request", param="n")
+        jobs: list[Job] = []
+        for tokens in prompts:
+            sampling = body.sampling(self._room(tokens, field))
+            self._check(sampling)
+            prompt = tuple(tokens)
+            for copy in range(body.n):
+                request = Request(f"{form.id}-{len(jobs)}", prompt, _seeded(sampling, copy))
+                jobs.append(Job(len(jobs), request))
+        return jobs
+
+    def _room(self, tokens: list[int], field: str) -> int:
+        """Tokens left for the answer."""
+        if not tokens:
+            raise ApiError(400, "the prompt is empty", param=field)
+        room = self.max_length - len(tokens)
+        if room < 1:
+            message = f"the prompt has {len(tokens):,} tokens; the model takes {self.max_length:,} with the answer"
+            raise ApiError(400, message, param=field, code="context_length_exceeded")
+        if max(tokens) >= self.tokenizer.vocabulary:
+            raise ApiError(400, f"token ids must be below {self.tokenizer.vocabulary}", param=field)
+        return room
+
+    def _check(self, sampling: Sampling) -> None:
+        try:
+            sampling.check(self.tokenizer.vocabulary)
+        except DataError as error:
+            raise ApiError(400, error.mend, param=error.place) from None
+
+    async def outputs(self, job: Job) -> AsyncGenerator[StepOutput, None]:
+        """Messages of one choice, counted; ApiError instead of the engine's errors."""
+        watch = self.metrics.watch(len(job.request.prompt))
+        try:
+            async with asyncio.timeout(self.timeout), aclosing(self.backend.stream(job.request)) as stream:
+                async for output in stream:
+                    watch.saw(output)
+                    if output.finish == "error":
+                        raise ApiError(500, output.error, kind="server_error", code="engine")
+                    if output.finish == "abort":
+                        raise ApiError(503, "the engine stopped", kind="server_error", code="unavailable")
+                    yield output
+        except TimeoutError:
+            message = f"no answer within {self.timeout:.0f} s"
+            raise ApiError(504, message, kind="server_error", code="timeout") from None
+        except DataError as error:
+            raise ApiError(400, f"{error.what}; {error.mend}", param=error.place) from None
+        except ResourceError:
+            raise overloaded() from None
+
+    async def whole(self, jobs: list[Job]) -> list[StepOutput]:
+        """Every choice's full answer. The first failure cancels the others."""
+
+        async def collect(job: Job) -> StepOutput:
+            parts = [part async for part in self.outputs(job)]
+            total = parts[0]
+            for part in parts[1:]:
+                total = total + part
+            return total
+
+        if len(jobs) == 1:
+            return [await collect(jobs[0])]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(collect(job)) for job in jobs]
+        except* ApiError as failed:
+            raise failed.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    async def merged(self, jobs: list[Job]) -> AsyncGenerator[tuple[int, StepOutput], None]:
+        """Messages of all choices as they come."""
+        if len(jobs) == 1:
+            async with aclosing(self.outputs(jobs[0])) as outputs:
+                async for output in outputs:
+                    yield jobs[0].index, output
+            return
+        queue: asyncio.Queue[tuple[int, StepOutput] | ApiError | None] = asyncio.Queue()
+
+        async def pump(job: Job) -> None:
+            try:
+                async for output in self.outputs(job):
+                    queue.put_nowait((job.index, output))
+            except ApiError as error:
+                queue.put_nowait(error)
+            queue.put_nowait(None)
+
+        tasks = [asyncio.create_task(pump(job)) for job in jobs]
+        try:
+            left = len(tasks)
+            while left:
+                item = await queue.get()
+                if isinstance(item, ApiError):
+                    raise item
+                if item is None:
+                    left -= 1
+                    continue
+                yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def events(
+        self, jobs: list[Job], form: Form, stream: AsyncIterator[tuple[int, StepOutput]], *, include_usage: bool
+    ) -> AsyncIterator[bytes]:
+        """Server-sent events of a streamed response, up to `[DONE]`; a failure becomes an error event."""
+        opened: set[int] = set()
+        completion = 0
+        try:
+            async for index, output in stream:
+                completion += len(output.tokens)
+                if index not in opened:
+                    opened.add(index)
+                    if (opening := form.opening(index)) is not None:
+                        yield _event(opening)
+                if (chunk := form.chunk(index, output)) is not None:
+                    yield _event(chunk)
+        except ApiError as error:
+            self.metrics.errors.labels(error.code or error.kind).inc()
+            yield _event(error.body())
+        else:
+            if include_usage:
+                yield _event(form.closing(_prompt_tokens(jobs), completion))
+        yield b"data: [DONE]\n\n"
+
+    def usage_tokens(self, jobs: list[Job]) -> int:
+        """Prompt tokens to report: each prompt once."""
+        return _prompt_tokens(jobs)
+
+
+def _prompt_tokens(jobs: list[Job]) -> int:
+    # n answers to one prompt share its token tuple, as OpenAI counts it.
+    return sum(len(p) for p in {id(j.request.prompt): j.request.prompt for j in jobs}.values())
+
+
+def _seeded(sampling: Sampling, copy: int) -> Sampling:
+    """The n answers of a seeded request differ from each other and repeat together."""
+    return sampling if sampling.seed is None or copy == 0 else replace(sampling, seed=sampling.seed + copy)
+
+
+def _event(value: dict[str, object]) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
