@@ -6,6 +6,7 @@ A package offers a kind with the entry-point group `modelyard.stages`: `name = "
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 
@@ -57,6 +58,21 @@ def stage(kind: str) -> Stage[StageOptions]:
     return instance
 
 
-def option_models() -> dict[str, type[StageOptions]]:
-    """Kind -> option model, for loading recipes and for `modelyard schema`."""
-    return {kind: stage(kind).Options for kind in kinds()}
+class _OptionModels(Mapping[str, type[StageOptions]]):
+    """Loads a kind only when it is looked up: a recipe pays for, and fails with, only what it uses."""
+
+    def __getitem__(self, kind: str) -> type[StageOptions]:
+        if kind not in kinds():
+            raise KeyError(kind)
+        return stage(kind).Options
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(kinds())
+
+    def __len__(self) -> int:
+        return len(kinds())
+
+
+def option_models() -> Mapping[str, type[StageOptions]]:
+    """Kind -> option model, for loading recipes."""
+    return _OptionModels()

@@ -30,14 +30,15 @@ def start(cpus_needed: float, address: str | None = None) -> bool:
     Raises:
         ResourceError: no cluster answers at the address.
     """
-    import ray
-
-    if ray.is_initialized():
-        return False
     address = address or os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address is None:
         _authenticate()
+    import ray
+
+    if ray.is_initialized():
+        return False
+    if address is None:
         _start_local(max(os.cpu_count() or 1, int(cpus_needed + 0.999)))
         return True
     try:
@@ -85,7 +86,8 @@ def _authenticate() -> None:
     Ray would write a token into the home directory and thereby switch authentication on for every
     later `ray start`; ours stays in its own file.
     """
-    if "RAY_AUTH_MODE" in os.environ:
+    # Ray reads these when it is imported: once it is, a change would split driver and servers.
+    if "RAY_AUTH_MODE" in os.environ or "ray" in sys.modules:
         return
     folder = Path(tempfile.gettempdir()) / f"modelyard-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
