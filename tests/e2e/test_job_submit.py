@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -55,16 +55,17 @@ def free_ports(count: int) -> list[int]:
 
 
 def end(head: subprocess.Popen[bytes], folder: Path) -> None:
-    """Ends the head and what it started: its process group, and then whatever names its own temp folder."""
-    os.killpg(head.pid, signal.SIGTERM)
-    try:
-        head.wait(timeout=20)
-    except subprocess.TimeoutExpired:
-        os.killpg(head.pid, signal.SIGKILL)
-        head.wait()
+    """Ends the head and all it started, by process id: its descendants, and orphans that name its folder."""
+    ours = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
+    head.kill()
+    head.wait()
     for process in psutil.process_iter(["cmdline"]):
         if any(str(folder) in word for word in process.info["cmdline"] or ()):
+            ours.append(process)
+    for process in ours:
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    psutil.wait_procs(ours, timeout=10)
 
 
 @pytest.fixture(scope="module")

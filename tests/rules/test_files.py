@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,26 +97,39 @@ def words_after(line: str, program: str) -> list[str] | None:
     return arguments
 
 
+def parse(command: Any, words: list[str], info: str) -> None:
+    """Parses arguments as the command line would, through groups, without running anything. Raises for a mistake."""
+    if "--help" in words:
+        return
+    if hasattr(command, "commands"):
+        assert words and words[0] in command.commands, f"{info} has no command {words[:1]}"
+        parse(command.commands[words[0]], words[1:], f"{info} {words[0]}")
+        return
+    command.make_context(info, list(words))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_in_the_documentation_exist(page: Path) -> None:
+def test_commands_in_the_documentation_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import typer
+    from ray.scripts.scripts import cli as ray
 
     from modelyard.cli import app
 
-    group = typer.main.get_command(app)
+    monkeypatch.chdir(CHECKOUT)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
+    modelyard = typer.main.get_command(app)
     targets = set(re.findall(r"^([\w-]+):", (CHECKOUT / "Makefile").read_text(), re.MULTILINE))
     for line in commands(page):
-        if arguments := words_after(line, "make"):
+        if (arguments := words_after(line, "make")) is not None:
             assert {word for word in arguments if "=" not in word} <= targets, line
-        if arguments := words_after(line, "modelyard"):
-            command = group.commands.get(arguments[0])  # type: ignore[attr-defined]
-            assert command is not None, line
-            if "--help" not in arguments:
-                command.make_context(arguments[0], arguments[1:])
-        for script in re.findall(r"(?:python )((?:jobs|tests)/\S+\.py)", line):
-            assert (CHECKOUT / script).exists(), line
-        for recipe in re.findall(r"\b(pipelines/[\w.-]+\.yaml)", line):
-            assert (CHECKOUT / recipe).exists(), line
+        if (arguments := words_after(line, "modelyard")) is not None:
+            parse(modelyard, arguments, "modelyard")
+        if (arguments := words_after(line, "ray")) is not None:
+            parse(ray, arguments, "ray")
+        if job := re.search(r"python jobs/\w+\.py (.*)", line):
+            parse(modelyard, ["run", *shlex.split(job.group(1), comments=True)], "modelyard")
+        for path in re.findall(r"\b((?:jobs|tests|pipelines|docs)/[\w/.-]+\.(?:py|yaml|md))", line):
+            assert (CHECKOUT / path).exists(), line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
