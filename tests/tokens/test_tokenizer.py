@@ -12,14 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelyard.errors import DataError
-from modelyard.tokens.tokenizer import (
-    MIN_VOCABULARY,
-    SPECIAL_TOKENS,
-    Encoder,
-    copy_tokenizer,
-    save_tokenizer,
-    train_tokenizer,
-)
+from modelyard.tokens.options import MIN_VOCABULARY, SPECIAL_TOKENS, TokenizerOptions
+from modelyard.tokens.tokenizer import Encoder, copy_tokenizer, save_tokenizer, train_tokenizer
 
 TEXTS = [f"The {word} is {i * 37} metres long.\n    def {word}(): return {i}\n" for i, word in enumerate(dir(str) * 3)]
 
@@ -94,9 +88,9 @@ def test_transformers_opens_it_offline_with_a_chat_template(folder: Path, encode
 
 
 def test_a_given_tokenizer_is_copied(folder: Path, encoder: Encoder, tmp_path: Path) -> None:
-    copy_tokenizer(folder, tmp_path / "whole")
+    copy_tokenizer(str(folder), tmp_path / "whole")
     assert {p.name for p in (tmp_path / "whole").iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
-    copy_tokenizer(folder / "tokenizer.json", tmp_path / "single")
+    copy_tokenizer(str(folder / "tokenizer.json"), tmp_path / "single")
     single = Encoder.open(tmp_path / "single")
     assert (single.end_id, single.vocab_size) == (encoder.end_id, encoder.vocab_size)
     assert json.loads((tmp_path / "single" / "tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"
@@ -109,7 +103,7 @@ def test_bad_input_is_one_clear_error(folder: Path, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="no text"):
             train_tokenizer(nothing, 600)
     with pytest.raises(DataError, match=r"no tokenizer\.json"):
-        copy_tokenizer(tmp_path, tmp_path / "copy")
+        copy_tokenizer(str(tmp_path), tmp_path / "copy")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match="cannot be read"):
         Encoder.open(tmp_path)
@@ -117,3 +111,19 @@ def test_bad_input_is_one_clear_error(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(DataError, match="no end-of-text token"):
         Encoder.open(tmp_path)
+
+
+def test_options_take_one_source_and_see_changed_files(folder: Path, tmp_path: Path) -> None:
+    copy_tokenizer(str(folder), tmp_path / "t")
+    given = TokenizerOptions(path=str(tmp_path / "t"))
+    assert given == TokenizerOptions(path=str(tmp_path / "t"), checksum=given.checksum)
+    with (tmp_path / "t" / "tokenizer.json").open("a") as handle:
+        handle.write("\n")
+    assert TokenizerOptions(path=str(tmp_path / "t")).checksum != given.checksum
+    with pytest.raises(ValueError, match="have checksum"):
+        TokenizerOptions(path=str(tmp_path / "t"), checksum=given.checksum)
+    for wrong in ({}, {"path": str(folder), "train": {}}):
+        with pytest.raises(ValueError, match="either train or path"):
+            TokenizerOptions(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"no tokenizer\.json"):
+        TokenizerOptions(path=str(tmp_path))

@@ -42,7 +42,7 @@ def _corpus(folder: Path, files: int, rows: int = 200, row_group: int = 40) -> s
 
 def _run(corpus: str, where: Path, encoder: Encoder) -> Layout:
     layout = Layout(str(where / "work"), str(where / "out"), Buckets(0.2, 3, 1), LENGTH)
-    units = plan_units(corpus)
+    units = plan_units(corpus, 0)
     for unit in reversed(units):
         encode_unit(unit, encoder, layout)
     for split in ("train", "heldout"):
@@ -79,8 +79,8 @@ def test_all_text_is_there_once(tmp_path: Path, encoder: Encoder) -> None:
 
 
 def test_row_groups_of_a_large_file_are_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modelyard.tokens.units.UNIT_BYTES", 1)
-    units = plan_units(_corpus(tmp_path / "data", 2))
+    monkeypatch.setattr("modelyard.tokens.units.MIN_UNIT_BYTES", 1)
+    units = plan_units(_corpus(tmp_path / "data", 2), 0)
     assert [(u.uri[-9:], u.first, u.last) for u in units][:4] == [
         ("0.parquet", 0, 1),
         ("0.parquet", 1, 2),
@@ -94,7 +94,7 @@ def test_row_groups_of_a_large_file_are_units(tmp_path: Path, monkeypatch: pytes
 def test_a_packed_bucket_is_not_packed_again(tmp_path: Path, encoder: Encoder) -> None:
     corpus = _corpus(tmp_path / "data", 2)
     layout = _run(corpus, tmp_path, encoder)
-    units = plan_units(corpus)
+    units = plan_units(corpus, 0)
     for unit in units:
         Path(layout.encoded(unit)).unlink()
     first = pack_bucket(units, 1, encoder, layout)
@@ -108,7 +108,7 @@ def test_a_packed_bucket_is_not_packed_again(tmp_path: Path, encoder: Encoder) -
 def test_damaged_intermediate_is_named(tmp_path: Path, encoder: Encoder) -> None:
     corpus = _corpus(tmp_path / "data", 1)
     layout = _run(corpus, tmp_path, encoder)
-    unit = plan_units(corpus)[0]
+    unit = plan_units(corpus, 0)[0]
     Path(layout.encoded(unit)).write_bytes(b"short")
     with pytest.raises(DataError, match="cannot be read") as caught:
         read_bucket([unit], 0, layout)
@@ -118,7 +118,7 @@ def test_damaged_intermediate_is_named(tmp_path: Path, encoder: Encoder) -> None
 def test_sample_leaves_held_out_documents_out(tmp_path: Path, encoder: Encoder) -> None:
     corpus = _corpus(tmp_path / "data", 1)
     layout = _run(corpus, tmp_path, encoder)
-    unit = plan_units(corpus)[0]
+    unit = plan_units(corpus, 0)[0]
     held = set(read_bucket([unit], 3, layout)["id"].to_pylist())
     sample = set(sample_unit(unit, 1.0, 0.2)["id"].to_pylist())
     assert held and not held & sample and len(held | sample) == 200
@@ -127,15 +127,15 @@ def test_sample_leaves_held_out_documents_out(tmp_path: Path, encoder: Encoder) 
 
 def test_bad_corpora_are_named(tmp_path: Path, encoder: Encoder) -> None:
     with pytest.raises(DataError, match="no Parquet files"):
-        plan_units(str(tmp_path / "absent"))
+        plan_units(str(tmp_path / "absent"), 0)
     corpus = _corpus(tmp_path / "data", 1)
-    unit = plan_units(corpus)[0]
+    unit = plan_units(corpus, 0)[0]
     (tmp_path / "data" / "part-00000.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match="cannot be read"):
-        plan_units(corpus)
+        plan_units(corpus, 0)
     pq.write_table(pa.table({"id": ["a"], "body": ["x"]}), tmp_path / "data" / "part-00000.parquet")
     with pytest.raises(DataError, match="no column text"):
-        plan_units(corpus)
+        plan_units(corpus, 0)
     pq.write_table(pa.table({"id": pa.array([], "string"), "text": pa.array([], "string")}), unit.uri)
     with pytest.raises(DataError, match="no documents"):
-        plan_units(corpus)
+        plan_units(corpus, 0)

@@ -19,12 +19,9 @@ import numpy.typing as npt
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from modelyard.errors import DataError
+from modelyard.storage import read_bytes
+from modelyard.tokens.options import ASSISTANT, END, MIN_VOCABULARY, PAD, SPECIAL_TOKENS, SYSTEM, USER, tokenizer_uris
 from modelyard.tokens.shards import token_dtype
-
-END, USER, ASSISTANT, SYSTEM, PAD = "<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|pad|>"
-SPECIAL_TOKENS = (END, USER, ASSISTANT, SYSTEM, PAD)
-MIN_VOCABULARY = 256 + len(SPECIAL_TOKENS)
-"""Every byte and every special token has an id, so any text can be encoded."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -42,7 +39,6 @@ _WORDS = Regex(
 line ends, indentation. On 30 MB of documentation and code 5 % fewer tokens than GPT-2's pattern at 8,192."""
 
 _END_NAMES = (END, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|eot_id|>")
-_COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _PIECE = 1 << 20
 _BATCH = 1 << 22
 
@@ -111,22 +107,25 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path | str) -> None:
     (target / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def copy_tokenizer(source: Path | str, folder: Path | str) -> None:
-    """Copies a given tokenizer (an HF folder or one `tokenizer.json`) into a folder.
+def copy_tokenizer(source: str, folder: Path | str) -> None:
+    """Copies a given tokenizer into a local folder.
+
+    Args:
+        source: an HF folder or one `tokenizer.json`, local or `s3://`.
+        folder: where to; a `tokenizer_config.json` is written where the source has none.
 
     Raises:
         DataError: the source is not a fast tokenizer, or no end-of-text token can be told.
+        StorageError: it cannot be read.
     """
-    given, target = Path(source), Path(folder)
-    home = given.parent if given.is_file() else given
-    files = ("tokenizer.json",) if given.is_file() else _COPIED
-    if not (home / "tokenizer.json").is_file():
+    target = Path(folder)
+    files = tokenizer_uris(source)
+    if "tokenizer.json" not in files:
         mend = "give a folder with tokenizer.json (save_pretrained of a fast tokenizer) or that file"
-        raise DataError("there is no tokenizer.json", place=str(given), mend=mend)
+        raise DataError("there is no tokenizer.json", place=source, mend=mend)
     target.mkdir(parents=True, exist_ok=True)
-    for name in files:
-        if (home / name).is_file():
-            (target / name).write_bytes((home / name).read_bytes())
+    for name, uri in files.items():
+        (target / name).write_bytes(read_bytes(uri))
     encoder = Encoder.open(target)
     if not (target / "tokenizer_config.json").exists():
         end = encoder.tokenizer.id_to_token(encoder.end_id)

@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -27,7 +27,9 @@ from modelyard.tokens.shards import Sequences, Shard, token_dtype, write_shard
 from modelyard.tokens.statistics import Counts, token_counts
 from modelyard.tokens.tokenizer import Encoder
 
-UNIT_BYTES = 32 << 20
+MIN_UNIT_BYTES = 4 << 20
+MAX_UNITS = 4096
+"""Units are at least 4 MiB of Parquet columns, and at most about 4096: each is read once a bucket."""
 _ROWS = 1024
 
 
@@ -58,7 +60,7 @@ class Unit:
                 reader = pq.ParquetFile(handle)
                 for batch in reader.iter_batches(_ROWS, row_groups=groups, columns=["id", "text"]):
                     yield pa.Table.from_batches([batch])
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError) as error:
             raise DataError(f"a corpus file cannot be read: {error}", place=self.uri) from error
 
 
@@ -94,8 +96,12 @@ class Packed:
     counts: Counts
 
 
-def plan_units(folder: str) -> list[Unit]:
+def plan_units(folder: str, text_bytes: int) -> list[Unit]:
     """The units of a folder of Parquet files, by file name and row group.
+
+    Args:
+        folder: URI of the folder.
+        text_bytes: UTF-8 bytes of text in all files; decides the size of a unit.
 
     Raises:
         DataError: there is no Parquet file, one cannot be read or lacks a column, or none holds a row.
@@ -104,13 +110,14 @@ def plan_units(folder: str) -> list[Unit]:
     if not files:
         raise DataError("the corpus holds no Parquet files", place=folder, mend="run the curate stage again")
     with ThreadPoolExecutor(16) as pool:
-        units = [unit for own in pool.map(_file_units, files) for unit in own]
+        size = max(MIN_UNIT_BYTES, text_bytes // MAX_UNITS)
+        units = [unit for own in pool.map(lambda uri: _file_units(uri, size), files) for unit in own]
     if not units:
         raise DataError("the corpus holds no documents", place=folder, mend="give more input or looser rules")
     return units
 
 
-def _file_units(uri: str) -> list[Unit]:
+def _file_units(uri: str, unit_bytes: int) -> list[Unit]:
     fs, path = arrow_filesystem(uri)
     try:
         with fs.open_input_file(path) as handle:
@@ -122,7 +129,7 @@ def _file_units(uri: str) -> list[Unit]:
     units, first, size = [], 0, 0
     for group in range(metadata.num_row_groups):
         size += metadata.row_group(group).total_byte_size
-        if size >= UNIT_BYTES or group == metadata.num_row_groups - 1:
+        if size >= unit_bytes or group == metadata.num_row_groups - 1:
             units.append(Unit(uri, first, group + 1))
             first, size = group + 1, 0
     return units if metadata.num_rows else []
@@ -180,7 +187,7 @@ def pack_bucket(units: list[Unit], bucket: int, encoder: Encoder, layout: Layout
     done = join(layout.work, "packed", f"{bucket:05d}.npz")
     split = layout.buckets.split(bucket)
     if exists(done):
-        packed = _load_packed(read_bytes(done))
+        packed = load_packed(read_bytes(done))
         if packed.shard is None or exists(join(layout.output, split, packed.shard.file)):
             return packed
     table = read_bucket(units, bucket, layout)
@@ -189,7 +196,7 @@ def pack_bucket(units: list[Unit], bucket: int, encoder: Encoder, layout: Layout
     shard = _write_shard(sequences, f"shard-{number:05d}.bin", encoder.vocab_size, join(layout.output, split))
     text_bytes = int(np.sum(table["bytes"].to_numpy()))
     packed = Packed(bucket, shard, table.num_rows, text_bytes, token_counts(sequences, encoder.vocab_size))
-    write_bytes(done, _dump_packed(packed))
+    write_bytes(done, dump_packed(packed))
     return packed
 
 
@@ -202,7 +209,8 @@ def _write_shard(sequences: Sequences, name: str, vocab_size: int, folder: str) 
     return shard
 
 
-def _dump_packed(packed: Packed) -> bytes:
+def dump_packed(packed: Packed) -> bytes:
+    """A packed bucket's record as bytes."""
     shard = packed.shard.model_dump() if packed.shard else None
     record = {"bucket": packed.bucket, "shard": shard, "documents": packed.documents, "text_bytes": packed.text_bytes}
     sink = io.BytesIO()
@@ -210,13 +218,9 @@ def _dump_packed(packed: Packed) -> bytes:
     return sink.getvalue()
 
 
-def _load_packed(data: bytes) -> Packed:
+def load_packed(data: bytes) -> Packed:
+    """The record that :func:`dump_packed` wrote."""
     stored = np.load(io.BytesIO(data), allow_pickle=False)
     record = json.loads(stored["record"].tobytes())
     shard = Shard(**record["shard"]) if record["shard"] else None
     return Packed(record["bucket"], shard, record["documents"], record["text_bytes"], stored["counts"])
-
-
-def unit_rows(units: list[Unit]) -> list[dict[str, object]]:
-    """Units as plain rows, for a data pipeline."""
-    return [asdict(unit) for unit in units]
