@@ -165,11 +165,16 @@ def serve(
     root: Annotated[str, typer.Option(help="root whose MLflow store resolves models:/")] = ".modelyard",
 ) -> None:
     """Serves a model behind an OpenAI-compatible API until Ctrl-C."""
+    from modelyard.serving import Autoscaling, ServeOptions
     from modelyard.stages.serve import serve_model
 
     console = Console()
-    handle = serve_model(
-        model, name=name, host=host, port=port, replicas=(min_replicas, max_replicas), api_keys=api_keys, root=root
+    options = ServeOptions(
+        host=host,
+        port=port,
+        autoscaling=Autoscaling(min_replicas=min_replicas, max_replicas=max(min_replicas, max_replicas)),
+        api_keys=str(api_keys) if api_keys else None,
     )
+    handle = serve_model(model, root, options, name)
     console.print(f"[bold]{handle.name}[/] at {handle.url}/v1  (chat page {handle.url}/, metrics {handle.url}/metrics)")
     _wait(console)

@@ -55,21 +55,16 @@ def start(cpus_needed: float, address: str | None = None) -> bool:
 def _start_local(cpus: int) -> None:
     import ray
 
+    # Ray's processes inherit our environment: workers run our interpreter, but without our sys.path.
+    paths = [str(PACKAGE.parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     ray.init(
         num_cpus=cpus,
         include_dashboard=False,
         object_store_memory=LOCAL_OBJECT_STORE,
         logging_level=logging.WARNING,
         log_to_driver=False,
-        configure_logging=True,
-        runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
     )
-
-
-def _python_path() -> str:
-    # Workers are started with our interpreter but not our sys.path.
-    inherited = os.environ.get("PYTHONPATH", "")
-    return os.pathsep.join(part for part in (str(PACKAGE.parent), inherited) if part)
 
 
 def runtime_environment() -> dict[str, Any]:

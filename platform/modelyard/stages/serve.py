@@ -1,0 +1,63 @@
+"""`modelyard serve`: from a model reference to a running server."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from modelyard.errors import DataError
+from modelyard.stages import session
+from modelyard.storage import ArtifactStore, absolute, exists, join
+
+if TYPE_CHECKING:
+    from modelyard.serving import ServeOptions, ServerHandle
+
+
+def find_model(reference: str, root: str) -> tuple[str, str]:
+    """Folder and name of the model that a person means.
+
+    Args:
+        reference: `models:/name@alias` or `models:/name/3`, the folder of a published artifact, or a
+            Hugging Face folder.
+        root: the root whose MLflow store knows `models:/`.
+
+    Raises:
+        DataError: there is no model there.
+        StorageError: MLflow cannot be reached.
+    """
+    if reference.startswith("models:/"):
+        from modelyard.tracking import resolve
+
+        uri, _ = resolve(reference, root=absolute(root))
+        return uri, reference.removeprefix("models:/").partition("@")[0].partition("/")[0]
+    uri = absolute(reference)
+    if exists(join(uri, "manifest.json")):
+        artifact = ArtifactStore(root).open(uri)
+        uri, name = artifact.join("model"), artifact.manifest.recipe
+    else:
+        name = Path(uri).name
+    if not exists(join(uri, "config.json")):
+        raise DataError(
+            "no model is there: it has no config.json",
+            place=uri,
+            mend="give models:/name@champion, the folder of a pretrain or finetune artifact, or a Hugging Face folder",
+        )
+    return uri, name
+
+
+def serve_model(reference: str, root: str, options: ServeOptions, name: str | None = None) -> ServerHandle:
+    """Starts Ray and a server for the model and returns when it answers.
+
+    Raises what :func:`find_model` and :func:`modelyard.serving.launch` raise.
+    """
+    from modelyard.serving.server import HAPROXY_ENVIRONMENT, check, launch
+
+    uri, found = find_model(reference, root)
+    check(options)
+    if options.use_haproxy:
+        # Ray's processes inherit this: it has to be there before they start.
+        os.environ.update(HAPROXY_ENVIRONMENT)
+    replicas = options.autoscaling.max_replicas * options.cpus_per_replica
+    session.start(replicas + 1)
+    return launch(uri, name or found, options)
