@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -28,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command and exits: 0 done, 1 work failed, 2 a mistake to mend, 130 interrupted."""
     console = Console(stderr=True)
     code = 0
+    # `ray job stop` and service managers end a job with SIGTERM: clean up as for Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         result = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
         code = result if isinstance(result, int) else 0
