@@ -30,6 +30,12 @@ class Pair:
     completion: str
     place: str
 
+    def dump(self) -> dict[str, Any]:
+        """As one JSON-able record that :func:`from_row` reads."""
+        if len(self.messages) == 1 and self.messages[0]["role"] == "user":
+            return {"prompt": self.messages[0]["content"], "completion": self.completion}
+        return {"messages": [*self.messages, {"role": "assistant", "content": self.completion}]}
+
     @property
     def key(self) -> int:
         """64-bit hash of what the pair says; decides on which side of the held-out split it falls."""

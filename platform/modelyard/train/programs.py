@@ -58,8 +58,7 @@ class FinetuneJob(Options):
     """Supervised fine-tuning of a model folder on packed pairs."""
 
     model: str = Field(description="local model folder, with tokenizer")
-    data: str = Field(description="packed training pairs (.npz)")
-    heldout: str | None = Field(None, description="packed held-out pairs (.npz); null = none")
+    data: str = Field(description="local folder with packed pairs: train.npz, and heldout.npz where there are any")
     output: str = Field(description="URI of the folder to write model/ and adapter/ into")
     train: TrainOptions = Field(description="how to train")
     lora: LoraOptions | None = Field(None, description="adapter; null = all parameters")
@@ -95,8 +94,9 @@ def pretrain(job: PretrainJob, world: World, sink: Sink = no_sink, say: Say = no
 def finetune(job: FinetuneJob, world: World, sink: Sink = no_sink, say: Say = no_say) -> Outcome:
     """Fine-tunes and writes `model/` (merged) and, with LoRA, `adapter/`. Raises as :func:`pretrain`."""
     source = Path(job.model)
-    data = PackedPairs.load(Path(job.data))
-    heldout = PackedPairs.load(Path(job.heldout)) if job.heldout else None
+    data = PackedPairs.load(Path(job.data) / "train.npz")
+    held = Path(job.data) / "heldout.npz"
+    heldout = PackedPairs.load(held) if held.exists() else None
     plain = load_model(source)
     check_shape(plain.config, data.sequence_length)
     model = add_adapter(plain, job.lora, job.train.seed) if job.lora else plain

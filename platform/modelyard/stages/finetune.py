@@ -1,0 +1,268 @@
+"""Stage `finetune`: a model and pairs of prompt and answer become a model that answers."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from modelyard.errors import DataError
+from modelyard.models.options import AdapterOptions
+from modelyard.planner.estimate import Estimate
+from modelyard.stages.base import InputSpec, PlanContext, Stage, StageContext, StageResult
+from modelyard.stages.training import (
+    TrainingStageOptions,
+    check_training,
+    clear,
+    curves,
+    lora_parameters,
+    model_config,
+    model_place,
+    predict,
+    warnings,
+    write_results,
+)
+from modelyard.storage import (
+    Artifact,
+    Files,
+    arrow_filesystem,
+    download,
+    exists,
+    is_remote,
+    join,
+    list_files,
+    read_bytes,
+    upload,
+    write_bytes,
+)
+
+if TYPE_CHECKING:
+    from modelyard.train.loop import Outcome
+    from modelyard.train.pairs import Counts, Pair
+    from modelyard.train.report import Page
+
+
+class FinetuneOptions(TrainingStageOptions):
+    """Supervised fine-tuning on completions only; the default budget is one epoch."""
+
+    kind: Literal["finetune"] = Field(description="stage kind")
+    adapter: AdapterOptions = Field(AdapterOptions(), description="what is trained: LoRA, or all with `lora: null`")
+    sequence_length: int = Field(
+        512, ge=8, description="tokens of a packed sequence; longer pairs are cut, and counted"
+    )
+    heldout: float = Field(0.05, ge=0, lt=1, description="share of pairs held out, by a hash of their content")
+    learning_rate: float = Field(1e-3, gt=0, description="peak rate (LoRA of small models: 1e-3; full: 1e-5 to 1e-4)")
+
+
+class FinetuneStage(Stage[FinetuneOptions]):
+    """See the module."""
+
+    kind = "finetune"
+    Options = FinetuneOptions
+    inputs: ClassVar[Mapping[str, InputSpec]] = {
+        "model": InputSpec(kinds=("pretrain", "finetune"), files=True),
+        "data": InputSpec(kinds=("curate",), files=True),
+    }
+
+    def check(self, ctx: PlanContext[FinetuneOptions]) -> None:
+        """Raises the errors of `check_training`, and DataError when the data is known to be empty."""
+        check_training(ctx.options, model_config(ctx.inputs.get("model"), "model"), ctx.options.sequence_length, None)
+        data = ctx.inputs.get("data")
+        if isinstance(data, Artifact) and not data.manifest.counts.get("documents", 1):
+            raise DataError("there are no pairs to train on", place=data.uri, mend="give more input or looser rules")
+
+    def estimate(self, ctx: PlanContext[FinetuneOptions]) -> Estimate:
+        """By the planner, for a budget in steps or tokens."""
+        options = ctx.options
+        config = model_config(ctx.inputs.get("model"), "model")
+        if config is None or (options.steps is None and options.tokens is None):
+            return Estimate(notes=("size and time are known once its inputs are", *warnings(options)))
+        tokens = options.total_steps(1, options.sequence_length) * options.global_batch * options.sequence_length
+        lora = options.adapter.lora
+        trainable = lora_parameters(config, lora.r) if lora else None
+        return predict(options, config, tokens, options.sequence_length, trainable)
+
+    def run(self, ctx: StageContext[FinetuneOptions]) -> StageResult:
+        """Encodes and packs the pairs, trains on Ray Train workers, writes models, held-out pairs and report."""
+        from modelyard.stages.workers import Assignment, run_workers
+        from modelyard.train.programs import FinetuneJob
+
+        options = ctx.options
+        for warning in warnings(options):
+            ctx.progress.say(f"[yellow]warning[/]: {warning}")
+        clear(ctx, "model", "adapter", "loss.csv", "report.html", "heldout.jsonl")
+        facts = _prepare(ctx)
+        place = model_place(ctx.inputs["model"], "model")
+        job = FinetuneJob(
+            model="",
+            data="",
+            output=ctx.output,
+            train=options.training(),
+            lora=options.adapter.lora,
+            checkpoints=join(ctx.work, "checkpoints"),
+        )
+        places: dict[str, tuple[Artifact, str] | str] = {"model": place, "data": join(ctx.work, "pairs")}
+        steps = options.total_steps(facts["sequences"], options.sequence_length)
+        outcome = run_workers(
+            ctx, Assignment("modelyard.train.programs:finetune", job, places), steps, options.restarts
+        )
+        write_bytes(join(ctx.output, "heldout.jsonl"), read_bytes(join(ctx.work, "pairs", "heldout.jsonl")))
+        write_results(ctx, outcome, _page(ctx, outcome, facts))
+        return _result(outcome, facts)
+
+
+def _prepare(ctx: StageContext[FinetuneOptions]) -> dict[str, Any]:
+    """Packs the pairs into `work/pairs`, unless an earlier try has: what they came to is in `pairs.json`, last."""
+    target = join(ctx.work, "pairs")
+    if exists(join(target, "pairs.json")):
+        facts: dict[str, Any] = json.loads(read_bytes(join(target, "pairs.json")))
+        return facts
+    facts = _pack(ctx, target)
+    write_bytes(join(target, "pairs.json"), json.dumps(facts).encode())
+    cut, dropped = facts["truncated"], facts["dropped"]
+    if cut or dropped:
+        length = ctx.options.sequence_length
+        ctx.progress.say(f"{cut:,} pairs cut at {length} tokens, {dropped:,} left out (their prompt fills it)")
+    return facts
+
+
+def _pack(ctx: StageContext[FinetuneOptions], target: str) -> dict[str, Any]:
+    from modelyard.train.pairs import PackedPairs, encode, split
+
+    options = ctx.options
+    kept, held = split(_pairs(ctx.inputs["data"]), options.heldout)
+    if not kept:
+        raise DataError("there are no pairs to train on", place=_name(ctx.inputs["data"]), mend="give more pairs")
+    tokenizer = _tokenizer(ctx.inputs["model"])
+    encoded, counts = encode(kept, tokenizer, options.sequence_length)
+    pad = tokenizer.pad_token_id or 0
+    train = PackedPairs.pack(encoded, options.sequence_length, options.seed, pad)
+    with tempfile.TemporaryDirectory() as folder:
+        train.save(Path(folder) / "train.npz")
+        unseen = _pack_heldout(ctx, held, tokenizer, pad, Path(folder))
+        lines = "".join(json.dumps(pair.dump(), ensure_ascii=False) + "\n" for pair in held)
+        (Path(folder) / "heldout.jsonl").write_text(lines, encoding="utf-8")
+        upload(folder, target)
+    return {
+        "sequences": len(train),
+        "filled": train.filled,
+        "heldout_pairs": len(held),
+        "heldout_truncated": unseen.truncated if unseen else 0,
+        **asdict(counts),
+    }
+
+
+def _pack_heldout(
+    ctx: StageContext[FinetuneOptions], held: list[Pair], tokenizer: Any, pad: int, folder: Path
+) -> Counts | None:
+    from modelyard.train.pairs import PackedPairs, encode
+
+    if not held:
+        return None
+    encoded, counts = encode(held, tokenizer, ctx.options.sequence_length)
+    PackedPairs.pack(encoded, ctx.options.sequence_length, ctx.options.seed, pad).save(folder / "heldout.npz")
+    return counts
+
+
+def _name(data: Artifact | Files) -> str:
+    return data.uri if isinstance(data, Artifact) else data.refs[0].uri
+
+
+def _pairs(data: Artifact | Files) -> Iterator[Pair]:
+    """All pairs of the input, in a fixed order."""
+    from modelyard.train.pairs import read_jsonl
+
+    if isinstance(data, Artifact):
+        yield from _parquet_pairs(data)
+        return
+    for ref in data.refs:
+        yield from read_jsonl(read_bytes(ref.uri).decode("utf-8").split("\n"), ref.uri)
+
+
+def _parquet_pairs(data: Artifact) -> Iterator[Pair]:
+    import pyarrow.parquet as pq
+
+    from modelyard.train.pairs import from_row
+
+    for name, _ in list_files(data.join("data")):
+        uri = data.join("data", name)
+        filesystem, path = arrow_filesystem(uri)
+        file = pq.ParquetFile(path, filesystem=filesystem)
+        if "prompt" not in file.schema_arrow.names:
+            raise DataError(
+                "the curated data has no column prompt",
+                place=uri,
+                mend="curate pairs (read: {python: docstrings}) or give JSONL with prompt and completion",
+            )
+        row = 0
+        for batch in file.iter_batches(columns=["prompt", "text"]):
+            for record in batch.to_pylist():
+                yield from_row(record, f"{uri}:row {row}")
+                row += 1
+
+
+def _tokenizer(model: Artifact | Files) -> Any:
+    """The transformers tokenizer of a model input. Raises DataError when the folder has none."""
+    from transformers import AutoTokenizer
+
+    place = model_place(model, "model")
+    if not isinstance(place, str):
+        folder = place[0].local(place[1])
+    else:
+        folder = download(place, tempfile.mkdtemp(prefix="modelyard-tokenizer-")) if is_remote(place) else Path(place)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"the model folder has no tokenizer: {error}", place=str(folder), mend="copy the tokenizer files into it"
+        ) from error
+
+
+def _result(outcome: Outcome, facts: Mapping[str, Any]) -> StageResult:
+    heldout = outcome.heldout_loss
+    metrics = {
+        "loss": outcome.loss,
+        "tokens_per_second": outcome.tokens_per_second,
+        "train_seconds": outcome.seconds,
+        "filled": float(facts["filled"]),
+    }
+    if heldout is not None:
+        metrics["heldout_loss"] = heldout
+    shown = "no held-out pairs" if heldout is None else f"held-out loss {heldout:.3f}"
+    return StageResult(
+        summary=f"{facts['pairs']:,} pairs, {outcome.trainable / 1e3:,.0f} k of {outcome.parameters / 1e6:.1f} M "
+        f"parameters trained, {shown}",
+        counts={
+            "parameters": outcome.parameters,
+            "trainable": outcome.trainable,
+            "steps": outcome.steps,
+            "pairs": int(facts["pairs"]),
+            "heldout_pairs": int(facts["heldout_pairs"]),
+            "truncated": int(facts["truncated"]),
+            "dropped": int(facts["dropped"]),
+        },
+        metrics=metrics,
+    )
+
+
+def _page(ctx: StageContext[FinetuneOptions], outcome: Outcome, facts: Mapping[str, Any]) -> Page:
+    from modelyard.train.report import Page
+
+    heldout = outcome.heldout_loss
+    rows = [
+        ("pairs", f"{facts['pairs']:,}, {facts['heldout_pairs']:,} more held out"),
+        ("cut to fit", f"{facts['truncated']:,}"),
+        ("left out, prompt too long", f"{facts['dropped']:,}"),
+        ("sequences filled", f"{facts['filled']:.0%}"),
+        ("trained", f"{outcome.trainable:,} of {outcome.parameters:,} parameters, {outcome.steps:,} steps"),
+        ("held-out loss", "none" if heldout is None else f"{heldout:.4f} nats an answer token"),
+        ("last training loss", f"{outcome.loss:.4f}"),
+        ("throughput", f"{outcome.tokens_per_second:,.0f} tokens a second on {ctx.options.resources.workers} workers"),
+        ("time", f"{outcome.seconds:.0f} s"),
+    ]
+    return Page(f"Fine-tuning: {ctx.name}", rows, curves(outcome.history))

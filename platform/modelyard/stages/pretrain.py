@@ -1,0 +1,174 @@
+"""Stage `pretrain`: token shards become a model, from fresh weights or from another model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from modelyard.errors import RecipeError
+from modelyard.models.options import ModelOptions
+from modelyard.planner.estimate import Estimate
+from modelyard.stages.base import InputSpec, PlanContext, Stage, StageContext, StageResult
+from modelyard.stages.training import (
+    Config,
+    TrainingStageOptions,
+    check_training,
+    clear,
+    curves,
+    model_config,
+    model_place,
+    planned_config,
+    predict,
+    warnings,
+    write_results,
+)
+from modelyard.storage import Artifact, join, read_bytes
+
+if TYPE_CHECKING:
+    from modelyard.train.loop import Outcome
+    from modelyard.train.report import Page
+
+
+class PretrainOptions(TrainingStageOptions):
+    """Causal language modelling; the default budget is one epoch."""
+
+    kind: Literal["pretrain"] = Field(description="stage kind")
+    model: ModelOptions | None = Field(None, description="the model to build; null = continue the input `model`")
+
+
+class PretrainStage(Stage[PretrainOptions]):
+    """See the module."""
+
+    kind = "pretrain"
+    Options = PretrainOptions
+    inputs: ClassVar[Mapping[str, InputSpec]] = {
+        "tokens": InputSpec(kinds=("tokenize",)),
+        "model": InputSpec(kinds=("pretrain", "finetune"), files=True, required=False),
+    }
+
+    def check(self, ctx: PlanContext[PretrainOptions]) -> None:
+        """Raises the errors of `check_training`, and RecipeError when model and input `model` are both given."""
+        options = ctx.options
+        warm = "model" in options.inputs
+        if warm == (options.model is not None):
+            raise RecipeError(
+                "a model to build and a model to continue are both given" if warm else "no model is given",
+                place="model",
+                mend="give either model (preset or config) or the input model",
+            )
+        check_training(options, _config(ctx), *_shape(ctx))
+
+    def estimate(self, ctx: PlanContext[PretrainOptions]) -> Estimate:
+        """By the planner; tokens need a budget in steps or tokens, or the tokens themselves."""
+        config, (length, _) = _config(ctx), _shape(ctx)
+        tokens = _tokens(ctx, length)
+        if config is None or length is None or tokens is None:
+            notes = ("size and time are known once its inputs are", *warnings(ctx.options))
+            return Estimate(tokens=tokens, notes=notes)
+        return predict(ctx.options, config, tokens, length)
+
+    def run(self, ctx: StageContext[PretrainOptions]) -> StageResult:
+        """Trains on Ray Train workers and writes model, loss table and report."""
+        from modelyard.stages.workers import Assignment, run_workers
+        from modelyard.train.programs import PretrainJob
+
+        tokens, options = ctx.artifact("tokens"), ctx.options
+        facts = _facts(tokens)
+        for warning in warnings(options):
+            ctx.progress.say(f"[yellow]warning[/]: {warning}")
+        places: dict[str, tuple[Artifact, str] | str] = {"tokens": (tokens, "")}
+        if "model" in ctx.inputs:
+            places["start"] = model_place(ctx.inputs["model"], "model")
+        steps = options.total_steps(int(facts["train_sequences"]), int(facts["sequence_length"]))
+        job = PretrainJob(
+            tokens="",
+            output=join(ctx.output, "model"),
+            train=options.training(),
+            model=options.model,
+            checkpoints=join(ctx.work, "checkpoints"),
+        )
+        clear(ctx, "model", "loss.csv", "report.html")
+        outcome = run_workers(
+            ctx, Assignment("modelyard.train.programs:pretrain", job, places), steps, options.restarts
+        )
+        unigram = float(facts["unigram_entropy"])
+        write_results(ctx, outcome, _page(ctx, outcome, unigram))
+        return _result(outcome, unigram)
+
+
+def _facts(tokens: Artifact) -> dict[str, Any]:
+    """The token artifact's own description."""
+    facts: dict[str, Any] = json.loads(read_bytes(tokens.join("tokens.json")))
+    return facts
+
+
+def _config(ctx: PlanContext[PretrainOptions]) -> Config | None:
+    """The model's configuration, if it can be known yet."""
+    if ctx.options.model is None:
+        return model_config(ctx.inputs.get("model"), "model")
+    return planned_config(ctx.options.model, _shape(ctx)[1] or 1)
+
+
+def _shape(ctx: PlanContext[PretrainOptions]) -> tuple[int | None, int | None]:
+    """Sequence length and vocabulary of the tokens, from the artifact or from the options that will make it."""
+    tokens = ctx.inputs.get("tokens")
+    if isinstance(tokens, Artifact):
+        facts = _facts(tokens)
+        return int(facts["sequence_length"]), int(facts["vocab_size"])
+    before = ctx.upstream.get("tokens")
+    train = getattr(getattr(before, "tokenizer", None), "train", None)
+    return getattr(before, "sequence_length", None), getattr(train, "vocab_size", None)
+
+
+def _tokens(ctx: PlanContext[PretrainOptions], length: int | None) -> int | None:
+    """Tokens the budget comes to, if it can be known yet."""
+    options, tokens = ctx.options, ctx.inputs.get("tokens")
+    if length is None:
+        return options.tokens
+    if isinstance(tokens, Artifact):
+        return options.total_steps(int(_facts(tokens)["train_sequences"]), length) * options.global_batch * length
+    if options.steps is None and options.tokens is None:
+        return None
+    return options.total_steps(1, length) * options.global_batch * length
+
+
+def _result(outcome: Outcome, unigram: float) -> StageResult:
+    heldout = outcome.heldout_loss
+    metrics = {
+        "loss": outcome.loss,
+        "unigram_entropy": unigram,
+        "tokens_per_second": outcome.tokens_per_second,
+        "train_seconds": outcome.seconds,
+    }
+    if heldout is not None:
+        metrics["heldout_loss"] = heldout
+    shown = "no held-out data" if heldout is None else f"held-out loss {heldout:.3f} (unigram {unigram:.3f} nats)"
+    return StageResult(
+        summary=f"{outcome.parameters / 1e6:.1f} M parameters, {outcome.tokens / 1e6:.2f} M tokens, {shown}, "
+        f"{outcome.tokens_per_second:,.0f} tokens/s",
+        counts={"parameters": outcome.parameters, "tokens": outcome.tokens, "steps": outcome.steps},
+        metrics=metrics,
+    )
+
+
+def _page(ctx: StageContext[PretrainOptions], outcome: Outcome, unigram: float) -> Page:
+    from modelyard.train.report import Page
+
+    heldout = outcome.heldout_loss
+    facts = [
+        ("parameters", f"{outcome.parameters:,}"),
+        ("tokens", f"{outcome.tokens:,} in {outcome.steps:,} steps"),
+        ("held-out loss", "none" if heldout is None else f"{heldout:.4f} nats a token"),
+        ("unigram entropy of the held-out text", f"{unigram:.4f} nats a token"),
+        ("last training loss", f"{outcome.loss:.4f}"),
+        ("throughput", f"{outcome.tokens_per_second:,.0f} tokens a second on {ctx.options.resources.workers} workers"),
+        ("time", f"{outcome.seconds:.0f} s"),
+        ("skipped updates", str(outcome.skipped)),
+    ]
+    notes = [
+        "A model that knew only how often each token occurs would have the unigram entropy as its loss.",
+    ]
+    return Page(f"Pre-training: {ctx.name}", facts, curves(outcome.history, ("unigram entropy", unigram)), notes)

@@ -1,0 +1,248 @@
+"""What the stages that train share: options, checks and predictions before any work, reports after it. Light."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from modelyard.errors import DataError, RecipeError, ResourceError
+from modelyard.models.options import ModelOptions
+from modelyard.planner.estimate import Estimate
+from modelyard.recipe.schema import Resources, StageOptions, runtime
+from modelyard.stages.base import StageContext
+from modelyard.storage import Artifact, Files, exists, join, read_bytes, write_bytes
+from modelyard.train.options import TrainOptions
+
+if TYPE_CHECKING:
+    from modelyard.train.loop import Outcome
+    from modelyard.train.report import Page
+
+Config = dict[str, Any]
+
+_SPEED_LIMIT = 0.03
+"""AdamW peak rates above this diverge for every transformer size we know of; warned about, not refused."""
+
+
+class TrainingStageOptions(StageOptions, TrainOptions):
+    """Fields every training stage has: resources, inputs, and how to train."""
+
+    restarts: int = runtime(3, "how often failed workers are started again before the stage fails", ge=0)
+
+    def training(self) -> TrainOptions:
+        """The part the training core reads."""
+        return TrainOptions(**{name: getattr(self, name) for name in TrainOptions.model_fields})
+
+
+def model_place(value: Artifact | Files, name: str) -> tuple[Artifact, str] | str:
+    """Where a model input's folder is: inside an artifact, or the folder that holds `config.json`.
+
+    Raises:
+        DataError: the files hold no `config.json`.
+    """
+    if isinstance(value, Artifact):
+        return value, "model"
+    for ref in value.refs:
+        if PurePosixPath(ref.uri).name == "config.json":
+            return ref.uri.rsplit("/", 1)[0]
+    raise DataError(
+        "the files are not a model folder: there is no config.json",
+        place=f"inputs.{name}",
+        mend="give the folder that save_pretrained wrote, as path/*",
+    )
+
+
+def model_config(value: Artifact | Files | None, name: str) -> Config | None:
+    """The configuration of a model input that exists already; None when it does not yet."""
+    if value is None:
+        return None
+    place = model_place(value, name)
+    folder = place if isinstance(place, str) else place[0].join(place[1])
+    config: Config = json.loads(read_bytes(join(folder, "config.json")))
+    return config
+
+
+def planned_config(options: ModelOptions, vocab_size: int) -> Config:
+    """The configuration a model will be built with, defaults of its architecture included."""
+    settings = options.settings()
+    settings.setdefault("vocab_size", vocab_size)
+    if options.preset is not None:
+        return settings
+    from modelyard.models.build import build_config
+
+    return dict(build_config(options, min(vocab_size, settings["vocab_size"])).to_dict())
+
+
+def check_training(
+    options: TrainingStageOptions, config: Config | None, sequence_length: int | None, vocab_size: int | None
+) -> None:
+    """Refuses what cannot work, as far as it is known.
+
+    Raises:
+        ResourceError: the mesh or the global batch does not fit the number of workers.
+        RecipeError: heads do not divide the width, or sequences are longer than the model's.
+        DataError: the tokens' vocabulary does not fit the model.
+    """
+    _check_layout(options)
+    if config is None:
+        return
+    _check_heads(config)
+    longest = config.get("max_position_embeddings") or config.get("n_positions")
+    if sequence_length and longest and sequence_length > longest:
+        raise RecipeError(
+            f"sequences of {sequence_length:,} tokens are longer than the model's {longest:,}",
+            place="model.max_position_embeddings",
+            mend="use a shorter sequence_length, or raise model.max_position_embeddings",
+        )
+    rows = config.get("vocab_size")
+    if vocab_size and rows and rows < vocab_size:
+        raise DataError(
+            f"the tokens have a vocabulary of {vocab_size:,}, the model's embedding has {rows:,} rows",
+            place="model.vocab_size",
+            mend="leave model.vocab_size out, or tokenize with the model's own tokenizer",
+        )
+
+
+def _check_layout(options: TrainingStageOptions) -> None:
+    workers, parallel = options.resources.workers, options.parallel
+    shard = parallel.shard or max(1, workers // parallel.data)
+    if parallel.data * shard != workers:
+        raise ResourceError(
+            f"data {parallel.data} x shard {shard} is {parallel.data * shard}, but there are {workers} workers",
+            place="parallel",
+            mend="choose degrees whose product is resources.workers, or leave parallel out",
+        )
+    if options.global_batch < workers:
+        raise ResourceError(
+            f"a global batch of {options.global_batch} sequences cannot feed {workers} workers",
+            place="global_batch",
+            mend=f"raise global_batch to at least {workers}, or use fewer workers",
+        )
+
+
+def _check_heads(config: Config) -> None:
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    if hidden and heads and not config.get("head_dim") and hidden % heads:
+        raise RecipeError(
+            f"{heads} attention heads do not divide hidden_size {hidden}",
+            place="model.num_attention_heads",
+            mend=f"choose a divisor of {hidden}",
+        )
+    shared = config.get("num_key_value_heads")
+    if heads and shared and heads % shared:
+        raise RecipeError(
+            f"{shared} key-value heads do not divide {heads} attention heads",
+            place="model.num_key_value_heads",
+            mend=f"choose a divisor of {heads}",
+        )
+
+
+def warnings(options: TrainOptions) -> tuple[str, ...]:
+    """What is allowed but looks like a mistake."""
+    found = []
+    if options.learning_rate > _SPEED_LIMIT:
+        found.append(f"learning_rate {options.learning_rate:g} is far above what AdamW bears (1e-4 to 1e-2)")
+    if options.learning_rate < 1e-7:
+        found.append(f"learning_rate {options.learning_rate:g} is so low that nothing will be learnt")
+    if options.clip is None and options.warmup == 0:
+        found.append("neither clipping nor warm-up: the first steps may diverge")
+    return tuple(found)
+
+
+def predict(
+    options: TrainingStageOptions, config: Config, tokens: float, sequence_length: int, trainable: int | None = None
+) -> Estimate:
+    """Parameters, FLOPs, memory a worker and time, by the planner, with what looks like a mistake as notes.
+
+    Raises:
+        ResourceError: the memory predicted is above what a worker has; names the knob to turn.
+    """
+    from modelyard.planner.layout import Layout
+    from modelyard.planner.training import estimate_training
+
+    resources: Resources = options.resources
+    share = math.ceil(options.global_batch / resources.workers)
+    micro = math.ceil(share / options.accumulation(resources.workers))
+    shard = options.parallel.shard or max(1, resources.workers // options.parallel.data)
+    gpu = bool(resources.gpus_per_worker) or (resources.hardware or "this").lower()[:3] not in ("thi", "cpu")
+    estimate = estimate_training(
+        config,
+        tokens,
+        sequence_length,
+        # The planner cuts evenly; the loop also takes a batch that does not divide.
+        micro * options.accumulation(resources.workers) * resources.workers,
+        resources.workers,
+        resources.hardware,
+        layout=Layout(
+            data=resources.workers, shard=shard, zero=3 if options.parallel.reshard else 2, micro_batch=micro
+        ),
+        precision_name="mixed" if options.precision == "bf16" or (options.precision == "auto" and gpu) else "fp32",
+        trainable=trainable,
+        cores_per_worker=resources.cpus_per_worker,
+        memory_limit=resources.memory_per_worker,
+    )
+    return _with_notes(estimate, warnings(options))
+
+
+def _with_notes(estimate: Estimate, notes: Sequence[str]) -> Estimate:
+    from dataclasses import replace
+
+    return replace(estimate, notes=(*estimate.notes, *notes))
+
+
+def lora_parameters(config: Config, rank: int) -> int:
+    """About how many parameters rank-`rank` adapters on all linear layers of the blocks have."""
+    hidden, layers = int(config.get("hidden_size", 0)), int(config.get("num_hidden_layers", 0))
+    heads = int(config.get("num_attention_heads", 1))
+    size = int(config.get("head_dim") or hidden // heads)
+    shared = int(config.get("num_key_value_heads") or heads) * size
+    width = int(config.get("intermediate_size", 4 * hidden))
+    ends = 2 * (hidden + heads * size) + 2 * (hidden + shared) + 3 * (hidden + width)
+    return rank * layers * ends
+
+
+def write_results(ctx: StageContext[Any], outcome: Outcome, page: Page) -> None:
+    """`loss.csv` and `report.html` in the stage's output, the report in its run too."""
+    import tempfile
+    from pathlib import Path
+
+    from modelyard.train.checkpoint import write_history
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_history(Path(folder) / "loss.csv", outcome.history)
+        write_bytes(join(ctx.output, "loss.csv"), (Path(folder) / "loss.csv").read_bytes())
+    html = page.html()
+    write_bytes(join(ctx.output, "report.html"), html.encode())
+    ctx.run.log_text("report.html", html)
+
+
+def curves(history: Sequence[Mapping[str, float]], floor: tuple[str, float] | None = None) -> Sequence[Any]:
+    """Plots of loss (with held-out points and a level to fall under), throughput, rate and gradient norm."""
+    from modelyard.train.report import Line
+
+    def points(name: str) -> list[tuple[float, float]]:
+        return [(row["step"], row[name]) for row in history if name in row]
+
+    loss = [Line("training loss", points("loss"))]
+    if points("heldout_loss"):
+        loss.append(Line("held-out loss", points("heldout_loss"), "#c2410c"))
+    if floor is not None and history:
+        ends = [(history[0]["step"], floor[1]), (history[-1]["step"], floor[1])]
+        loss.append(Line(floor[0], ends, "#5a6472", dashed=True))
+    return (
+        ("Loss, nats a token, by step", loss),
+        ("Tokens a second, by step", [Line("tokens a second", points("tokens_per_second"), "#15803d")]),
+        ("Learning rate, by step", [Line("learning rate", points("learning_rate"), "#7c3aed")]),
+        ("Gradient norm before clipping, by step", [Line("gradient norm", points("grad_norm"), "#b45309")]),
+    )
+
+
+def clear(ctx: StageContext[Any], *names: str) -> None:
+    """Removes what an interrupted try left in the output."""
+    from modelyard.storage import remove
+
+    for name in names:
+        if exists(join(ctx.output, name)):
+            remove(join(ctx.output, name))
