@@ -137,3 +137,17 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s#]+)[^)]*\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_recipes_in_the_documentation_are_valid(page: Path) -> None:
+    """A YAML block is a whole recipe, or stages of one."""
+    import yaml
+
+    from modelyard.stages import registry
+
+    for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        data = yaml.safe_load(block)
+        stages = data.get("stages", data)
+        for name, options in stages.items():
+            assert registry.option_models()[options["kind"]].model_validate(options), name
