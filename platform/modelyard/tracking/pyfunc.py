@@ -9,7 +9,8 @@ from typing import Any
 
 from modelyard.storage import download, is_remote
 
-_NEW_TOKENS = 64
+NEW_TOKENS = 64
+"""Default length of a continuation, in tokens."""
 
 
 class Generator:
@@ -30,7 +31,7 @@ class Generator:
             params: `max_new_tokens` (tokens, default 64).
         """
         prompts = model_input.iloc[:, 0].tolist() if hasattr(model_input, "iloc") else list(model_input)
-        new_tokens = int((params or {}).get("max_new_tokens", _NEW_TOKENS))
+        new_tokens = int((params or {}).get("max_new_tokens", NEW_TOKENS))
         return [self._continue(str(prompt), new_tokens) for prompt in prompts]
 
     def _continue(self, prompt: str, new_tokens: int) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelyard.errors import DataError
 from modelyard.storage.uri import absolute, is_remote
+from modelyard.tracking.pyfunc import NEW_TOKENS
 from modelyard.tracking.redact import flatten
 from modelyard.tracking.sink import FINGERPRINT, Sink
 from modelyard.tracking.store import Store, connect, find_store, translated
@@ -146,11 +147,15 @@ class Registry:
             _write_mlflow_model(Path(scratch), where, labels, run_id, logged.model_id)
             self._client.log_model_artifacts(logged.model_id, scratch)
         self._client.finalize_logged_model(logged.model_id, "READY")
-        # In process, MLflow would look `models:/<id>` up in its global store instead of this one; a server
-        # in turn refuses plain paths as sources.
-        source = f"{_SCHEME}{logged.model_id}" if self.store.remote else logged.artifact_location
+        # In process, MLflow looks logged models up in its global store instead of this one, both for
+        # `models:/<id>` and for a version without a run; a server in turn refuses plain paths as sources.
+        remote = self.store.remote
         made = self._client.create_model_version(
-            name, source, run_id=run_id, tags=dict(labels), model_id=logged.model_id
+            name,
+            f"{_SCHEME}{logged.model_id}" if remote else logged.artifact_location,
+            run_id=run_id,
+            tags=dict(labels),
+            model_id=logged.model_id if remote or run_id else None,
         )
         return int(made.version)
 
@@ -183,9 +188,11 @@ def _parse(reference: str) -> tuple[str, str, str]:
 def _write_mlflow_model(folder: Path, where: str, labels: Mapping[str, str], run_id: str | None, model_id: str) -> None:
     from mlflow import pyfunc
     from mlflow.models import Model, ModelSignature
-    from mlflow.types import ColSpec, DataType, Schema
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
-    signature = ModelSignature(Schema([ColSpec(DataType.string, "prompt")]), Schema([ColSpec(DataType.string)]))
+    text = Schema([ColSpec(DataType.string)])
+    length = ParamSchema([ParamSpec("max_new_tokens", DataType.integer, NEW_TOKENS)])
+    signature = ModelSignature(text, text, length)
     model = Model(
         run_id=run_id, model_id=model_id, signature=signature, metadata={"uri": where, **_short(labels)},
         model_size_bytes=_size(where),

@@ -121,7 +121,7 @@ def translated(place: str) -> Iterator[None]:
         yield
     except MlflowException as error:
         kind = Unreachable if _transient(error) else Refused
-        raise kind(_first_line(error), place=place, mend=_mend(place)) from error
+        raise kind(_first_line(error), place=place, mend=_mend(place) if kind is Unreachable else "") from error
     except (OSError, sqlalchemy.exc.SQLAlchemyError) as error:
         raise Unreachable(_first_line(error), place=place, mend=_mend(place)) from error
 
@@ -165,8 +165,11 @@ def _initialising(store: Store) -> Iterator[None]:
 
 
 def _transient(error: Exception) -> bool:
+    # INTERNAL_ERROR is also MLflow's default for its own refusals; a failed HTTP call names itself.
     code = getattr(error, "error_code", "")
-    return code in ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED")
+    if code == "INTERNAL_ERROR":
+        return str(error).startswith("API request to")
+    return code in ("TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED")
 
 
 def _first_line(error: Exception) -> str:
