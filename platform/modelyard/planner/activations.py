@@ -50,28 +50,48 @@ def layer_bytes(layer: Layer, tokens: float, sequence_length: int, width: int, c
     kv = max(layer.kv_heads // t, 1) if layer.kv_heads >= t else 1
     heads = layer.heads / t
     blocks = 2 if layer.cross == 0 else 3
-    norms = blocks * layer.hidden * (_ROWS_FP32 + 2 * width) / cut.outer
+    norms = blocks * layer.hidden * (2 * width if layer.layer_norm else _ROWS_FP32 + 2 * width) / cut.outer
     query, value = heads * layer.head_dim, heads * layer.value_dim
     projected = query + kv * (layer.head_dim + layer.value_dim)
     scores = heads * _ROWS_FP32
     if attention == "eager":
-        scores = 2 * heads * sequence_length * width + heads * sequence_length * (_ROWS_FP32 if width < 4 else 0)
+        # Probabilities, and keys and values repeated for every query head.
+        scores = heads * sequence_length * (width if width == 4 else width + _ROWS_FP32)
+        projected += (heads - kv) * (layer.head_dim + layer.value_dim)
     attended = (projected + value) * width + scores
-    return tokens * (norms + attended * (1 if layer.cross == 0 else 2) + _ffn_values(layer) / t * width)
+    if layer.qk_norm:
+        attended += (query + kv * layer.head_dim) * (_ROWS_FP32 + width)
+    attended *= 1 if layer.cross == 0 else 2
+    return tokens * (norms + attended + _ffn_values(layer) / t * width)
+
+
+_WRITTEN_OUT = {"gelu_new": 3, "gelu_fast": 3, "gelu_10": 2, "quick_gelu": 1}
+"""Tensors of the FFN's width that an activation written out in operations keeps beyond a fused one's."""
 
 
 def _ffn_values(layer: Layer) -> float:
-    """Values a token keeps in the FFN: with a gate both projections, the activation and the product."""
-    inner = layer.active_width * (4 if layer.matrices == 3 else 2)
+    """Values a token keeps in the FFN.
+
+    With a gate: both projections, the activation and the product. Without: the activation's input and
+    output (ReLU keeps only its output).
+    """
+    kept = 4 if layer.matrices == 3 else 1 if layer.activation == "relu" else 2
+    inner = layer.active_width * (kept + _WRITTEN_OUT.get(layer.activation, 0))
     if layer.experts == 1:
         return float(inner)
     # Routed tokens are copied to their experts and back before they are summed, and the router keeps its scores.
     return float(inner + 2 * layer.experts_active * layer.hidden + 3 * layer.experts)
 
 
-def head_bytes(model: Architecture, tokens: float, cut: Cut, copies: float = 4.0) -> float:
-    """Bytes of logits at the peak: the logits, their log-softmax and both gradients, in fp32 (`copies` of them)."""
+def head_bytes(model: Architecture, tokens: float, cut: Cut, copies: float = 3.0) -> float:
+    """Bytes at the loss: the log-softmax and the gradients on both sides of it, in fp32 (`copies` of the logits)."""
     return tokens / cut.context * model.vocab / cut.tensor * 4.0 * copies
+
+
+def norm_bytes(hidden: int, tokens: float, width: int, cut: Cut, layer_norm: bool) -> float:
+    """Bytes one norm keeps: its input and its output, and an RMS norm written out in operations one copy more."""
+    kept = 2 * width if layer_norm else _ROWS_FP32 + 2 * width
+    return tokens / cut.context * hidden * kept / cut.outer
 
 
 def input_bytes(layer: Layer, tokens: float, width: int, cut: Cut) -> float:

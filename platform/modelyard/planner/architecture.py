@@ -27,6 +27,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "chosen": ("num_experts_per_tok", "moe_topk"),
     "expert_width": ("moe_intermediate_size",),
     "window": ("sliding_window",),
+    "activation": ("hidden_act", "hidden_activation", "activation_function", "dense_act_fn"),
 }
 
 
@@ -81,6 +82,9 @@ class Layer:
     experts_active: int
     window: int | None
     causal: bool
+    layer_norm: bool
+    qk_norm: bool
+    activation: str
     latent: int
     """Cached values a token under multi-head latent attention; 0 = plain keys and values are cached."""
 
@@ -126,6 +130,11 @@ class Architecture:
         """Every group of layers, encoder first."""
         yield from self.encoder
         yield from self.layers
+
+    @property
+    def layer_norm(self) -> bool:
+        """Whether norms are LayerNorms (one fused operation) rather than RMS norms (written out)."""
+        return self.layers[0].layer_norm
 
     @property
     def depth(self) -> int:
@@ -223,7 +232,7 @@ def _ffn(config: Mapping[str, Any], family: Family, hidden: int, sparse: bool) -
             "matrices": matrices, "experts": 1, "experts_active": 1,
         }  # fmt: skip
     experts = require(config, "experts")
-    chosen = min(int(read(config, "chosen", 1)), experts)
+    chosen = min(int(read(config, "chosen", family.chosen)), experts)
     width = int(read(config, "expert_width", width))
     shared = _shared_width(config, width)
     expert, common = _mlp(hidden, width, matrices, bias), _mlp(hidden, shared, matrices, bias) if shared else 0
@@ -256,7 +265,9 @@ def _layer(
     norms = family.norms - (family.parallel_single_norm and config.get("num_ln_in_parallel_attn", 0) != 2)
     return Layer(
         count=count, hidden=hidden, heads=heads, cross=attention["attention"] * cross,
-        norm=_norm(config, family, hidden) * (norms + cross), window=window, causal=causal, **attention, **shapes,
+        norm=_norm(config, family, hidden) * (norms + cross), window=window, causal=causal,
+        layer_norm=family.norm == "layer", qk_norm=family.qk_norm != "",
+        activation=str(read(config, "activation", family.activation)), **attention, **shapes,
     )  # fmt: skip
 
 

@@ -14,7 +14,8 @@ class Family:
     A trait given as a string is a config key to look up (`!key` for its opposite). `norm` is `rms`
     (a scale), `layer` (scale and shift) or `none`; `norms` counts those of one layer and `norm`s of
     queries and keys come by `qk_norm`: `head` (one vector of a head's size each) or `full` (the whole
-    projected width).
+    projected width). `chosen` (experts a token) and `activation` are what the class assumes where the
+    config does not say.
     """
 
     kind: str = "decoder"
@@ -42,6 +43,8 @@ class Family:
     sinks: bool = False
     window_all: bool = False
     ffn_multiple: int = 0
+    chosen: int = 1
+    activation: str = "silu"
 
 
 _LLAMA = Family(qkv_bias="attention_bias", out_bias="attention_bias", ffn_bias="mlp_bias")
@@ -54,7 +57,7 @@ _BART = Family(
     final_norm=False, embedding_norm=True, learned_positions=True, position_offset=2,
 )  # fmt: skip
 _VIT = Family(kind="vision", gated=False, norm="layer", qkv_bias="qkv_bias", out_bias=True, ffn_bias=True)
-_T5 = Family(kind="encoder_decoder", gated="is_gated_act", tied=True)
+_T5 = Family(kind="encoder_decoder", gated="is_gated_act", tied=True, activation="relu")
 _QWEN3 = Family(qkv_bias="attention_bias", out_bias="attention_bias", qk_norm="head")
 
 FAMILIES: Mapping[str, Family] = {
@@ -64,8 +67,8 @@ FAMILIES: Mapping[str, Family] = {
         gated=False, norm="layer", qkv_bias=True, out_bias=True, ffn_bias=True, tied=True, embedding_norm=True,
         ffn_multiple=4,
     ),
-    "deepseek_v2": Family(latent=True, sparse=True),
-    "deepseek_v3": Family(latent=True, sparse=True),
+    "deepseek_v2": Family(latent=True, sparse=True, chosen=8),
+    "deepseek_v3": Family(latent=True, sparse=True, chosen=8),
     "falcon": Family(
         gated=False, norm="layer", qkv_bias="bias", out_bias="bias", ffn_bias="bias", tied=True, multi_query=True,
         parallel_single_norm=True, ffn_multiple=4,
@@ -77,17 +80,17 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "gpt2": Family(
         gated=False, norm="layer", qkv_bias=True, out_bias=True, ffn_bias=True, tied=True, learned_positions=True,
-        ffn_multiple=4,
+        ffn_multiple=4, activation="gelu_new",
     ),
     "gpt_neox": Family(gated=False, norm="layer", qkv_bias="attention_bias", out_bias="attention_bias", ffn_bias=True),
-    "gpt_oss": Family(qkv_bias=True, out_bias=True, ffn_bias=True, sparse=True, router_bias=True, sinks=True),
+    "gpt_oss": Family(qkv_bias=True, out_bias=True, ffn_bias=True, sparse=True, router_bias=True, sinks=True, chosen=4),
     "granite": _LLAMA,
     "llama": _LLAMA,
     "mistral": Family(window_all=True),
-    "mixtral": Family(sparse=True, window_all=True),
+    "mixtral": Family(sparse=True, window_all=True, chosen=2),
     "mt5": _T5,
     "olmo2": Family(qkv_bias="attention_bias", out_bias="attention_bias", qk_norm="full"),
-    "olmoe": Family(qkv_bias="attention_bias", out_bias="attention_bias", qk_norm="full", sparse=True),
+    "olmoe": Family(qkv_bias="attention_bias", out_bias="attention_bias", qk_norm="full", sparse=True, chosen=8),
     "opt": Family(
         gated=False, norm="layer", qkv_bias="enable_bias", out_bias="enable_bias", ffn_bias="enable_bias", tied=True,
         learned_positions=True, position_offset=2,
@@ -97,9 +100,9 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "phi3": Family(window_all=True),
     "qwen2": Family(qkv_bias=True),
-    "qwen2_moe": Family(qkv_bias="qkv_bias", sparse=True, shared_gate=True),
+    "qwen2_moe": Family(qkv_bias="qkv_bias", sparse=True, shared_gate=True, chosen=4),
     "qwen3": _QWEN3,
-    "qwen3_moe": Family(qkv_bias="attention_bias", out_bias="attention_bias", qk_norm="head", sparse=True),
+    "qwen3_moe": Family(qkv_bias="attention_bias", out_bias="attention_bias", qk_norm="head", sparse=True, chosen=8),
     "roberta": _BERT,
     "smollm3": _LLAMA,
     "stablelm": Family(norm="layer", qkv_bias="use_qkv_bias"),

@@ -27,6 +27,7 @@ class Layout:
         expert: devices the experts of one layer are spread over; cut out of the data-parallel ones.
         micro_batch: sequences in one forward pass of one worker.
         recompute: activations computed again in backward.
+        sync_each: gradients are reduced after every micro-batch; false = kept whole until the last one.
         offload: optimizer states and sharded parameters live in the host's memory.
     """
 
@@ -42,6 +43,7 @@ class Layout:
     expert: int = 1
     micro_batch: int = 1
     recompute: Recompute = "none"
+    sync_each: bool = True
     offload: bool = False
 
     @property

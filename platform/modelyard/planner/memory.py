@@ -46,12 +46,13 @@ class _Stage:
     layers: tuple[tuple[Layer, float], ...]
     in_flight: float
     has_head: bool
+    has_embedding: bool = False
 
 
 def training_memory(
     config: Mapping[str, Any] | Architecture, *, sequence_length: int, layout: Layout | None = None,
     optimizer: str = "adamw", precision_name: str | Precision = "fp32", attention: act.Attention = "flash",
-    micro_batches: int = 1, trainable: int | None = None, fused_optimizer: bool = True, logit_copies: float = 4.0,
+    micro_batches: int = 1, trainable: int | None = None, fused_optimizer: bool = True, logit_copies: float = 3.0,
     overhead: float = 0.0,
 ) -> TrainingMemory:  # fmt: skip
     """Peak memory of the heaviest worker.
@@ -110,12 +111,12 @@ def _stages(a: Architecture, layout: Layout, micro_batches: int) -> list[_Stage]
     experts = sum(x.count * (x.ffn - x.matrices * x.hidden * x.shared_width) for x in a.stack() if x.experts > 1)
     body = p.total - p.embedding - p.positions - p.head - p.other
     if layout.pipeline == 1:
-        return [_Stage(p.total - experts, experts, layers, 1.0, True)]
+        return [_Stage(p.total - experts, experts, layers, 1.0, True, True)]
     first = (body - experts) * share + p.embedding + p.positions
     last = (body - experts) * share + p.other + (p.head or p.embedding)
     held = [in_flight(layout, stage, micro_batches) for stage in (0, layout.pipeline - 1)]
     return [
-        _Stage(first, experts * share, layers, held[0], False),
+        _Stage(first, experts * share, layers, held[0], False, True),
         _Stage(last, experts * share, layers, held[1], True),
     ]
 
@@ -126,27 +127,15 @@ def _stage_memory(
 ) -> TrainingMemory:  # fmt: skip
     held = (stage.parameters + stage.experts / layout.expert) / layout.tensor
     trained = held if trainable is None else min(trainable / layout.tensor / layout.pipeline, held)
-    shards = [layout.shard if layout.zero >= level else 1 for level in (1, 2, 3)]
-    states = _state_bytes(a, p, optimizer)
-    parameters = held * p.weights / shards[2]
-    gradients = trained * p.gradients / shards[1]
-    optimizing = trained * states / shards[0]
-    host = layout.offload and layout.zero == 3
-    kept, working = _activation_bytes(stage, layout, p, sequence_length, attention)
-    logits = 0.0
-    if stage.has_head:
-        tokens = layout.micro_batch * sequence_length
-        logits = act.head_bytes(a, tokens, act.Cut(layout.tensor, layout.sequence_parallel, layout.context), copies)
-    gathered = _gathered(a, stage, layout, p)
-    step = trained * p.weights / shards[0] * (0 if fused else 1)
-    if host:
-        parameters = optimizing = step = 0.0
-    early = gradients if micro_batches > 1 else 0.0
-    moments = {
-        "loss": (early, kept, logits, gathered),
-        "backward": (gradients, working, 0.0, gathered),
-        "optimizer": (gradients, 0.0, 0.0, step),
-    }
+    states = _State(a, stage, layout, p, held, trained / held)
+    moments = _moments(a, stage, layout, p, states, sequence_length, attention, micro_batches, copies)
+    optimizing = trained * _state_bytes(a, p, optimizer) / states.shards[0]
+    step = trained * p.weights / states.shards[0] * (0 if fused else 1)
+    moments["optimizer"] = (states.gradients, 0.0, 0.0, step)
+    parameters = states.parameters
+    if layout.offload and layout.zero == 3:
+        parameters = optimizing = 0.0
+        moments["optimizer"] = (0.0, 0.0, 0.0, 0.0)
     peaks = {name: parameters + optimizing + sum(parts) + overhead for name, parts in moments.items()}
     moment = max(peaks, key=lambda name: peaks[name])
     now = moments[moment]
@@ -154,6 +143,73 @@ def _stage_memory(
         parameters=parameters, gradients=now[0], optimizer=optimizing, activations=now[1], logits=now[2],
         temporary=now[3], overhead=overhead, peak=peaks[moment], moment=moment,
     )  # fmt: skip
+
+
+class _State:
+    """Bytes of weights and gradients of one stage, sharded and gathered."""
+
+    def __init__(
+        self, a: Architecture, stage: _Stage, layout: Layout, p: Precision, held: float, trained: float
+    ) -> None:
+        self.shards = [layout.shard if layout.zero >= level else 1 for level in (1, 2, 3)]
+        self.sharded = layout.zero >= 2 and layout.shard > 1
+        self.parameters = held * p.weights / self.shards[2]
+        if layout.zero == 2 and self.sharded and not p.master:
+            # FSDP2 without resharding: the shard, and the gathered weights until backward is through.
+            self.parameters = held * (p.weights / layout.shard + p.compute)
+        self.gradients = held * trained * p.gradients / self.shards[1]
+        unsharded = p.compute if self.sharded else p.gradients
+        self.embedding = (a.embedding + a.positions) / layout.tensor * (stage.has_embedding)
+        self.head = (a.head or a.embedding) / layout.tensor * stage.has_head
+        self.tied = a.tied and stage.has_head and layout.pipeline == 1
+        self.root_gradients = trained * unsharded * (self.head + (0 if self.tied else self.embedding))
+        self.head_gradient = trained * unsharded * self.head
+        self.embedding_gradient = trained * unsharded * self.embedding
+        layer = max(((x.parameters - x.ffn) + x.ffn / layout.expert for x, _ in stage.layers), default=0.0)
+        self.layer = layer / layout.tensor
+        gathering = layout.zero == 3 and layout.shard > 1
+        root = self.head + (0 if self.tied else self.embedding)
+        self.root_weights = root * p.compute if gathering else 0.0
+        # The layer at work, the next one arriving, and the buffer it arrives in.
+        self.arriving = 3 * self.layer * p.compute if gathering else 0.0
+        # A reduce-scatter's input and, until it is through, the one before.
+        self.leaving = 2 * self.layer * p.compute * trained if self.sharded else 0.0
+        self.whole = held * trained * p.compute
+        share = (self.head + (0 if self.tied else self.embedding)) / held
+        self.layer_gradients = self.gradients * max(1 - share, 0.0)
+
+
+def _moments(
+    a: Architecture, stage: _Stage, layout: Layout, p: Precision, s: _State, sequence_length: int,
+    attention: act.Attention, micro_batches: int, copies: float,
+) -> dict[str, tuple[float, float, float, float]]:  # fmt: skip
+    """(gradients, activations, logits, temporary) at each moment that can be the peak."""
+    cut = act.Cut(layout.tensor, layout.sequence_parallel, layout.context)
+    tokens = layout.micro_batch * sequence_length
+    kept, working = _activation_bytes(stage, layout, p, sequence_length, attention)
+    logits = act.head_bytes(a, tokens, cut, 1.0) if stage.has_head else 0.0
+    if stage.has_head:
+        kept += act.norm_bytes(a.hidden, tokens, p.compute, cut, a.layer_norm)
+    again = working if layout.recompute == "full" else 0.0
+    flow = act.input_bytes(stage.layers[0][0], tokens, p.compute, cut)
+    early = 0.0
+    if micro_batches > 1:
+        early = s.gradients if layout.sync_each or not s.sharded else s.whole
+    # Gradients of this backward come beside those of earlier micro-batches only until they are added.
+    layers = max(early, s.layer_gradients)
+    tied = 2 * s.embedding_gradient if s.tied else 0.0
+    return {
+        "loss": (early, kept, copies * logits, s.root_weights),
+        "head": (early + s.head_gradient * (early == 0 or s.sharded), kept, logits, s.root_weights),
+        "backward": (
+            early + s.head_gradient * (early == 0 or s.sharded), kept + again + flow, 0.0,
+            s.root_weights + s.arriving + s.leaving,
+        ),
+        "first layer": (
+            layers + s.head_gradient, working, 0.0, s.root_weights + s.arriving + s.leaving,
+        ),
+        "embedding": (layers + s.root_gradients, flow, 0.0, s.root_weights + s.leaving + tied),
+    }  # fmt: skip
 
 
 def _state_bytes(a: Architecture, p: Precision, optimizer: str) -> float:
@@ -175,17 +231,7 @@ def _activation_bytes(
         held = act.kept_bytes(layer, tokens, sequence_length, p.compute, cut, attention, layout.recompute)
         kept += amount * held * stage.in_flight
         working = max(working, one)
-    extra = working if layout.recompute == "full" and not stage.has_head else 0.0
-    return kept + extra, working
-
-
-def _gathered(a: Architecture, stage: _Stage, layout: Layout, p: Precision) -> float:
-    """Bytes of unsharded weights and gradients alive at once under FSDP: two layers, and the root group."""
-    if layout.zero < 3 or layout.shard == 1:
-        return 0.0
-    layer = max(((x.parameters - x.ffn) + x.ffn / layout.expert for x, _ in stage.layers), default=0.0)
-    root = (a.embedding + a.head + a.positions) if layout.pipeline == 1 else max(a.embedding, a.head)
-    return (2 * layer + root) / layout.tensor * p.compute + layer / layout.tensor * p.gradients
+    return kept, working
 
 
 @dataclass(frozen=True)
