@@ -30,6 +30,7 @@ class Choice:
     logprob: TokenLogprob | None = None
 
 
+@torch.inference_mode()
 def sample(logits: Tensor, sequences: list[Sequence]) -> list[Choice]:
     """Chooses one token a row.
 

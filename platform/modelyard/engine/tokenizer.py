@@ -50,8 +50,14 @@ class Tokenizer:
         return int(self.backend.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of `text`; `special` adds what the tokenizer puts around a text (a begin token)."""
-        return list(self.backend.encode(text, add_special_tokens=special).ids)
+        """Token ids of `text`; `special` adds what the tokenizer puts around a text (a begin token).
+
+        Raises DataError for lone surrogates, which JSON can express and UTF-8 cannot.
+        """
+        try:
+            return list(self.backend.encode(text, add_special_tokens=special).ids)
+        except TypeError:
+            raise DataError("the text is not valid Unicode (a lone surrogate)", mend="send valid text") from None
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, special tokens left out; incomplete characters become U+FFFD."""

@@ -27,9 +27,14 @@ def digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
+def new_key() -> str:
+    """A fresh random key."""
+    return "my-" + secrets.token_urlsafe(32)
+
+
 def add_key(file: Path, name: str) -> str:
     """Makes a key for `name`, appends its digest to `file` (mode 0600) and returns the key."""
-    key = "my-" + secrets.token_urlsafe(32)
+    key = new_key()
     line = f"{name} sha256:{digest(key)}"
     if not _LINE.match(line):
         raise RecipeError(f"{name!r} is not a key name", mend="use letters, digits and _.@-, at most 64")

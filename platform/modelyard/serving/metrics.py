@@ -15,7 +15,7 @@ class Metrics:
     """All metrics of one ingress process."""
 
     def __init__(self) -> None:
-        disable_created_metrics()  # one more series a metric that nobody reads
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series a metric that nobody reads
         self.registry = CollectorRegistry()
         self.requests = names.REQUESTS.counter(self.registry)
         self.errors = names.ERRORS.counter(self.registry)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import time
+import traceback
 from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -47,8 +48,10 @@ class Gate:
             await self._answer(scope, receive, counted)
         except ApiError as error:
             await self._refuse(error, counted)
-        except Exception:
-            log.exception("a request failed")
+        except Exception as error:
+            # Where and what kind, never the message: it may quote the prompt.
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            log.error("a request failed with %s\n%s", type(error).__name__, frames)
             if status == 0:
                 await self._refuse(ApiError(500, "internal error", kind="server_error"), counted)
         finally:

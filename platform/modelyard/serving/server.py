@@ -7,12 +7,12 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from modelyard.errors import RecipeError, ResourceError, StageError
-from modelyard.serving.keys import read_keys
+from modelyard.serving.keys import digest, new_key, read_keys
 from modelyard.serving.options import ServeOptions
 
 APPLICATION = "modelyard"
@@ -30,11 +30,13 @@ class ServerHandle:
         name: the model's name in the API.
         url: base URL without `/v1`.
         seconds: from the call to the first answer of `/healthz`.
+        key: an API key made for the caller, valid while this server runs; None when none is asked for.
     """
 
     name: str
     url: str
     seconds: float
+    key: str | None = field(default=None, repr=False)
 
     def shutdown(self) -> None:
         """Drains and stops the server and Ray Serve. Ray itself goes on."""
@@ -60,6 +62,9 @@ def launch(model: str, name: str, options: ServeOptions | None = None) -> Server
     started = time.monotonic()
     o = options or ServeOptions()
     keys = check(o)
+    key = new_key() if keys else None
+    if key is not None:
+        keys = {**(keys or {}), digest(key): "launcher"}
     port = o.port or free_port(o.host)
     if o.use_haproxy:
         _enable_haproxy()
@@ -78,7 +83,7 @@ def launch(model: str, name: str, options: ServeOptions | None = None) -> Server
     except BaseException:
         shutdown()
         raise
-    return ServerHandle(name, url, time.monotonic() - started)
+    return ServerHandle(name, url, time.monotonic() - started, key)
 
 
 def check(options: ServeOptions) -> Mapping[str, str] | None:

@@ -84,9 +84,12 @@ class Service:
         return self._jobs(prompts, body, form, "prompt")
 
     async def _encode(self, text: str, *, special: bool) -> list[int]:
-        if len(text) < LONG_TEXT:
-            return self.tokenizer.encode(text, special=special)
-        return await asyncio.to_thread(self.tokenizer.encode, text, special=special)
+        try:
+            if len(text) < LONG_TEXT:
+                return self.tokenizer.encode(text, special=special)
+            return await asyncio.to_thread(self.tokenizer.encode, text, special=special)
+        except DataError as error:
+            raise ApiError(400, error.what) from None
 
     def _jobs(
         self, prompts: Sequence[list[int]], body: ChatRequest | CompletionRequest, form: Form, field: str
@@ -124,14 +127,17 @@ class Service:
     async def outputs(self, job: Job) -> AsyncGenerator[StepOutput, None]:
         """Messages of one choice, counted; ApiError instead of the engine's errors."""
         watch = self.metrics.watch(len(job.request.prompt))
+        deadline = asyncio.get_running_loop().time() + self.timeout
         try:
-            async with asyncio.timeout(self.timeout), aclosing(self.backend.stream(job.request)) as stream:
-                async for output in stream:
+            async with aclosing(self.backend.stream(job.request)) as stream:
+                while True:
+                    # Around each message, because a stream's first is awaited in another task than the rest.
+                    async with asyncio.timeout_at(deadline):
+                        output = await anext(stream, None)
+                    if output is None:
+                        return
                     watch.saw(output)
-                    if output.finish == "error":
-                        raise ApiError(500, output.error, kind="server_error", code="engine")
-                    if output.finish == "abort":
-                        raise ApiError(503, "the engine stopped", kind="server_error", code="unavailable")
+                    _check_finish(output)
                     yield output
         except TimeoutError:
             message = f"no answer within {self.timeout:.0f} s"
@@ -219,6 +225,14 @@ class Service:
     def usage_tokens(self, jobs: list[Job]) -> int:
         """Prompt tokens to report: each prompt once."""
         return _prompt_tokens(jobs)
+
+
+def _check_finish(output: StepOutput) -> None:
+    """Raises ApiError when the engine gave the request up."""
+    if output.finish == "error":
+        raise ApiError(500, output.error, kind="server_error", code="engine")
+    if output.finish == "abort":
+        raise ApiError(503, "the engine stopped", kind="server_error", code="unavailable")
 
 
 def _prompt_tokens(jobs: list[Job]) -> int:

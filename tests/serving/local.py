@@ -1,0 +1,61 @@
+"""The HTTP application under uvicorn in a thread, with an engine in this process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import uvicorn
+
+from modelyard.engine import EngineOptions, NativeEngine, Tokenizer
+from modelyard.serving.api import build_app
+from modelyard.serving.backend import LocalBackend
+from modelyard.serving.metrics import Metrics
+from modelyard.serving.server import free_port
+from modelyard.serving.service import Service
+
+
+class LocalServer:
+    """`url` answers from construction until :meth:`stop`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        options: EngineOptions | None = None,
+        keys: Mapping[str, str] | None = None,
+        timeout: float = 60.0,
+    ) -> None:
+        self.engine = NativeEngine(folder, options or EngineOptions(max_sequences=4, max_waiting=8, threads=1))
+        self.service = Service(
+            "tiny",
+            Tokenizer(folder),
+            LocalBackend(self.engine),
+            max_length=self.engine.max_length,
+            max_choices=8,
+            timeout=timeout,
+            metrics=Metrics(),
+        )
+        app = build_app(self.service, keys=keys, max_body=100_000)
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self._server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+
+    def idle(self) -> bool:
+        """Waits up to 5 s until the engine has nothing to do; whether it got there with its books in order."""
+        for _ in range(500):
+            stats = self.engine.stats()
+            if stats.running == 0 and stats.waiting == 0:
+                return self.engine.invariants() == []
+            time.sleep(0.01)
+        return False
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+        self.engine.close()

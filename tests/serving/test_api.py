@@ -1,0 +1,295 @@
+"""The OpenAI API over an engine in this process: the official client unchanged, every refusal, every limit."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from local import LocalServer
+
+from modelyard.engine import EngineOptions
+from modelyard.serving.keys import add_key, read_keys
+
+MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture
+def client(local: LocalServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=local.url + "/v1", api_key="none", max_retries=0) as client:
+        yield client
+    assert local.idle()
+
+
+def post(local: LocalServer, body: Any, path: str = "/v1/chat/completions", **kwargs: Any) -> httpx.Response:
+    if not isinstance(body, bytes):
+        body = json.dumps(body).encode()
+    headers = {"content-type": "application/json"} | kwargs.pop("headers", {})
+    return httpx.post(local.url + path, content=body, headers=headers, timeout=30, **kwargs)
+
+
+def refusal(response: httpx.Response, status: int) -> dict[str, Any]:
+    """The error object, after checking its status and shape."""
+    assert response.status_code == status, response.text
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    return error
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [m.id for m in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "modelyard"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+
+
+def test_chat_whole_and_streamed_agree(client: openai.OpenAI) -> None:
+    common: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 20, "temperature": 0}
+    whole = client.chat.completions.create(**common)
+    chunks = list(client.chat.completions.create(**common, stream=True, stream_options={"include_usage": True}))
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].usage == whole.usage
+    assert all(c.usage is None for c in chunks[:-1])
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason == "length"
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 20
+    assert len({c.id for c in chunks}) == 1
+
+
+def test_completions_take_every_form_of_prompt(client: openai.OpenAI, local: LocalServer) -> None:
+    ids = local.service.tokenizer.encode("The scheduler")
+    answers = []
+    for prompt in ("The scheduler", ids, ["The scheduler", "A request"], [ids, ids]):
+        answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=6, temperature=0)
+        answers.append([c.text for c in answer.choices])
+        assert [c.index for c in answer.choices] == list(range(len(answer.choices)))
+    assert answers[0] == answers[1] == answers[2][:1] == answers[3][:1] == answers[3][1:]
+
+
+def test_completions_stream(client: openai.OpenAI) -> None:
+    common: dict[str, Any] = {"model": "tiny", "prompt": ["The", "A"], "max_tokens": 12, "temperature": 0}
+    whole = client.completions.create(**common)
+    text = {0: "", 1: ""}
+    for chunk in client.completions.create(**common, stream=True):
+        text[chunk.choices[0].index] += chunk.choices[0].text
+    assert [text[0], text[1]] == [c.text for c in whole.choices]
+
+
+def test_n_answers_differ_and_a_seed_repeats_them(client: openai.OpenAI) -> None:
+    common: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 12, "n": 3, "seed": 4}
+    first = client.chat.completions.create(**common)
+    again = client.chat.completions.create(**common)
+    texts = [c.message.content for c in first.choices]
+    assert texts == [c.message.content for c in again.choices]
+    assert len(set(texts)) == 3
+    assert first.usage is not None
+    assert first.usage.completion_tokens == 36
+    assert first.usage.prompt_tokens < 20
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    chat = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, max_tokens=4, temperature=0, logprobs=True, top_logprobs=2
+    )
+    entries = chat.choices[0].logprobs
+    assert entries is not None
+    assert entries.content is not None
+    assert len(entries.content) == 4
+    for entry in entries.content:
+        assert entry.logprob == max(t.logprob for t in entry.top_logprobs)
+        assert entry.logprob < 0
+    text = client.completions.create(model="tiny", prompt="The", max_tokens=4, temperature=0, logprobs=2)
+    logprobs = text.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.tokens is not None
+    assert len(logprobs.tokens) == 4
+
+
+def test_stop_strings(client: openai.OpenAI) -> None:
+    common: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 30, "temperature": 0}
+    text = client.chat.completions.create(**common).choices[0].message.content or ""
+    stop = text[3:6]
+    cut = client.chat.completions.create(**common, stop=[stop]).choices[0]
+    assert cut.finish_reason == "stop"
+    assert cut.message.content == text[: text.index(stop)]
+
+
+def test_concurrent_greedy_answers_are_identical(client: openai.OpenAI) -> None:
+    def ask(_: int) -> str:
+        answer = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=16, temperature=0)
+        return answer.choices[0].message.content or ""
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(ask, range(12)))) == 1
+
+
+CHAT = {"model": "tiny", "messages": MESSAGES}
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": 1e400}, "temperature"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "many"}, "max_tokens"),
+        ({"top_p": 0}, "top_p"),
+        ({"n": 0}, "n"),
+        ({"n": 9}, "n"),
+        ({"stop": ["x"] * 10_000}, "stop"),
+        ({"stop": [""]}, "stop"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "boss", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
+        ({"messages": None}, "messages"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"stream_options": {"include_usage": True}}, None),
+        ({"top_logprobs": 50, "logprobs": True}, "top_logprobs"),
+        ({"seed": 2**70}, "seed"),
+    ],
+)
+def test_bad_fields_are_400_and_named(local: LocalServer, change: dict[str, Any], param: str | None) -> None:
+    error = refusal(post(local, CHAT | change), 400)
+    if param is not None:
+        assert param in (error["param"] or "")
+    assert local.idle()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"\xff\xfe"',
+        b'{"model": "tiny", "messages": [{"role": "user", "content": "\xff"}]}',
+        b'{"model": "tiny", "temperature": NaN, "messages": [{"role": "user", "content": "x"}]}',
+        b"[" * 50_000,
+    ],
+)
+def test_malformed_bodies_are_400(local: LocalServer, body: bytes) -> None:
+    refusal(post(local, body), 400)
+
+
+def test_unknown_model_is_404(local: LocalServer) -> None:
+    assert refusal(post(local, CHAT | {"model": "gpt-9"}), 404)["code"] == "model_not_found"
+
+
+def test_unknown_route_and_method(local: LocalServer) -> None:
+    refusal(httpx.get(local.url + "/v2/nothing"), 404)
+    refusal(httpx.get(local.url + "/v1/chat/completions"), 405)
+
+
+def test_overlong_prompts_are_400(local: LocalServer) -> None:
+    long = CHAT | {"messages": [{"role": "user", "content": "word " * 3000}]}
+    assert refusal(post(local, long), 400)["code"] == "context_length_exceeded"
+    refusal(post(local, {"model": "tiny", "prompt": ""}, "/v1/completions"), 400)
+    refusal(post(local, {"model": "tiny", "prompt": [999_999]}, "/v1/completions"), 400)
+
+
+def test_lone_surrogates_do_not_break_the_server(local: LocalServer) -> None:
+    response = post(local, b'{"model": "tiny", "max_tokens": 2, "messages": [{"role": "user", "content": "\\ud800"}]}')
+    assert response.status_code in (200, 400)
+    assert local.idle()
+
+
+def test_large_bodies_are_413_without_being_read(local: LocalServer) -> None:
+    refusal(post(local, b"x" * 200_000), 413)
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(1000):
+            yield b"x" * 1000
+
+    response = httpx.post(local.url + "/v1/chat/completions", content=endless(), timeout=30)
+    refusal(response, 413)
+
+
+def test_a_full_queue_is_429_with_retry_after(local: LocalServer) -> None:
+    body = CHAT | {"max_tokens": 200, "temperature": 0, "logit_bias": {"1": -100}}
+    with ThreadPoolExecutor(40) as pool:
+        codes = list(pool.map(lambda _: post(local, body), range(40)))
+    refused = [r for r in codes if r.status_code == 429]
+    assert refused
+    assert all(r.headers["retry-after"] == "1" for r in refused)
+    assert refusal(refused[0], 429)["type"] == "rate_limit_error"
+    assert {r.status_code for r in codes} == {200, 429}
+    assert local.idle()
+
+
+def test_disconnects_abort_whole_and_streamed(local: LocalServer) -> None:
+    before = local.engine.stats().aborted_total
+    for stream in (False, True):
+        body = json.dumps(CHAT | {"max_tokens": 240, "stream": stream, "logit_bias": {"1": -100}}).encode()
+        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head += f"content-length: {len(body)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", int(local.url.rsplit(":", 1)[1]))) as raw:
+            raw.sendall(head.encode() + body)
+            while local.engine.stats().running == 0:
+                time.sleep(0.001)
+            if stream:
+                raw.recv(100)
+        assert local.idle()
+    assert local.engine.stats().aborted_total == before + 2
+
+
+def test_timeouts_are_504_or_an_error_event(tiny_model: Path) -> None:
+    server = LocalServer(tiny_model, timeout=0.05)
+    try:
+        body = CHAT | {"max_tokens": 240, "logit_bias": {"1": -100}}
+        assert refusal(post(server, body), 504)["code"] == "timeout"
+        events = [e for e in post(server, body | {"stream": True}).text.split("\n\n") if e]
+        assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "timeout"
+        assert events[-1] == "data: [DONE]"
+        assert server.idle()
+    finally:
+        server.stop()
+
+
+def test_keys_are_asked_for_and_not_stored(tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "keys.txt"
+    key = add_key(file, "alice")
+    assert key not in file.read_text()
+    assert file.stat().st_mode & 0o077 == 0
+    server = LocalServer(tiny_model, EngineOptions(max_sequences=1, threads=1), keys=read_keys(file))
+    try:
+        for header in ({}, {"authorization": "Bearer wrong"}, {"authorization": key}):
+            assert refusal(post(server, CHAT, headers=header), 401)["code"] == "invalid_api_key"
+        assert refusal(httpx.get(server.url + "/metrics"), 401)
+        assert httpx.get(server.url + "/healthz").status_code == 200
+        with openai.OpenAI(base_url=server.url + "/v1", api_key=key) as client:
+            assert client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=1).choices
+    finally:
+        server.stop()
+
+
+def test_metrics_and_pages(local: LocalServer) -> None:
+    post(local, CHAT | {"max_tokens": 3})
+    post(local, CHAT | {"max_tokens": 0})
+    text = httpx.get(local.url + "/metrics").text
+    values = dict(re.findall(r"^(modelyard_\S+) ([0-9.e+-]+)$", text, re.MULTILINE))
+    assert float(values['modelyard_requests_total{code="200",endpoint="/v1/chat/completions"}']) >= 1
+    assert float(values['modelyard_errors_total{type="invalid_request_error"}']) >= 1
+    assert float(values['modelyard_tokens_total{direction="completion"}']) >= 3
+    assert float(values["modelyard_time_to_first_token_seconds_count"]) >= 1
+    assert values["modelyard_replicas"] == "1.0"
+    assert httpx.get(local.url + "/healthz").json()["status"] == "ok"
+    assert "<title>modelyard chat</title>" in httpx.get(local.url + "/").text
+
+
+def test_openapi_describes_the_requests(local: LocalServer) -> None:
+    document = httpx.get(local.url + "/openapi.json").json()
+    assert {"/v1/completions", "/v1/chat/completions", "/v1/models"} <= set(document["paths"])

@@ -1,0 +1,178 @@
+"""The application on a real Ray Serve: replicas, disconnects, refusals before work, shutdown."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from modelyard.engine import EngineOptions
+from modelyard.errors import DataError, RecipeError, ResourceError
+from modelyard.serving import Autoscaling, ServeOptions, ServerHandle, launch
+from modelyard.serving.keys import add_key
+from modelyard.serving.server import check, free_port
+
+MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
+CHAT = {"model": "tiny", "messages": MESSAGES}
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerHandle]:
+    from modelyard.stages import session
+
+    session.start(2)
+    keys = tmp_path_factory.mktemp("keys") / "keys.txt"
+    add_key(keys, "alice")
+    options = ServeOptions(
+        port=0,
+        autoscaling=Autoscaling(min_replicas=1, max_replicas=2),
+        engine=EngineOptions(max_sequences=2, max_waiting=64, threads=1),
+        max_queued=4,
+        api_keys=str(keys),
+    )
+    handle = launch(str(tiny_model), "tiny", options)
+    yield handle
+    handle.shutdown()
+
+
+@pytest.fixture
+def client(server: ServerHandle) -> Iterator[openai.OpenAI]:
+    assert server.key is not None
+    with openai.OpenAI(base_url=server.url + "/v1", api_key=server.key, max_retries=0) as client:
+        yield client
+
+
+def engine_call(method: str) -> list[Any]:
+    """What every engine replica answers."""
+    from ray import serve
+
+    return list(serve.get_deployment_handle("engine", "modelyard").broadcast(method).results(timeout_s=10))
+
+
+def idle() -> bool:
+    """Waits up to 10 s until no replica works; whether all books are in order then."""
+    for _ in range(100):
+        if all(s.running == 0 and s.waiting == 0 for s in engine_call("stats")):
+            return all(faults == [] for faults in engine_call("invariants"))
+        time.sleep(0.1)
+    return False
+
+
+def test_the_official_client_works(client: openai.OpenAI) -> None:
+    common: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 12, "temperature": 0}
+    whole = client.chat.completions.create(**common)
+    chunks = list(client.chat.completions.create(**common, stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage
+    assert client.completions.create(model="tiny", prompt="The", max_tokens=3).choices[0].finish_reason
+    assert [m.id for m in client.models.list()] == ["tiny"]
+
+
+def test_concurrent_greedy_answers_are_identical(client: openai.OpenAI) -> None:
+    def ask(stream: bool) -> str:
+        common: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 16, "temperature": 0}
+        if stream:
+            chunks = client.chat.completions.create(**common, stream=True)
+            return "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        return client.chat.completions.create(**common).choices[0].message.content or ""
+
+    with ThreadPoolExecutor(6) as pool:
+        assert len(set(pool.map(ask, [False, True] * 4))) == 1
+    assert idle()
+
+
+def test_errors_keep_their_shape_through_serve(server: ServerHandle) -> None:
+    auth = {"authorization": f"Bearer {server.key}"}
+    url = server.url + "/v1/chat/completions"
+    cases: list[tuple[int, Any]] = [
+        (404, CHAT | {"model": "other"}),
+        (400, CHAT | {"max_tokens": 0}),
+        (400, CHAT | {"messages": [{"role": "user", "content": "word " * 3000}]}),
+    ]
+    for status, body in cases:
+        response = httpx.post(url, json=body, headers=auth)
+        assert response.status_code == status
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert httpx.post(url, content=b"{", headers=auth).status_code == 400
+    assert httpx.post(url, content=b"x" * 3_000_000, headers=auth).status_code == 413
+    assert httpx.post(url, json=CHAT).status_code == 401
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_reaches_the_engine(server: ServerHandle, stream: bool) -> None:
+    before = sum(s.aborted_total for s in engine_call("stats"))
+    body = json.dumps(CHAT | {"max_tokens": 240, "stream": stream, "logit_bias": {"1": -100}}).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {server.key}\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as raw:
+        raw.sendall(head.encode() + body)
+        if stream:
+            raw.recv(100)
+        else:
+            time.sleep(0.08)
+    assert idle()
+    assert sum(s.aborted_total for s in engine_call("stats")) == before + 1
+
+
+def test_too_many_requests_are_429_and_the_rest_is_answered(server: ServerHandle) -> None:
+    body = CHAT | {"max_tokens": 120, "temperature": 0, "logit_bias": {"1": -100}}
+    headers = {"authorization": f"Bearer {server.key}"}
+
+    def ask(_: int) -> httpx.Response:
+        return httpx.post(server.url + "/v1/chat/completions", json=body, headers=headers, timeout=120)
+
+    with ThreadPoolExecutor(32) as pool:
+        responses = list(pool.map(ask, range(32)))
+    codes = {r.status_code for r in responses}
+    assert codes == {200, 429}
+    assert all("retry-after" in r.headers for r in responses if r.status_code == 429)
+    assert len({r.json()["choices"][0]["message"]["content"] for r in responses if r.status_code == 200}) == 1
+    assert idle()
+
+
+def test_metrics_count_replicas(server: ServerHandle) -> None:
+    text = httpx.get(server.url + "/metrics", headers={"authorization": f"Bearer {server.key}"}).text
+    assert "modelyard_replicas " in text
+    assert 'modelyard_tokens_total{direction="completion"}' in text
+
+
+def test_a_second_server_on_the_same_cluster_is_refused(server: ServerHandle, tiny_model: Path) -> None:
+    with pytest.raises(ResourceError, match="already runs"):
+        launch(str(tiny_model), "other", ServeOptions(port=0))
+    with pytest.raises(ResourceError, match="cannot listen"):
+        check(ServeOptions(port=int(server.url.rsplit(":", 1)[1])))
+
+
+def test_refusals_before_any_work(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="without API keys"):
+        launch(str(tiny_model), "m", ServeOptions(host="0.0.0.0"))
+    with pytest.raises(RecipeError, match="HAProxy"):
+        launch(str(tiny_model), "m", ServeOptions(haproxy=True))
+    with pytest.raises(DataError, match="API keys"):
+        launch(str(tiny_model), "m", ServeOptions(api_keys=str(tmp_path / "none")))
+    with pytest.raises(DataError, match="not a model folder"):
+        launch(str(tmp_path), "m", ServeOptions(port=0))
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        with pytest.raises(ResourceError, match="cannot listen") as caught:
+            launch(str(tiny_model), "m", ServeOptions(port=busy.getsockname()[1]))
+        assert "another port" in caught.value.mend
+
+
+def test_key_files_with_raw_keys_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text("alice my-secret\n")
+    with pytest.raises(DataError) as caught:
+        check(ServeOptions(api_keys=str(tmp_path / "keys.txt"), port=free_port()))
+    assert "my-secret" not in str(caught.value)
+    assert "keys.txt:1" in caught.value.place
