@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 import xxhash
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -40,7 +41,7 @@ def build_config(options: ModelOptions, vocab_size: int, sequence_length: int | 
         )
     try:
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise RecipeError(f"transformers refuses the configuration: {error}", place="model") from error
     check_shape(config, sequence_length)
     config.use_cache = False

@@ -1,0 +1,86 @@
+"""Building: presets have the parameters they claim, weights follow from the seed, wrong shapes are named errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from modelyard.errors import DataError, RecipeError
+from modelyard.models import PRESETS, ModelOptions, build_config, build_on_meta, count_parameters, initialise
+from modelyard.models.build import materialise
+
+TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+
+
+def built(options: ModelOptions, seed: int = 0) -> torch.nn.Module:
+    model = build_on_meta(build_config(options, 300))
+    materialise(model, torch.device("cpu"))
+    initialise(model, seed)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [("llama-4m", 3_934_656), ("llama-1b", 1_235_814_400), ("llama-8b", 8_030_261_248), ("llama-70b", 70_553_706_496)],
+)
+def test_presets_have_the_published_parameters(preset: str, parameters: int) -> None:
+    config = build_config(ModelOptions(preset=preset), PRESETS[preset].vocab_size)
+    assert count_parameters(build_on_meta(config)) == parameters
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral", "gpt2", "mixtral"])
+def test_architectures_are_initialised_completely_and_by_the_seed(model_type: str) -> None:
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4} if model_type == "gpt2" else TINY
+    options = ModelOptions(config={**sizes, "model_type": model_type})
+    first, again, other = built(options, 1), built(options, 1), built(options, 2)
+    differs = False
+    for (name, a), b, c in zip(first.named_parameters(), again.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), name
+        assert torch.isfinite(a).all(), name
+        assert a.ndim < 2 or a.std() > 0, name
+        differs |= not torch.equal(a, c)
+    assert differs
+    logits = first(input_ids=torch.arange(20)[None] % 300).logits
+    assert torch.isfinite(logits).all()
+
+
+def test_buffers_and_ties_survive_materialisation() -> None:
+    from transformers import AutoModelForCausalLM
+
+    options = ModelOptions(config={**TINY, "tie_word_embeddings": True})
+    model = built(options)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    plain = AutoModelForCausalLM.from_config(build_config(options, 300))
+    plain.load_state_dict(model.state_dict())
+    ids = torch.arange(40)[None]
+    assert torch.equal(model(input_ids=ids).logits, plain.eval()(input_ids=ids).logits)
+
+
+def test_overrides_and_vocabulary() -> None:
+    config = build_config(ModelOptions(preset="llama-8m", hidden_size=128, num_hidden_layers=2), 1000)
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (128, 2, 1000)
+    assert build_config(ModelOptions(preset="llama-8m", vocab_size=1024), 1000).vocab_size == 1024
+    with pytest.raises(DataError, match="vocabulary of 1,000"):
+        build_config(ModelOptions(preset="llama-8m", vocab_size=999), 1000)
+
+
+def test_wrong_shapes_are_named() -> None:
+    with pytest.raises(RecipeError, match="attention heads"):
+        build_config(ModelOptions(config={**TINY, "hidden_size": 30}), 300)
+    with pytest.raises(RecipeError, match="key-value heads"):
+        build_config(ModelOptions(config={**TINY, "num_key_value_heads": 3}), 300)
+    with pytest.raises(RecipeError, match="longer than the model's 64"):
+        build_config(ModelOptions(config=TINY), 300, sequence_length=128)
+    with pytest.raises(RecipeError, match="transformers refuses"):
+        build_config(ModelOptions(config={"model_type": "no-such-model"}), 300)
+
+
+def test_options_name_the_nearest_preset() -> None:
+    with pytest.raises(ValidationError, match="did you mean llama-8m"):
+        ModelOptions(preset="lama-8m")
+    with pytest.raises(ValidationError, match="either preset or config"):
+        ModelOptions()
+    with pytest.raises(ValidationError, match="model_type"):
+        ModelOptions(config={"hidden_size": 4})
