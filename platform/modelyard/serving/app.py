@@ -100,21 +100,25 @@ class ServeBackend:
     async def stream(self, request: Request) -> AsyncGenerator[StepOutput, None]:
         """See `Backend.stream`. Before the first token another replica takes over from one that died."""
         for attempt in range(ATTEMPTS):
-            started = False
+            started = over = False
             responses: Any = self._handle.remote(request)
             try:
                 async for output in responses:
                     started = True
                     yield output
+                over = True
                 return
             except BackPressureError:
+                over = True
                 raise overloaded() from None
             except (RayActorError, DeploymentUnavailableError) as error:
+                over = True
                 log.warning("replica lost at attempt %d, answer begun: %s", attempt + 1, started)
                 if started or attempt + 1 == ATTEMPTS:
                     raise unavailable("the replica was lost; try again") from error
             finally:
-                responses.cancel()
+                if not over:  # cancelling a call that failed raises its error once more
+                    responses.cancel()
 
     async def stats(self) -> list[EngineStats]:
         """See `Backend.stats`."""
