@@ -1,0 +1,217 @@
+"""Which candidates are personal data: checksums, registries and context, on the few spans a kernel proposes."""
+
+from __future__ import annotations
+
+import functools
+import ipaddress
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import phonenumbers
+
+from modelyard.corpus.arrow import buffers
+from modelyard.corpus.kernels import entities as kernels
+
+# Reserved for documentation (RFC 2606, RFC 6761) and for our substitutes: nobody's address.
+_RESERVED_DOMAINS = ("example.com", "example.org", "example.net", ".example", ".test", ".invalid", ".localhost")
+_FILE_SUFFIXES = {"png", "jpg", "jpeg", "gif", "svg", "webp", "js", "css", "py", "html", "json", "service"}
+_IBAN_LENGTHS = {
+    "AD": 24, "AE": 23, "AL": 28, "AT": 20, "AZ": 28, "BA": 20, "BE": 16, "BG": 22, "BH": 22, "BR": 29, "BY": 28,
+    "CH": 21, "CR": 22, "CY": 28, "CZ": 24, "DE": 22, "DK": 18, "DO": 28, "EE": 20, "EG": 29, "ES": 24, "FI": 18,
+    "FO": 18, "FR": 27, "GB": 22, "GE": 22, "GI": 23, "GL": 18, "GR": 27, "GT": 28, "HR": 21, "HU": 28, "IE": 22,
+    "IL": 23, "IQ": 23, "IS": 26, "IT": 27, "JO": 30, "KW": 30, "KZ": 20, "LB": 28, "LC": 32, "LI": 21, "LT": 20,
+    "LU": 20, "LV": 21, "LY": 25, "MC": 27, "MD": 24, "ME": 22, "MK": 19, "MR": 27, "MT": 31, "MU": 30, "NL": 18,
+    "NO": 15, "PK": 24, "PL": 28, "PS": 29, "PT": 25, "QA": 29, "RO": 24, "RS": 22, "SA": 24, "SC": 31, "SE": 24,
+    "SI": 19, "SK": 24, "SM": 27, "ST": 25, "SV": 28, "TL": 23, "TN": 24, "TR": 26, "UA": 29, "VA": 22, "VG": 24,
+    "XK": 20,
+}  # fmt: skip
+_VERSION = re.compile(r"(?:\bv|version|release|ver\.?|rev\.?|[=<>~^]=?)\s*$", re.IGNORECASE)
+_PLACEHOLDER = re.compile(
+    r"your|example|placeholder|change_?me|xxx|\*\*\*|<|>|\$\{|\{\{|%\(|dummy|redacted|password|secret|\btest|foo|bar",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Span:
+    """One entity: document, place in its UTF-8 bytes, type and text."""
+
+    document: int
+    start: int
+    end: int
+    type: str
+    text: str
+
+
+def _email(text: str, _before: str, _region: str | None) -> int:
+    domain = text.rsplit("@", 1)[1].lower()
+    reserved = any(domain == d or domain.endswith(d if d[0] == "." else "." + d) for d in _RESERVED_DOMAINS)
+    return 0 if reserved or domain.rsplit(".", 1)[1] in _FILE_SUFFIXES or text.startswith("git@") else len(text)
+
+
+def _ip(text: str, before: str, _region: str | None) -> int:
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return 0
+    if isinstance(address, ipaddress.IPv4Address):
+        if text.split(".")[1:] == ["0", "0", "0"] or text.startswith("0.") or _VERSION.search(before):
+            return 0
+        if address in _BENCHMARK_NET or address in _V4_NOBODY:
+            return 0
+    private = address.is_loopback or address.is_link_local or address.is_unspecified
+    private = private or (address.is_private and not address.is_reserved)
+    return 0 if private or (address.version == 6 and address.is_reserved) else len(text)
+
+
+_BENCHMARK_NET = ipaddress.IPv4Network("198.18.0.0/15")
+_V4_NOBODY = ipaddress.IPv4Network("255.0.0.0/8")
+
+
+def _card(text: str, _before: str, _region: str | None) -> int:
+    digits = re.sub(r"[ -]", "", text)
+    groups = [len(g) for g in re.split(r"[ -]", text)]
+    if len(set(digits)) < 4 or not (len(groups) == 1 or groups in _CARD_GROUPS):
+        return 0
+    two, four, n = int(digits[:2]), int(digits[:4]), len(digits)
+    known = (
+        (digits[0] == "4" and n in (13, 16, 19))
+        or ((51 <= two <= 55 or 2221 <= four <= 2720) and n == 16)
+        or (two in (34, 37) and n == 15)
+        or ((four == 6011 or two in (64, 65)) and 16 <= n <= 19)
+        or (two == 35 and 16 <= n <= 19)
+        or (two in (30, 36, 38, 39) and 14 <= n <= 19)
+        or (two == 62 and 16 <= n <= 19)
+        or ((two in (50, 56, 57, 58) or 60 <= two <= 69) and 13 <= n <= 19 and four in _MAESTRO)
+    )
+    return len(text) if known else 0
+
+
+_CARD_GROUPS = ([4, 4, 4, 4], [4, 6, 5], [4, 6, 4], [4, 4, 4, 4, 3], [4, 4, 4, 1])
+_MAESTRO = {5018, 5020, 5038, 5893, 6304, 6759, 6761, 6762, 6763}
+
+
+def _iban(text: str, _before: str, _region: str | None) -> int:
+    wanted = _IBAN_LENGTHS.get(text[:2])
+    if wanted is None:
+        return 0
+    plain, end = "", 0
+    for end, char in enumerate(text, 1):
+        plain += char if char.isalnum() else ""
+        if len(plain) == wanted:
+            break
+    if len(plain) != wanted or text[end : end + 1].isalnum():
+        return 0
+    number = "".join(str(int(c, 36)) for c in (plain[4:] + plain[:4]).upper())
+    return end if int(number) % 97 == 1 else 0
+
+
+def _ssn(text: str, _before: str, _region: str | None) -> int:
+    area, group, serial = int(text[:3]), int(text[4:6]), int(text[7:])
+    return 0 if area in (0, 666) or area >= 900 or group == 0 or serial == 0 else len(text)
+
+
+def _mac(text: str, _before: str, _region: str | None) -> int:
+    value = text.replace("-", ":").lower()
+    # Locally administered 02:... is where our substitutes lie; all zeros or ones are no device.
+    return 0 if value.startswith("02:") or len(set(value.split(":"))) == 1 else len(text)
+
+
+def _entropy(text: str) -> float:
+    """Bits a character of the text's own character distribution (Shannon)."""
+    counts = Counter(text)
+    return -sum(n / len(text) * math.log2(n / len(text)) for n in counts.values())
+
+
+def _key(text: str, _before: str, _region: str | None) -> int:
+    if text.startswith("-----BEGIN"):
+        return len(text) if text.count("\n") > 0 and len(text) > 120 else 0
+    if _PLACEHOLDER.search(text) or _SUBSTITUTE.fullmatch(text) or _entropy(text) < 2.8:
+        return 0
+    if any(text.startswith(prefix.decode()) for prefix, _ in kernels.PREFIXES):
+        return len(text) if any(c.isdigit() for c in text) else 0
+    mixed = any(c.isdigit() for c in text) and any(c.isalpha() for c in text)
+    return len(text) if mixed and not re.search(r"[(){}\[\]\s/\\]", text) and _entropy(text) >= 3.0 else 0
+
+
+_SUBSTITUTE = re.compile(r"key-[0-9a-f]{32}")
+
+
+def _url(text: str, _before: str, _region: str | None) -> int:
+    user, _, password = text.partition(":")
+    return 0 if password in ("", "...") or re.fullmatch(r"user-[0-9a-f]{8}", user) else len(text)
+
+
+@functools.lru_cache(65536)
+def _phone_end(text: str, region: str | None) -> int:
+    if text.startswith("+"):
+        try:
+            number = phonenumbers.parse(text, None)
+        except phonenumbers.NumberParseException:
+            return 0
+        return len(text) if phonenumbers.is_valid_number(number) else 0
+    if region is None:
+        return 0
+    leniency = phonenumbers.Leniency.STRICT_GROUPING
+    for match in phonenumbers.PhoneNumberMatcher(text, region, leniency=leniency, max_tries=4):
+        return match.end if match.start <= 1 else 0
+    return 0
+
+
+def _phone(text: str, _before: str, region: str | None) -> int:
+    digits = re.sub(r"\D", "", text)
+    # 555-01xx is kept free for fiction by the North American plan; our substitutes use it.
+    if len(set(digits)) < 3 or digits[-7:-2] == "55501" or re.fullmatch(r"\d{4}[-/.]\d\d?[-/.]\d\d?.*", text):
+        return 0
+    return _phone_end(text, region)
+
+
+_CHECKS: dict[str, Callable[[str, str, str | None], int]] = {
+    "url_credentials": _url, "key": _key, "email": _email, "iban": _iban, "card": _card, "mac": _mac, "ip": _ip,
+    "ssn": _ssn, "phone": _phone,
+}  # fmt: skip
+
+
+def _spans(
+    data: Any, offsets: Any, rows: npt.NDArray[np.int64], types: frozenset[str], region: str | None
+) -> list[Span]:
+    """Valid, non-overlapping spans among the candidates `rows` of one document."""
+    taken: list[Span] = []
+    for document, start, end, kind in sorted(rows.tolist(), key=lambda r: (r[3], r[1])):
+        name = kernels.TYPES[kind]
+        if name not in types or any(s.start < end and start < s.end for s in taken):
+            continue
+        text = data[start:end].tobytes().decode()
+        before = data[max(offsets[document], start - 12) : start].tobytes().decode(errors="ignore")
+        if length := _CHECKS[name](text, before, region):
+            kept = text[:length]
+            taken.append(Span(document, start, start + len(kept.encode()), name, kept))
+    return sorted(taken, key=lambda s: s.start)
+
+
+def find(text: Any, types: frozenset[str], region: str | None) -> dict[int, list[Span]]:
+    """Entities in a string column: row -> spans in order, with places relative to the row's text.
+
+    Args:
+        text: an Arrow string column.
+        types: which of `kernels.entities.TYPES` to look for.
+        region: ISO country whose national phone format counts, or None for numbers with + only.
+    """
+    data, offsets = buffers(text)
+    rows = kernels.candidates(data, offsets)
+    found: dict[int, list[Span]] = {}
+    if not len(rows):
+        return found
+    documents, firsts = np.unique(rows[:, 0], return_index=True)
+    for document, part in zip(documents.tolist(), np.split(rows, firsts[1:]), strict=True):
+        base = int(offsets[document])
+        spans = _spans(data, offsets, part, types, region)
+        if spans:
+            found[document] = [Span(document, s.start - base, s.end - base, s.type, s.text) for s in spans]
+    return found

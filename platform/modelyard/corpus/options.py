@@ -1,0 +1,235 @@
+"""Option models of the readers and of every step: the part of this room that plans and schemas load.
+
+Every threshold has its paper's default, and null turns the rule off.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from modelyard.recipe.schema import Bytes, Options
+
+Action = Literal["redact", "mask", "pseudonymize", "drop"]
+RuleSet = Literal["gopher", "c4", "fineweb"]
+
+
+class ReadOptions(Options):
+    """How files become documents."""
+
+    format: Literal["auto", "text", "jsonl", "parquet"] = Field(
+        "auto", description="file format; auto goes by suffix (.jsonl, .ndjson, .parquet; anything else is text)"
+    )
+    text: str = Field("text", min_length=1, description="field or column that holds the text (JSONL, Parquet)")
+    prompt: str | None = Field(None, description="field or column kept as the column `prompt`; null = none")
+    python: Literal["source", "docstrings"] = Field(
+        "source", description="*.py files: the whole source, or one document a documented function or class"
+    )
+    min_docstring_chars: int = Field(
+        24, ge=1, description="shorter docstrings are no documents, characters; own choice"
+    )
+    max_document_bytes: Bytes = Field(
+        16_000_000, description="longer records are quarantined, bytes of UTF-8; own choice, bounds a worker's memory"
+    )
+    max_bad_records: int | None = Field(
+        None, ge=0, description="fail the stage when more records than this are unreadable; null = never"
+    )
+
+
+class NormalizeOptions(Options):
+    """Unicode NFC, mojibake repair, control characters and white space."""
+
+    unicode: Literal["NFC", "NFKC"] | None = Field("NFC", description="Unicode normal form (UAX 15); null = as it is")
+    mojibake: bool = Field(True, description="repair text that was decoded with the wrong codec (ftfy)")
+    control: bool = Field(True, description="remove control characters other than tab and newline")
+    whitespace: Literal["lines", "collapse"] | None = Field(
+        "lines",
+        description="lines: \\n line ends, no trailing blanks, no blank head or tail; collapse: also runs of blanks "
+        "inside a line; null = as it is",
+    )
+    max_blank_lines: int | None = Field(2, ge=0, description="longest run of blank lines kept; null = any")
+
+
+class GopherOptions(Options):
+    """Gopher's quality and repetition rules (Rae et al. 2021, arXiv:2112.11446, section A1.1, table A1)."""
+
+    min_words: int | None = Field(50, description="fewest words that are not all punctuation")
+    max_words: int | None = Field(100_000, description="most words that are not all punctuation")
+    min_mean_word_length: float | None = Field(3.0, description="smallest mean word length, characters")
+    max_mean_word_length: float | None = Field(10.0, description="largest mean word length, characters")
+    max_hash_ratio: float | None = Field(0.1, description="most # characters a word")
+    max_ellipsis_ratio: float | None = Field(0.1, description="most ellipses a word")
+    max_bullet_lines: float | None = Field(0.9, description="largest share of lines that start with a bullet")
+    max_ellipsis_lines: float | None = Field(0.3, description="largest share of lines that end with an ellipsis")
+    min_alphabetic_words: float | None = Field(0.8, description="smallest share of words with a letter")
+    min_stop_words: int | None = Field(
+        2, description="fewest distinct words of: the, be, to, of, and, that, have, with"
+    )
+    max_duplicate_paragraphs: float | None = Field(0.30, description="largest share of repeated paragraphs")
+    max_duplicate_paragraph_chars: float | None = Field(0.20, description="largest share of characters in them")
+    max_duplicate_lines: float | None = Field(0.30, description="largest share of repeated lines")
+    max_duplicate_line_chars: float | None = Field(0.20, description="largest share of characters in them")
+    max_top_2gram: float | None = Field(0.20, description="largest share of characters in the most frequent 2-gram")
+    max_top_3gram: float | None = Field(0.18, description="largest share of characters in the most frequent 3-gram")
+    max_top_4gram: float | None = Field(0.16, description="largest share of characters in the most frequent 4-gram")
+    max_duplicate_5gram: float | None = Field(0.15, description="largest share of characters in repeated 5-grams")
+    max_duplicate_6gram: float | None = Field(0.14, description="largest share of characters in repeated 6-grams")
+    max_duplicate_7gram: float | None = Field(0.13, description="largest share of characters in repeated 7-grams")
+    max_duplicate_8gram: float | None = Field(0.12, description="largest share of characters in repeated 8-grams")
+    max_duplicate_9gram: float | None = Field(0.11, description="largest share of characters in repeated 9-grams")
+    max_duplicate_10gram: float | None = Field(0.10, description="largest share of characters in repeated 10-grams")
+
+
+class C4Options(Options):
+    """C4's rules (Raffel et al. 2020, arXiv:1910.10683, section 2.2): lines first, then the page.
+
+    The last two line rules are in the authors' code, not in the paper.
+    """
+
+    terminal_punctuation: bool = Field(True, description="a kept line ends in . ? ! or a quotation mark, not in ...")
+    min_words_per_line: int | None = Field(3, description="fewest words of a kept line")
+    javascript: bool = Field(True, description="lines that mention javascript are not kept")
+    policy: bool = Field(True, description="lines that mention cookies, terms of use, privacy policy are not kept")
+    max_word_length: int | None = Field(1000, description="lines with a longer word are not kept, characters")
+    min_sentences: int | None = Field(5, description="fewest sentences in the kept lines")
+    lorem_ipsum: bool = Field(True, description="drop pages with lorem ipsum")
+    curly_bracket: bool = Field(True, description="drop pages with { (meant for prose; turn off for technical text)")
+    remove_lines: bool = Field(True, description="cut the lines not kept out of the text; false = only count them")
+
+
+class FineWebOptions(Options):
+    """FineWeb's own rules (Penedo et al. 2024, arXiv:2406.17557, section 3.6)."""
+
+    min_punctuated_lines: float | None = Field(0.12, description="smallest share of lines ending in punctuation")
+    max_short_lines: float | None = Field(0.67, description="largest share of short lines")
+    short_line: int = Field(30, ge=0, description="longest line that counts as short, characters")
+    max_duplicate_line_chars: float | None = Field(0.01, description="largest share of characters in repeated lines")
+    max_newlines_per_word: float | None = Field(0.3, description="most newlines a word")
+
+
+class QualityOptions(Options):
+    """Heuristic rule sets, all judged on the text as it arrives, in one pass over its bytes."""
+
+    rules: tuple[RuleSet, ...] = Field(("gopher", "c4", "fineweb"), description="rule sets, in the order they judge")
+    mode: Literal["drop", "annotate"] = Field(
+        "drop", description="annotate tags documents (columns quality_reason, quality) and drops nothing"
+    )
+    statistics: bool = Field(False, description="keep every statistic as a column stat_*")
+    gopher: GopherOptions = Field(GopherOptions(), description="thresholds of the Gopher rules")
+    c4: C4Options = Field(C4Options(), description="thresholds of the C4 rules")
+    fineweb: FineWebOptions = Field(FineWebOptions(), description="thresholds of the FineWeb rules")
+
+    @model_validator(mode="after")
+    def _distinct(self) -> QualityOptions:
+        if len(set(self.rules)) != len(self.rules):
+            raise ValueError("a rule set is named twice")
+        return self
+
+
+class ExactOptions(Options):
+    """Removes documents whose text is equal byte for byte (128-bit BLAKE2b)."""
+
+    method: Literal["exact"] = "exact"
+    keep: Literal["first", "longest", "quality"] = Field(
+        "first", description="which of equal documents stays: in input order, or the best `quality` score"
+    )
+
+
+class MinHashOptions(Options):
+    """Removes near-duplicates: MinHash-LSH proposes pairs, exact Jaccard decides (Broder 1997)."""
+
+    method: Literal["minhash"] = "minhash"
+    jaccard: float = Field(0.8, gt=0, le=1, description="similarity of shingle sets from which one document goes")
+    shingle: Literal["word", "character"] = Field("word", description="what a shingle is made of")
+    size: int | None = Field(None, ge=1, le=64, description="length of a shingle; null = 5 words or 20 characters")
+    permutations: int = Field(112, ge=8, le=1024, description="MinHash values a document; 112 as in FineWeb")
+    recall: float = Field(
+        0.98, gt=0, lt=1, description="share of pairs exactly at the threshold that the bands must propose; own choice"
+    )
+    keep: Literal["first", "longest", "quality"] = Field(
+        "first", description="who stays: first in input order, longest in bytes, or the best `quality` score"
+    )
+    seed: int = Field(1, ge=0, description="seed of the permutations")
+
+    @property
+    def length(self) -> int:
+        """Words or characters in a shingle."""
+        return self.size or (5 if self.shingle == "word" else 20)
+
+    @property
+    def bands(self) -> tuple[int, int]:
+        """(bands, rows): the most rows a band for which a pair at the threshold still meets `recall`.
+
+        A pair of similarity s shares a band with probability 1 - (1 - s^rows)^bands. More rows mean
+        fewer useless candidates; verification makes those cost time only, never a wrong removal.
+        """
+        for rows in range(min(self.permutations, 32), 0, -1):
+            bands = self.permutations // rows
+            if 1 - (1 - self.jaccard**rows) ** bands >= self.recall:
+                return bands, rows
+        return self.permutations, 1
+
+
+DedupOptions = Annotated[ExactOptions | MinHashOptions, Field(discriminator="method")]
+
+
+class ScrubOptions(Options):
+    """Structured personal data and secrets: what to do with each kind; null leaves it alone.
+
+    `redact` writes a typed placeholder, `mask` stars of the same length, `pseudonymize` a substitute
+    that is the same for the same value everywhere (HMAC-SHA256 under your key), `drop` drops the document.
+    """
+
+    email: Action | None = Field("redact", description="e-mail addresses")
+    phone: Action | None = Field("redact", description="telephone numbers (validated by phonenumbers)")
+    ip: Action | None = Field("redact", description="public IPv4 and IPv6 addresses")
+    key: Action | None = Field("redact", description="API keys, tokens, private keys and assigned passwords")
+    url_credentials: Action | None = Field("redact", description="user:password in URLs")
+    card: Action | None = Field("redact", description="payment card numbers (issuer prefix and Luhn)")
+    iban: Action | None = Field("redact", description="bank accounts (country length and mod 97)")
+    ssn: Action | None = Field("redact", description="US social security numbers (valid area and group)")
+    mac: Action | None = Field("redact", description="MAC addresses")
+    region: str | None = Field(
+        "US", min_length=2, max_length=2, description="country of phone numbers without +; null = only with +"
+    )
+    key_file: str | None = Field(
+        None, description="file with the pseudonym key; null = environment variable MODELYARD_PSEUDONYM_KEY"
+    )
+    leak_check: bool = Field(True, description="scan the finished output again and fail when anything is left")
+
+    @property
+    def actions(self) -> dict[str, Action]:
+        """Entity type -> action, of the types that are on."""
+        types = ("email", "phone", "ip", "key", "url_credentials", "card", "iban", "ssn", "mac")
+        return {name: value for name in types if (value := getattr(self, name)) is not None}
+
+
+class StepOptions(Options):
+    """One step: a mapping with a single key, the step's name (`{quality: {rules: [gopher]}}`)."""
+
+    normalize: NormalizeOptions | None = Field(None, description="clean up characters and white space")
+    quality: QualityOptions | None = Field(None, description="drop or tag by heuristic rules")
+    dedup: DedupOptions | None = Field(None, description="remove equal or similar documents")
+    scrub: ScrubOptions | None = Field(None, description="remove personal data and secrets")
+
+    @model_validator(mode="after")
+    def _one(self) -> StepOptions:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            names = ", ".join(type(self).model_fields)
+            raise ValueError(f"a step is a mapping with one key of: {names}; this one has {given or 'none'}")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The step's name, as it stands in reasons and reports."""
+        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+    @property
+    def options(self) -> NormalizeOptions | QualityOptions | ExactOptions | MinHashOptions | ScrubOptions:
+        """The step's own options."""
+        value: NormalizeOptions | QualityOptions | ExactOptions | MinHashOptions | ScrubOptions = getattr(
+            self, self.name
+        )
+        return value

@@ -1,0 +1,74 @@
+"""From records to Arrow tables of documents and audit rows, a bounded batch at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from modelyard.corpus.audit import EXCERPT, MARGIN, audit_table
+from modelyard.corpus.options import ReadOptions
+from modelyard.corpus.read.formats import Bad, Record, records
+from modelyard.corpus.read.units import Piece, Unit
+
+_BATCH_BYTES = 8_000_000  # text a batch: bounds a worker's memory, keeps kernels' scratch small
+
+
+@dataclass
+class _Pending:
+    rows: list[tuple[str, str, str, str, str | None]] = field(default_factory=list)
+    bad: list[dict[str, Any]] = field(default_factory=list)
+    bytes: int = 0
+
+
+def document_id(piece: Piece, position: int) -> str:
+    """128-bit id from the file's content, the number of equal files before it, and the place in it."""
+    content = f"{piece.digest}|{piece.copy}|{position}"
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def read_unit(unit: Unit, options: ReadOptions) -> Iterator[tuple[Any, Any]]:
+    """(documents, quarantined records) of a unit, in batches of about 8 MB of text.
+
+    Documents have id, text, source, meta (JSON) and, where the format gives one, prompt; quarantined
+    records are audit rows of the step `read`.
+    """
+    pending = _Pending()
+    for piece in unit.pieces:
+        for record in records(piece, options):
+            _add(pending, piece, record)
+            if pending.bytes >= _BATCH_BYTES:
+                yield _tables(pending, options)
+                pending = _Pending()
+    if pending.rows or pending.bad:
+        yield _tables(pending, options)
+
+
+def _add(pending: _Pending, piece: Piece, record: Record | Bad) -> None:
+    if isinstance(record, Bad):
+        pending.bad.append(
+            {
+                "id": document_id(piece, record.position), "source": piece.uri, "step": "read", "reason": record.reason,
+                "bytes": record.bytes, "text": record.excerpt[: EXCERPT + MARGIN], "offset": max(record.position, 0), "detail": record.detail,
+            }
+        )  # fmt: skip
+        pending.bytes += 1000
+        return
+    meta = json.dumps(record.meta, ensure_ascii=False, default=str) if record.meta else "{}"
+    meta = meta.encode("utf-8", "replace").decode()
+    identity = record.id or document_id(piece, record.position)
+    pending.rows.append((identity, record.text, record.source or piece.uri, meta, record.prompt))
+    pending.bytes += len(record.text) + len(meta)
+
+
+def _tables(pending: _Pending, options: ReadOptions) -> tuple[Any, Any]:
+    columns = list(zip(*pending.rows, strict=True)) if pending.rows else [(), (), (), (), ()]
+    names = ["id", "text", "source", "meta", "prompt"]
+    table = pa.table({n: pa.array(c, pa.string()) for n, c in zip(names, columns, strict=True)})
+    if options.prompt is None and options.python != "docstrings" and table["prompt"].null_count == table.num_rows:
+        table = table.drop_columns(["prompt"])
+    return table, audit_table(pending.bad)

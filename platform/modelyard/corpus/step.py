@@ -1,0 +1,81 @@
+"""What a step is: options, the columns it reads and adds, and a pure function on an Arrow table.
+
+A table of documents has the columns `id`, `text`, `source`, `meta` and what steps add. A step never
+deletes: it returns one row for every row it was given, in the same order, with the column `reason`
+set (not null) where a document should go. The caller splits kept from removed and writes the audit.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from modelyard.corpus.options import NormalizeOptions, QualityOptions, ScrubOptions, StepOptions
+
+REASON = "reason"
+
+
+class Step(ABC):
+    """A row-wise step. One instance works through one unit of input and may count in `counts`."""
+
+    name: ClassVar[str]
+    reads: ClassVar[tuple[str, ...]] = ("text",)
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    @property
+    def adds(self) -> tuple[str, ...]:
+        """Columns in the result that were not in the input, besides `reason`."""
+        return ()
+
+    @abstractmethod
+    def __call__(self, table: Any) -> Any:
+        """Works on a table; the result has the same rows, and a `reason` where a document should go."""
+
+
+def build(options: StepOptions) -> Step:
+    """The step of its options. Raises ValueError for `dedup`, which sees documents together."""
+    from modelyard.corpus.steps.normalize import Normalize
+    from modelyard.corpus.steps.quality import Quality
+    from modelyard.corpus.steps.scrub import Scrub
+
+    own = options.options
+    if isinstance(own, NormalizeOptions):
+        return Normalize(own)
+    if isinstance(own, QualityOptions):
+        return Quality(own)
+    if isinstance(own, ScrubOptions):
+        return Scrub(own)
+    raise ValueError(f"{options.name} is not a row-wise step")
+
+
+def with_reason(table: Any, reasons: Any) -> Any:
+    """The table with a `reason` column (a string array, null = kept)."""
+    if REASON in table.column_names:
+        table = table.drop_columns([REASON])
+    return table.append_column(REASON, reasons)
+
+
+def reasons_from(masks: list[tuple[str, npt.NDArray[np.bool_]]], rows: int) -> Any:
+    """A reason for each row: the first of `masks` that is true there, or null."""
+    codes = np.full(rows, -1, np.int32)
+    for index in range(len(masks) - 1, -1, -1):
+        codes[masks[index][1]] = index
+    names = pa.array([name for name, _ in masks], pa.string())
+    return pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), names).cast(pa.string())
+
+
+def split(table: Any) -> tuple[Any, Any]:
+    """(kept without `reason`, removed with `reason`)."""
+    if REASON not in table.column_names:
+        return table, table.slice(0, 0).append_column(REASON, pa.array([], pa.string()))
+    keep = table[REASON].is_null()
+    if pa.compute.all(keep).as_py() is not False:
+        return table.drop_columns([REASON]), table.slice(0, 0)
+    return table.filter(keep).drop_columns([REASON]), table.filter(pa.compute.invert(keep))

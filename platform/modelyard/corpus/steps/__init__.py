@@ -1,0 +1,1 @@
+"""The row-wise steps, one file each. See `modelyard.corpus.step` for what a step is."""

@@ -1,0 +1,97 @@
+"""`curate`: raw files to clean documents, with an audit of everything left out."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from modelyard.corpus.options import ExactOptions, MinHashOptions, ReadOptions, ScrubOptions, StepOptions
+from modelyard.errors import DataError
+from modelyard.planner.estimate import Estimate
+from modelyard.recipe.schema import Bytes, StageOptions, runtime
+from modelyard.stages.base import InputSpec, PlanContext, Stage, StageContext, StageResult
+from modelyard.storage import Artifact, FileRef, Files
+
+_BYTES_PER_SECOND = 6_000_000  # of text, one worker, all steps: measured on package documentation
+_START_SECONDS = 25.0  # Ray workers, imports, and compiling kernels the first time
+_WORKER_BYTES = 900_000_000
+
+
+class CurateOptions(StageOptions):
+    """Reads, cleans, filters, deduplicates and scrubs text."""
+
+    kind: Literal["curate"] = Field("curate", description="stage kind")
+    read: ReadOptions = Field(ReadOptions(), description="how files become documents")
+    steps: tuple[StepOptions, ...] = Field((), description="what to do with the documents, in order")
+    shuffle_above: Bytes = runtime(
+        512_000_000,
+        "deduplicate in one process up to this many bytes of keys and of candidate texts; above, over Ray Data's "
+        "shuffle; the result is the same",
+    )
+
+    @model_validator(mode="after")
+    def _quality_first(self) -> CurateOptions:
+        scored = False
+        for number, step in enumerate(self.steps):
+            scored = scored or step.name == "quality"
+            own = step.options
+            if isinstance(own, (ExactOptions, MinHashOptions)) and own.keep == "quality" and not scored:
+                raise ValueError(f"step {number}: keep: quality needs a quality step before it")
+        return self
+
+    @property
+    def scrub(self) -> ScrubOptions | None:
+        """The last scrub step, if there is one."""
+        found = [step.scrub for step in self.steps if step.scrub is not None]
+        return found[-1] if found else None
+
+
+def file_refs(value: Artifact | Files) -> tuple[list[FileRef], bool]:
+    """The files of an input, and whether they are an earlier curate stage's documents."""
+    if isinstance(value, Files):
+        return list(value.refs), False
+    entries = [e for e in value.manifest.files if e.path.startswith("data/") and e.path.endswith(".parquet")]
+    return [FileRef(value.join(e.path), e.bytes, e.checksum) for e in entries], True
+
+
+class CurateStage(Stage[CurateOptions]):
+    """Runs the corpus core over Ray Data. See `docs/corpus.md`."""
+
+    kind = "curate"
+    version = 1
+    Options: ClassVar[type[StageOptions]] = CurateOptions
+    inputs: ClassVar = {"files": InputSpec(kinds=("curate",), files=True)}
+
+    def check(self, ctx: PlanContext[CurateOptions]) -> None:
+        """Input is there, and a pseudonym key where one is needed.
+
+        Raises:
+            DataError: the input has no bytes.
+            RecipeError: `pseudonymize` without a usable key.
+        """
+        for step in ctx.options.steps:
+            if step.scrub is not None and "pseudonymize" in step.scrub.actions.values():
+                from modelyard.corpus.pseudonym import load_key
+
+                load_key(step.scrub.key_file)
+        given = ctx.inputs.get("files")
+        if given is not None and not sum(ref.bytes for ref in file_refs(given)[0]):
+            raise DataError("the input holds no data", place=f"{ctx.name}.inputs.files", mend="check paths and exclude")
+
+    def estimate(self, ctx: PlanContext[CurateOptions]) -> Estimate:
+        """Time from the bytes to read at a measured rate; memory of one worker."""
+        given = ctx.inputs.get("files")
+        if given is None:
+            return Estimate(memory_bytes=_WORKER_BYTES, notes=("input not there yet",))
+        size = sum(ref.bytes for ref in file_refs(given)[0])
+        seconds = _START_SECONDS + size / _BYTES_PER_SECOND / ctx.options.resources.workers
+        return Estimate(memory_bytes=_WORKER_BYTES, seconds=seconds, notes=(f"reads {size / 1e6:,.0f} MB",))
+
+    def run(self, ctx: StageContext[CurateOptions]) -> StageResult:
+        """Curates. Raises DataError when nothing is left or too much is unreadable, StageError on a leak."""
+        from modelyard.stages.curate_run import curate
+
+        if not ctx.options.steps and ctx.options.read == ReadOptions():
+            ctx.progress.say("no steps: documents are only read")
+        return curate(ctx)
