@@ -1,4 +1,4 @@
-"""Errors of remote work: what a worker raised on purpose reaches the person as it was raised."""
+"""Remote work: errors that workers raised on purpose reach the person as they were raised, and Ray Data is quiet."""
 
 from __future__ import annotations
 
@@ -18,6 +18,23 @@ def plain_errors() -> Iterator[None]:
         if own is None:
             raise
         raise own from None
+
+
+def quiet_ray_data() -> None:
+    """Sets Ray Data up for stages of this process: our progress instead of its own, and the errors of our functions."""
+    import logging
+
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # Otherwise a worker wraps what we raise, and pickling drops the original from the wrapper.
+    context.raise_original_map_exception = True
+    # It prints whole tracebacks of errors that are raised anyway; they stay in its log file.
+    for handler in logging.getLogger("ray.data").handlers:
+        if type(handler).__name__ == "PlainRayHandler":
+            handler.setLevel(logging.CRITICAL)
 
 
 def _own(error: BaseException | None) -> ModelyardError | None:

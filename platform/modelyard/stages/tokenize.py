@@ -20,7 +20,7 @@ from modelyard.errors import DataError
 from modelyard.planner.estimate import Estimate
 from modelyard.recipe.schema import Resources, StageOptions
 from modelyard.stages.base import InputSpec, PlanContext, Stage, StageContext, StageResult
-from modelyard.stages.remote import plain_errors
+from modelyard.stages.remote import plain_errors, quiet_ray_data
 from modelyard.storage import Artifact, download, exists, is_remote, join, list_files, remove, upload, write_bytes
 from modelyard.tokens.options import TokenizerOptions, TrainTokenizerOptions
 
@@ -153,9 +153,7 @@ def _map(rows: list[dict[str, Any]], work: Callable[[pa.Table], pa.Table], resou
     """A Ray dataset that applies `work` to tables of one row each, one block a row, on the stage's workers."""
     import ray
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    quiet_ray_data()
     return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         work,
         batch_size=1,
