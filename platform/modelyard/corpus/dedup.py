@@ -14,6 +14,7 @@ component at a time, so memory is bounded by the largest component of candidates
 from __future__ import annotations
 
 import hashlib
+import itertools
 from typing import Any
 
 import numpy as np
@@ -74,11 +75,9 @@ def keys(table: Any, docs: Ints, options: ExactOptions | MinHashOptions) -> Any:
 
 def _digests(text: Any) -> npt.NDArray[np.uint64]:
     data, offsets = buffers(text)
-    view = memoryview(data)
+    view = data.data
     places = offsets.tolist()
-    digests = b"".join(
-        hashlib.blake2b(view[a:b], digest_size=16).digest() for a, b in zip(places, places[1:], strict=False)
-    )
+    digests = b"".join(hashlib.blake2b(view[a:b], digest_size=16).digest() for a, b in itertools.pairwise(places))
     return np.frombuffer(digests, "<u8").reshape(-1, 2)
 
 
@@ -148,8 +147,9 @@ def decide(table: Any, text: Any, options: MinHashOptions) -> Any:
     table, text = table.take(pa.array(order)), text.take(pa.array(order))
     data, offsets = buffers(text)
     characters = options.shingle == "character"
-    sets = minhash.shingle_sets(data, offsets, options.length, characters, minhash.FOLD)
-    twins, similarity, _ = cluster.remove_verified(shared_buckets(key_matrix(table)), *sets, options.jaccard)
+    values, places = minhash.shingle_sets(data, offsets, options.length, characters, minhash.FOLD)
+    buckets = shared_buckets(key_matrix(table))
+    twins, similarity, _ = cluster.remove_verified(buckets, values, places, options.jaccard)
     gone = np.flatnonzero(twins >= 0)
     return _decisions(table["doc"].to_numpy()[gone], table["id"].take(pa.array(twins[gone])), similarity[gone])
 

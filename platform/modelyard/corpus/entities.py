@@ -102,10 +102,9 @@ def _iban(text: str, _before: str, _region: str | None) -> int:
     if wanted is None:
         return 0
     plain, end = "", 0
-    for end, char in enumerate(text, 1):
-        plain += char if char.isalnum() else ""
-        if len(plain) == wanted:
-            break
+    while end < len(text) and len(plain) < wanted:
+        plain += text[end] if text[end].isalnum() else ""
+        end += 1
     if len(plain) != wanted or text[end : end + 1].isalnum():
         return 0
     number = "".join(str(int(c, 36)) for c in (plain[4:] + plain[:4]).upper())

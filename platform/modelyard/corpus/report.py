@@ -173,10 +173,14 @@ def _samples(rows: Sequence[Mapping[str, Any]]) -> str:
         place = str(row["source"])
         prompt = f"<pre class=prompt>{_escape(row['prompt'][:300])}</pre>" if row.get("prompt") else ""
         parts.append(
-            f"<details><summary>{why} <code>{_escape('...' + place[-70:] if len(place) > 73 else place)}</code></summary>"
+            f"<details><summary>{why} <code>{_escape(_tail(place))}</code></summary>"
             f"{prompt}<pre>{_escape(row['text'][:_SHOWN])}</pre></details>"
         )
     return "".join(parts) or "<p class=note>none</p>"
+
+
+def _tail(place: str) -> str:
+    return "..." + place[-70:] if len(place) > 73 else place
 
 
 def _card(

@@ -176,7 +176,7 @@ def hide(audit: Any, options: ScrubOptions | None) -> Any:
     """Audit rows with personal data redacted in their excerpts, which come a little longer than they are kept."""
     text = audit["text"]
     if options is not None and audit.num_rows:
-        text = Scrub(options.model_copy(update={name: "redact" for name in options.actions})).rewrite(text)
+        text = Scrub(options.model_copy(update=dict.fromkeys(options.actions, "redact"))).rewrite(text)
     index = audit.column_names.index("text")
     return audit.set_column(index, "text", pc.utf8_slice_codeunits(text, 0, EXCERPT))
 

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from modelyard.corpus.options import ExactOptions, MinHashOptions, ScrubOptions
 from modelyard.corpus.read.units import Piece, Unit
@@ -68,7 +68,7 @@ def each(items: list[dict[str, Any]], work: Callable[..., Any], resources: Resou
 
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
     return dataset.map_batches(
-        _call, batch_size=1, batch_format="pyarrow", fn_args=(work, args),
+        cast(Any, _call), batch_size=1, batch_format="pyarrow", fn_args=(work, args),
         num_cpus=resources.cpus_per_worker, compute=ray.data.TaskPoolStrategy(min(resources.workers, len(items))),
     )  # fmt: skip
 
@@ -161,7 +161,7 @@ def _local(item: dict[str, Any], segment: Segment, options: ExactOptions | MinHa
             documents = table.num_rows
         if fits and isinstance(options, ExactOptions):
             decisions = dedup.equal(table)
-        elif fits and table.num_rows:
+        elif fits and isinstance(options, MinHashOptions) and table.num_rows:
             decisions = dedup.decide(table, texts(segment.documents, table["doc"].to_numpy()), options)
         else:
             decisions = dedup.DECISIONS.empty_table()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from modelyard.corpus.options import ExactOptions, MinHashOptions
 from modelyard.errors import ResourceError
@@ -62,12 +62,12 @@ def shuffle(files: list[str], mapper: Mapper, reducer: Reducer, out: str, resour
     remove(out)
     items = ray.data.from_items([{"file": name} for name in files], override_num_blocks=len(files))
     mapped = items.map_batches(
-        _map, batch_size=1, batch_format="pyarrow", fn_args=(mapper,), num_cpus=resources.cpus_per_worker,
+        cast(Any, _map), batch_size=1, batch_format="pyarrow", fn_args=(mapper,), num_cpus=resources.cpus_per_worker,
         compute=ray.data.TaskPoolStrategy(min(resources.workers, len(files))),
     )  # fmt: skip
     groups = mapped.groupby("p", num_partitions=parts)
     reduced = groups.map_groups(
-        _reduce, batch_format="pyarrow", fn_args=(reducer, out), num_cpus=resources.cpus_per_worker,
+        cast(Any, _reduce), batch_format="pyarrow", fn_args=(reducer, out), num_cpus=resources.cpus_per_worker,
         compute=ray.data.TaskPoolStrategy(min(resources.workers, parts)),
     )  # fmt: skip
     for _ in rows_of(reduced):

@@ -15,18 +15,19 @@ import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
-from numba import config
+
+_config: Any = numba.config
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _cache_folder() -> str:
     """Where compiled kernels can be kept, or "" for Numba's own choice beside the sources."""
-    if config.CACHE_DIR or os.access(Path(__file__).parent, os.W_OK):
-        return str(config.CACHE_DIR)
+    if _config.CACHE_DIR or os.access(Path(__file__).parent, os.W_OK):
+        return str(_config.CACHE_DIR)
     candidates = [Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modelyard" / "numba"]
     candidates.append(Path(tempfile.gettempdir()) / f"modelyard-numba-{os.getuid()}")
     for folder in candidates:
@@ -41,10 +42,10 @@ def _cache_folder() -> str:
     return tempfile.mkdtemp(prefix="modelyard-numba-")
 
 
-config.CACHE_DIR = _cache_folder()
+_config.CACHE_DIR = _cache_folder()
 
 
 def kernel(function: F) -> F:
     """Compiles `function` at first call, without the GIL, and caches the machine code on disk."""
-    compiled: F = numba.njit(nogil=True, cache=True, boundscheck=False)(function)
-    return compiled
+    compiled: Any = numba.njit(nogil=True, cache=True, boundscheck=False)(function)
+    return cast(F, compiled)

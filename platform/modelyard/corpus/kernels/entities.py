@@ -71,10 +71,10 @@ _END = np.frombuffer(b"-----END ", np.uint8)
 def _equal(data: Any, i: Any, end: Any, phrase: Any) -> Any:
     if i + len(phrase) > end:
         return False
+    same = True
     for k in range(len(phrase)):
-        if data[i + k] != phrase[k]:
-            return False
-    return True
+        same = same and data[i + k] == phrase[k]
+    return same
 
 
 @kernel

@@ -37,15 +37,17 @@ def read_unit(unit: Unit, options: ReadOptions) -> Iterator[tuple[Any, Any]]:
     Documents have id, text, source, meta (JSON) and, where the format gives one, prompt; quarantined
     records are audit rows of the step `read`.
     """
+    # The options decide the columns, not the data: all units of a stage write the same schema.
+    prompts = options.prompt is not None or options.python == "docstrings" or any(p.artifact for p in unit.pieces)
     pending = _Pending()
     for piece in unit.pieces:
         for record in records(piece, options):
             _add(pending, piece, record)
             if pending.bytes >= _BATCH_BYTES:
-                yield _tables(pending, options)
+                yield _tables(pending, prompts)
                 pending = _Pending()
     if pending.rows or pending.bad:
-        yield _tables(pending, options)
+        yield _tables(pending, prompts)
 
 
 def _add(pending: _Pending, piece: Piece, record: Record | Bad) -> None:
@@ -53,7 +55,8 @@ def _add(pending: _Pending, piece: Piece, record: Record | Bad) -> None:
         pending.bad.append(
             {
                 "id": document_id(piece, record.position), "source": piece.uri, "step": "read", "reason": record.reason,
-                "bytes": record.bytes, "text": record.excerpt[: EXCERPT + MARGIN], "offset": max(record.position, 0), "detail": record.detail,
+                "bytes": record.bytes, "text": record.excerpt[: EXCERPT + MARGIN], "offset": max(record.position, 0),
+                "detail": record.detail,
             }
         )  # fmt: skip
         pending.bytes += 1000
@@ -65,10 +68,8 @@ def _add(pending: _Pending, piece: Piece, record: Record | Bad) -> None:
     pending.bytes += len(record.text) + len(meta)
 
 
-def _tables(pending: _Pending, options: ReadOptions) -> tuple[Any, Any]:
+def _tables(pending: _Pending, prompts: bool) -> tuple[Any, Any]:
     columns = list(zip(*pending.rows, strict=True)) if pending.rows else [(), (), (), (), ()]
     names = ["id", "text", "source", "meta", "prompt"]
     table = pa.table({n: pa.array(c, pa.string()) for n, c in zip(names, columns, strict=True)})
-    if options.prompt is None and options.python != "docstrings" and table["prompt"].null_count == table.num_rows:
-        table = table.drop_columns(["prompt"])
-    return table, audit_table(pending.bad)
+    return (table if prompts else table.drop_columns(["prompt"])), audit_table(pending.bad)

@@ -7,6 +7,7 @@ that an interrupted run finds its finished portions again and the output does no
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -101,6 +102,5 @@ def _divisible(uri: str, options: ReadOptions) -> bool:
 def _ranges(piece: Piece, size: int) -> list[Piece]:
     bounds = [*range(0, piece.bytes, size), piece.bytes]
     return [
-        Piece(piece.uri, piece.digest, piece.bytes, piece.copy, start, end)
-        for start, end in zip(bounds, bounds[1:], strict=False)
+        Piece(piece.uri, piece.digest, piece.bytes, piece.copy, start, end) for start, end in itertools.pairwise(bounds)
     ]
