@@ -1,0 +1,150 @@
+"""Tokens a CPU-second of the native engine against transformers: `generate` one by one, static batches, continuous.
+
+    python tests/benchmarks/engine_throughput.py [--tokens 64] [--repeats 3]
+
+One random Llama of 32 M parameters in float32, one thread, 64-token prompts, greedy, the same number of tokens from
+every side. Headline: 32 concurrent requests against transformers' continuous batching.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from contract import in_turns, report, say
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from modelyard.engine import EngineCore, EngineOptions, Request, Sampling, generate
+
+SHAPE = {
+    "vocab_size": 16_384, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 2048, "tie_word_embeddings": True,
+}  # fmt: skip
+PROMPT = 64
+CONCURRENT = (1, 8, 32)
+
+Answers = list[list[int]]
+
+
+def save_model(folder: Path) -> None:
+    """A random checkpoint; wide initial weights keep greedy choices clear of ties."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, initializer_range=0.1, eos_token_id=None)).eval()
+    model.save_pretrained(folder)
+
+
+def load(folder: Path) -> LlamaForCausalLM:
+    """The peer's model: a fresh one a side, because the continuous batching manager lives in it."""
+    model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
+
+
+def make_prompts(count: int) -> list[list[int]]:
+    """Random token ids [count, PROMPT], the same in every run."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(5, SHAPE["vocab_size"], (PROMPT,), generator=generator).tolist() for _ in range(count)]
+
+
+def ours(core: EngineCore, prompts: list[list[int]], tokens: int) -> Answers:
+    """All prompts at once."""
+    sampling = Sampling(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+    requests = [Request(str(i), tuple(p), sampling, detokenize=False) for i, p in enumerate(prompts)]
+    return [list(c.output.tokens) for c in generate(core, requests)]
+
+
+def static(model: LlamaForCausalLM, prompts: list[list[int]], tokens: int) -> Answers:
+    """One batch of equal lengths, which is the best case for it."""
+    ids = torch.tensor(prompts)
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return [row[PROMPT:].tolist() for row in out]
+
+
+def continuous(model: LlamaForCausalLM, prompts: list[list[int]], tokens: int) -> Answers:
+    """transformers' continuous batching, its manager and cache kept from round to round.
+
+    Must not run under inference_mode: its thread then fails and still takes CPU time.
+    """
+    config = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    results: dict[str, Any] = model.generate_batch(
+        inputs=prompts, generation_config=config, progress_bar=False, persistent_manager=True
+    )
+    by_prompt = {tuple(r.prompt_ids): list(r.generated_tokens) for r in results.values()}
+    answers = [by_prompt.get(tuple(p), []) for p in prompts]
+    if any(len(a) != tokens for a in answers):
+        raise RuntimeError(f"the peer did not answer in full: {[len(a) for a in answers]}")
+    return answers
+
+
+def main() -> None:
+    """Measures and reports."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(Path(folder))
+        options = EngineOptions(max_sequences=32, threads=1, max_length=512)
+        exact = EngineCore(folder, options)
+        packed = EngineCore(folder, options.model_copy(update={"precision": "float16_packed"}))
+        results = measure(Path(folder), exact, packed, args.tokens, args.repeats)
+    finish(results)
+
+
+def measure(
+    folder: Path, exact: EngineCore, packed: EngineCore, tokens: int, repeats: int
+) -> dict[str, tuple[float, Answers]]:
+    """Side -> (tokens a CPU-second, answers)."""
+    found: dict[str, tuple[float, Answers]] = {}
+    for count in CONCURRENT:
+        prompts = make_prompts(count)
+        sides: dict[str, Callable[[], Answers]] = {
+            f"native {count}": functools.partial(ours, exact, prompts, tokens),
+            f"native fp16 {count}": functools.partial(ours, packed, prompts, tokens),
+            f"static {count}": functools.partial(static, load(folder), prompts, tokens),
+        }
+        if count > 1:
+            sides[f"continuous {count}"] = functools.partial(continuous, load(folder), prompts, tokens)
+        for name, runs in in_turns(sides, repeats=repeats).items():
+            found[name] = count * tokens / runs.cpu_median, runs.last
+            say(f"{name}: {found[name][0]:.0f} tokens a CPU-second")
+    return found
+
+
+def finish(found: dict[str, tuple[float, Answers]]) -> None:
+    """Prints the result line."""
+    rate = {name: value[0] for name, value in found.items()}
+    identical = all(found[f"native {n}"][1] == found[f"static {n}"][1] for n in CONCURRENT)
+    report(
+        "engine_throughput",
+        unit="tokens/CPU s",
+        ours=rate["native 32"],
+        peer=rate["continuous 32"],
+        peer_name=f"transformers {transformers.__version__} continuous batching",
+        target=2.0,
+        identical=identical,
+        identical_cb=all(found[f"native {n}"][1] == found[f"continuous {n}"][1] for n in CONCURRENT[1:]),
+        ratio_cb_8=rate["native 8"] / rate["continuous 8"],
+        ratio_cb_32=rate["native 32"] / rate["continuous 32"],
+        ratio_generate=rate["native 32"] / rate["static 1"],
+        ratio_static_8=rate["native 8"] / rate["static 8"],
+        ratio_static_32=rate["native 32"] / rate["static 32"],
+        rates=rate,
+    )
+
+
+if __name__ == "__main__":
+    main()
