@@ -8,6 +8,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import time
 import urllib.request
 import zlib
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from modelyard.errors import ResourceError, StorageError
-from modelyard.tracking import Tracker, ui
+from modelyard.tracking import Tracker, ui_command
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -31,26 +32,37 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+_SERVE = "import sys; from modelyard.tracking import ui; sys.exit(ui(sys.argv[1], int(sys.argv[2])))"
+
+
 @contextmanager
 def running_ui(root: Path) -> Iterator[str]:
-    """The UI of a root, started by the command that `modelyard ui` runs."""
-    found = ui(str(root), free_port())
+    """The UI of a root as `modelyard ui` runs it; ended by Ctrl-C, after which nothing of it may be left."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "platform")}
     with (root / "ui.log").open("wb") as log:
-        server = subprocess.Popen(found.command, env=found.env, stdout=log, stderr=log, start_new_session=True)
+        command = [sys.executable, "-c", _SERVE, str(root), str(port)]
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + 120
-        while True:
-            try:
-                with urllib.request.urlopen(f"{found.url}/health", timeout=2):
-                    break
-            except OSError:
-                assert server.poll() is None, (root / "ui.log").read_text()[-2000:]
-                assert time.monotonic() < deadline, (root / "ui.log").read_text()[-2000:]
-                time.sleep(0.2)
-        yield found.url
+        while not answers(url):
+            assert server.poll() is None, (root / "ui.log").read_text()[-2000:]
+            assert time.monotonic() < deadline, (root / "ui.log").read_text()[-2000:]
+            time.sleep(0.2)
+        yield url
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+        server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=60) == 0
+    assert not answers(url), "the UI's processes outlive the command"
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2):
+            return True
+    except OSError:
+        return False
 
 
 def browse(url: str, folder: Path, *flags: str) -> str:
@@ -115,20 +127,20 @@ def test_a_port_in_use_is_explained(root: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ResourceError, match=f"port {port} cannot be used") as caught:
-            ui(str(root), port)
+            ui_command(str(root), port)
     assert "--port" in caught.value.mend
 
 
 def test_a_root_without_runs_is_explained(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="nothing has been tracked"):
-        ui(str(tmp_path), free_port())
+        ui_command(str(tmp_path), free_port())
 
 
 def test_a_server_of_ones_own_needs_no_command(tmp_path: Path) -> None:
-    found = ui(str(tmp_path), 5000, "http://mlflow.example:5000")
+    found = ui_command(str(tmp_path), 5000, "http://mlflow.example:5000")
     assert (found.url, found.command) == ("http://mlflow.example:5000", ())
 
 
 def test_the_command_binds_to_loopback_only(root: Path) -> None:
-    command = ui(str(root), free_port()).command
+    command = ui_command(str(root), free_port()).command
     assert command[command.index("--host") + 1] == "127.0.0.1"

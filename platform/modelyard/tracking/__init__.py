@@ -11,7 +11,7 @@ from modelyard.tracking.run import Run
 from modelyard.tracking.spool import SpoolRun, read_events, replay
 from modelyard.tracking.status import RecipeRun, StageRun, status
 from modelyard.tracking.tracker import Tracker
-from modelyard.tracking.ui import Ui, ui
+from modelyard.tracking.ui import Ui, ui, ui_command
 
 __all__ = [
     "ModelVersion",
@@ -30,4 +30,5 @@ __all__ = [
     "resolve",
     "status",
     "ui",
+    "ui_command",
 ]

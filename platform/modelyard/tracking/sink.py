@@ -20,6 +20,7 @@ UID, OWNER, HEARTBEAT = "modelyard.uid", "modelyard.owner", "modelyard.heartbeat
 STAGE, KIND, FINGERPRINT, RECIPE = "modelyard.stage", "modelyard.kind", "modelyard.fingerprint", "modelyard.recipe"
 PARENT = "mlflow.parentRunId"
 LARGEST_FILE = 64 << 20
+_TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # else the UI opens its pages for agents
 _METRICS_A_CALL, _PARAMS_A_CALL = 1000, 100
 
 
@@ -73,7 +74,7 @@ class Sink:
         found: Experiment | None = self.client.get_experiment_by_name(name)
         if found is None:
             try:
-                return str(self.client.create_experiment(name, artifact_location=self.store.artifacts))
+                return str(self.client.create_experiment(name, artifact_location=self.store.artifacts, tags=_TRAINING))
             except MlflowException:  # somebody else made it in between
                 found = self.client.get_experiment_by_name(name)
                 if found is None:
