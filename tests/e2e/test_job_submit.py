@@ -137,3 +137,52 @@ def test_without_the_token_the_cluster_takes_no_job(head: Head) -> None:
     done = head.submit("python", "-c", "print('let in')", env=stranger | {"RAY_AUTH_MODE": "disabled"})
     assert done.returncode != 0
     assert "let in" not in done.stdout
+
+
+RECIPE = """
+name: tiny
+root: {root}
+stages:
+  corpus:
+    kind: curate
+    inputs: {{files: ["{folder}/*.txt"]}}
+    steps: [{{normalize: {{}}}}, {{dedup: {{method: exact}}}}]
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(6):
+        (folder / f"{i}.txt").write_text(f"Document {i // 2} says something that another document says, too.\n" * 3)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE.format(root=tmp_path / "root", folder=folder))
+    return path
+
+
+def test_any_recipe_runs_as_a_job_and_the_second_submission_finds_it_done(head: Head, recipe: Path) -> None:
+    first = head.submit("python", "jobs/run_recipe.py", str(recipe))
+    assert first.returncode == 0, first.stdout + first.stderr
+    (manifest,) = recipe.parent.glob("root/artifacts/corpus-*/manifest.json")
+    counts = json.loads(manifest.read_text())["counts"]
+    assert (counts["documents_in"], counts["documents"]) == (6, 3)
+    written = manifest.stat().st_mtime_ns
+
+    # The same through the command line's own submit and a script of one stage kind.
+    command = [str(BIN / "modelyard"), "submit", str(recipe), "--address", head.address]
+    second = subprocess.run(
+        command, cwd=CHECKOUT, env=head.env, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "done before" in second.stdout
+    third = head.submit("python", "jobs/curate_corpus.py", str(recipe))
+    assert third.returncode == 0, third.stdout + third.stderr
+    assert manifest.stat().st_mtime_ns == written
+
+
+def test_a_mistake_in_the_recipe_ends_the_job_with_its_place(head: Head, recipe: Path) -> None:
+    recipe.write_text(recipe.read_text().replace("steps:", "stepz:"))
+    done = head.submit("python", "jobs/run_recipe.py", str(recipe))
+    assert done.returncode != 0
+    assert "did you mean 'steps'" in done.stdout

@@ -1,0 +1,77 @@
+"""Runs a recipe on two Ray nodes, one of which dies at work, and again on the one that is left.
+
+    python tests/e2e/two_nodes.py RECIPE FOLDER
+
+The last line is JSON: what the scratch folder held when the node died, and the files with checksums that
+both executions published.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+DEATH = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+NODE = {"num_cpus": 1, "object_store_memory": 120 * 2**20}
+
+
+def scratch(root: Path) -> list[str]:
+    """Files of unfinished stages: what a run has worked out and not yet published."""
+    return [str(path.relative_to(root)) for path in (root / "work").rglob("*") if path.is_file()]
+
+
+def kill_at_work(cluster: Any, node: Any, root: Path, seen: dict[str, Any]) -> None:
+    """Waits until a stage has begun to write, then takes the node away without notice."""
+    deadline = time.monotonic() + 120
+    while not (files := scratch(root)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    seen["scratch"] = files
+    seen["published"] = [str(path) for path in root.glob("artifacts/*/manifest.json")]
+    cluster.remove_node(node, allow_graceful=False)
+    seen["removed"] = True
+
+
+def published(outcome: Any) -> dict[str, list[list[str]]]:
+    """Stage -> path and checksum of the files that hold data; reports carry times and are left out."""
+    return {
+        name: [[file.path, file.checksum] for file in artifact.manifest.files if not file.path.endswith(".html")]
+        for name, artifact in outcome.artifacts.items()
+    }
+
+
+def main(recipe: str, folder: Path) -> None:
+    """Prints the comparison."""
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from modelyard import load, run
+
+    cluster = Cluster(initialize_head=True, head_node_args=NODE | {"_system_config": DEATH, "include_dashboard": False})
+    doomed = cluster.add_node(**NODE)
+    cluster.wait_for_nodes()
+    try:
+        seen: dict[str, Any] = {}
+        root = folder / "broken"
+        killer = threading.Thread(target=kill_at_work, args=(cluster, doomed, root, seen), daemon=True)
+        killer.start()
+        broken = run(load(recipe, [f"root={root}"]), address=cluster.address)
+        killer.join()
+        whole = run(load(recipe, [f"root={folder / 'whole'}"]), address=cluster.address)
+        ray.shutdown()
+    finally:
+        cluster.shutdown()
+    print(json.dumps(seen | {"broken": published(broken), "whole": published(whole)}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
