@@ -1,0 +1,193 @@
+"""What Ray Serve costs: the same application and engine under Serve and under bare uvicorn, 16 streams at once.
+
+    python tests/benchmarks/serve_overhead.py [--requests 96] [--repeats 3]
+
+Both sides serve one random Llama of 32 M parameters with one torch thread to the same client process. Headline: tokens
+a second streamed; `cpu_us_a_chunk` is what a streamed chunk costs in CPU beyond bare uvicorn, over the process tree.
+Under Serve ingress and engine are processes of their own, so on several cores the ratio may exceed one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import ray
+from contract import clock, report, say
+
+from modelyard.engine import EngineOptions
+from modelyard.serving import ServeOptions, launch
+from modelyard.serving.server import free_port
+from modelyard.stages import session
+
+STREAMS = 16
+TOKENS = 64
+ENGINE = EngineOptions(max_sequences=STREAMS, threads=1, max_length=512)
+
+
+def save_model(folder: str) -> None:
+    """A random 32 M Llama with a byte-level tokenizer, made in a process of its own (it needs torch)."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 16_384, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+    LlamaForCausalLM(LlamaConfig(**shape, eos_token_id=None, initializer_range=0.1)).save_pretrained(folder)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator(["a short text"], trainer)
+    tokenizer.add_tokens([f" w{i}" for i in range(shape["vocab_size"] - tokenizer.get_vocab_size())])
+    tokenizer.save(str(Path(folder) / "tokenizer.json"))
+
+
+def bare(folder: str, port: int) -> None:
+    """The application under uvicorn with the engine in the same process."""
+    import uvicorn
+
+    from modelyard.engine import NativeEngine, Tokenizer
+    from modelyard.serving.api import build_app
+    from modelyard.serving.backend import LocalBackend
+    from modelyard.serving.metrics import Metrics
+    from modelyard.serving.service import Service
+
+    engine = NativeEngine(folder, ENGINE)
+    service = Service(
+        "m",
+        Tokenizer(Path(folder)),
+        LocalBackend(engine),
+        max_length=engine.max_length,
+        max_choices=1,
+        timeout=600,
+        metrics=Metrics(),
+    )
+    uvicorn.run(build_app(service, keys=None, max_body=1_000_000), port=port, log_level="error")
+
+
+async def load(url: str, requests: int) -> dict[str, float]:
+    """Streams `requests` answers, STREAMS at a time; tokens/s, and p50 and p99 of the first token in ms."""
+    gate, firsts, chunks = asyncio.Semaphore(STREAMS), [], 0
+    body = {"model": "m", "prompt": "a short text " * 8, "max_tokens": TOKENS, "temperature": 0, "stream": True}
+
+    async def one(client: httpx.AsyncClient) -> None:
+        nonlocal chunks
+        async with gate:
+            started, first = time.perf_counter(), 0.0
+            async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
+                response.raise_for_status()
+                async for line in response.aiter_lines():
+                    if line.startswith("data: {"):
+                        chunks += 1
+                        first = first or time.perf_counter() - started
+            firsts.append(first)
+
+    started = time.perf_counter()
+    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=STREAMS)) as client:
+        await asyncio.gather(*(one(client) for _ in range(requests)))
+    seconds = time.perf_counter() - started
+    firsts.sort()
+    return {
+        "tokens_per_second": requests * TOKENS / seconds,
+        "requests_per_second": requests / seconds,
+        "chunks": chunks,
+        "first_p50_ms": firsts[len(firsts) // 2] * 1e3,
+        "first_p99_ms": firsts[int(len(firsts) * 0.99)] * 1e3,
+    }
+
+
+def rounds(name: str, url: str, requests: int, repeats: int) -> list[dict[str, float]]:
+    """Repeated loads after a warm-up, with the CPU seconds of the process tree."""
+    asyncio.run(load(url, STREAMS))
+    found = []
+    for _ in range(repeats):
+        with clock() as spent:
+            result = asyncio.run(load(url, requests))
+        found.append(result | {"cpu": spent.cpu})
+        say(f"  {name}: {result['tokens_per_second']:.0f} tokens/s, {spent.cpu:.1f} CPU s, "
+            f"first token p50 {result['first_p50_ms']:.0f} ms")  # fmt: skip
+    return found
+
+
+def on_uvicorn(folder: str, run: Callable[[str], Any]) -> Any:
+    """Runs `run(url)` against the bare application."""
+    port = free_port()
+    process = multiprocessing.get_context("spawn").Process(target=bare, args=(folder, port), daemon=True)
+    process.start()
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            try:
+                httpx.get(f"{url}/healthz")
+                break
+            except httpx.TransportError:
+                time.sleep(0.1)
+        return run(url)
+    finally:
+        process.terminate()
+        process.join()
+
+
+def on_serve(folder: str, run: Callable[[str], Any]) -> Any:
+    """Runs `run(url)` against the application on Ray Serve."""
+    session.start(2)
+    handle = launch(folder, "m", ServeOptions(port=0, engine=ENGINE))
+    say(f"  serve answers after {handle.seconds:.1f} s")
+    try:
+        return run(handle.url)
+    finally:
+        handle.shutdown()
+        session.stop()
+        assert not ray.is_initialized()
+
+
+def main() -> None:
+    """Measures and reports."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--requests", type=int, default=96)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        maker = multiprocessing.get_context("spawn").Process(target=save_model, args=(folder,))
+        maker.start()
+        maker.join()
+        peer = on_uvicorn(folder, lambda url: rounds("uvicorn", url, args.requests, args.repeats))
+        ours = on_serve(folder, lambda url: rounds("serve", url, args.requests, args.repeats))
+
+    def median(side: list[dict[str, float]], key: str) -> float:
+        return statistics.median(r[key] for r in side)
+
+    chunks = median(ours, "chunks")
+    report(
+        "serve_overhead",
+        unit="tokens/s",
+        ours=median(ours, "tokens_per_second"),
+        peer=median(peer, "tokens_per_second"),
+        peer_name="bare uvicorn, engine in process",
+        target=0.85,
+        streams=STREAMS,
+        requests_per_second=median(ours, "requests_per_second"),
+        cpu_us_a_chunk=(median(ours, "cpu") - median(peer, "cpu")) / chunks * 1e6,
+        cpu_ratio=median(ours, "cpu") / median(peer, "cpu"),
+        first_token_ms={
+            side: {p: median(rows, f"first_{p}_ms") for p in ("p50", "p99")}
+            for side, rows in (("serve", ours), ("uvicorn", peer))
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
