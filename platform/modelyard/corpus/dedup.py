@@ -95,7 +95,7 @@ def key_matrix(table: Any) -> npt.NDArray[np.uint64]:
     column = table["keys"].combine_chunks()
     if isinstance(column, pa.ChunkedArray):
         column = pa.concat_arrays(column.chunks)
-    return np.asarray(column.flatten().to_numpy(), np.uint64).reshape(len(column), -1)
+    return np.asarray(column.flatten().to_numpy(), np.uint64).reshape(len(column), column.type.list_size)
 
 
 def equal(table: Any) -> Any:
