@@ -72,7 +72,8 @@ def plan_table(recipe: Recipe, plans: Sequence[StagePlan]) -> RenderableType:
     notes = [Text(f"{p.name}: {note}", "dim") for p in plans for note in p.estimate.notes]
     known = [p.estimate.seconds for p in plans if not p.cached and p.estimate.seconds]
     total = Text(
-        f"{sum(not p.cached for p in plans)} of {len(plans)} stages run; predicted {duration(sum(known)) or 'time unknown'}"
+        f"{sum(not p.cached for p in plans)} of {len(plans)} stages run; "
+        + (f"predicted {duration(sum(known))}" if known else "time unknown")
     )
     return Group(table, *notes, total)
 
