@@ -52,30 +52,33 @@ def short(uri: str) -> str:
 def _table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for name in columns:
-        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+        table.add_column(name, justify="right" if name in right else "left", overflow="fold", no_wrap=name in right)
     return table
 
 
 def plan_table(recipe: Recipe, plans: Sequence[StagePlan]) -> RenderableType:
     """The plan: what is done, what runs and why, and the predictions."""
-    right = ("parameters", "FLOPs", "memory/worker", "time", "cost", "energy")
-    table = _table(f"{recipe.name}  ->  {recipe.root}", "stage", "kind", "after", "", *right, "why", right=right)
+    right = ("params", "FLOPs", "mem/worker", "time", "cost", "kWh")
+    table = _table(f"{recipe.name}  ->  {short(recipe.root)}", "stage", "kind", "", *right, right=right)
     for item in plans:
         e = item.estimate
         state = Text("done", "green") if item.cached else Text("runs", "yellow")
         table.add_row(
-            item.name, item.kind, ", ".join(item.after), state, amount(e.parameters), amount(e.flops),
-            amount(e.memory_bytes, "B"), "" if item.cached else duration(e.seconds),
-            f"${e.cost_usd:.2f}" if e.cost_usd else "", f"{e.energy_kwh:.3f} kWh" if e.energy_kwh else "",
-            "; ".join([*item.why[:4], *([f"and {len(item.why) - 4} more"] if len(item.why) > 4 else [])]),
+            item.name, item.kind, state, amount(e.parameters), amount(e.flops), amount(e.memory_bytes, "B"),
+            "" if item.cached else duration(e.seconds), f"${e.cost_usd:.2f}" if e.cost_usd else "",
+            f"{e.energy_kwh:.3f}" if e.energy_kwh else "",
         )  # fmt: skip
+    reasons = [Text.assemble((f"{p.name} runs: ", "bold"), _reason(p)) for p in plans if not p.cached]
     notes = [Text(f"{p.name}: {note}", "dim") for p in plans for note in p.estimate.notes]
     known = [p.estimate.seconds for p in plans if not p.cached and p.estimate.seconds]
-    total = Text(
-        f"{sum(not p.cached for p in plans)} of {len(plans)} stages run; "
-        + (f"predicted {duration(sum(known))}" if known else "time unknown")
-    )
-    return Group(table, *notes, total)
+    total = f"{sum(not p.cached for p in plans)} of {len(plans)} stages run; "
+    total += f"predicted {duration(sum(known))}" if known else "time unknown"
+    return Group(table, Text(), *reasons, *notes, Text(total))
+
+
+def _reason(plan: StagePlan) -> str:
+    rest = f"; and {len(plan.why) - 4} more" if len(plan.why) > 4 else ""
+    return "; ".join(plan.why[:4]) + rest
 
 
 def summary_table(outcome: Outcome) -> RenderableType:
