@@ -147,5 +147,5 @@ def clean(text: str, blank_lines: int | None) -> str:
     text = re.sub(r"^\n+", "", text)
     text = re.sub(r"\n+$", "", text)
     if blank_lines is not None:
-        text = re.sub("\n{%d,}" % (blank_lines + 2), "\n" * (blank_lines + 1), text)
+        text = re.sub(f"\n{{{blank_lines + 2},}}", "\n" * (blank_lines + 1), text)
     return re.sub(r"[ \t]+$", "", text) if text.strip(" \t") else ""

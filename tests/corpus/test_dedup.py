@@ -131,7 +131,7 @@ def test_phases_over_partitions_decide_as_one_process_does(planted: list[str]) -
     component = dict(zip(labels["doc"].to_pylist(), labels["component"].to_pylist(), strict=True))
     decisions = []
     for p in range(3):
-        rows = [n for n, doc in enumerate(keys["doc"].to_pylist()) if component.get(doc, -1) % 3 == p and doc in component]
+        rows = [n for n, doc in enumerate(keys["doc"].to_pylist()) if doc in component and component[doc] % 3 == p]
         part = keys.take(pa.array(rows[::-1], pa.int64()))
         decisions.append(dedup.decide(part, table["text"].take(part["doc"]), options))
     found = pa.concat_tables(decisions).sort_by("doc")

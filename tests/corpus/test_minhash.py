@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -23,7 +25,7 @@ TEXT = st.one_of(
 
 def sets_of(texts: list[str], n: int, characters: bool = False) -> list[set[int]]:
     values, places = minhash.shingle_sets(*buffers(pa.array(texts, pa.string())), n, characters, minhash.FOLD)
-    return [set(values[a:b].tolist()) for a, b in zip(places, places[1:], strict=False)]
+    return [set(values[a:b].tolist()) for a, b in itertools.pairwise(places)]
 
 
 @settings(max_examples=300, deadline=None)
@@ -58,7 +60,7 @@ def test_signatures_estimate_jaccard_without_bias(target: float) -> None:
     errors = []
     for _ in range(60):
         size = 400
-        common = int(round(2 * size * target / (1 + target)))
+        common = round(2 * size * target / (1 + target))
         pool = rng.choice(2**32, 2 * size, replace=False).astype(np.uint32)
         lows = np.full((2, 512), 0xFFFFFFFF, np.uint32)
         minhash.minima(pool[:size], a, b, lows[0])

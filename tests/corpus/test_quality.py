@@ -127,7 +127,8 @@ def test_cut_lines_equal_the_slow_twin(text: str) -> None:
 def test_rules_judge_in_the_order_given(documents: Any) -> None:
     text = "a { b."
     for rules, first in ((["gopher", "c4"], "gopher_short_doc"), (["c4", "gopher"], "c4_curly_bracket")):
-        _, removed = split(Quality(QualityOptions.model_validate({"rules": rules}))(documents(text + " one two three.")))
+        step = Quality(QualityOptions.model_validate({"rules": rules}))
+        _, removed = split(step(documents(text + " one two three.")))
         assert removed["reason"].to_pylist() == [first]
 
 

@@ -77,7 +77,7 @@ _V4_NOBODY = ipaddress.IPv4Network("255.0.0.0/8")
 def _card(text: str, _before: str, _region: str | None) -> int:
     digits = re.sub(r"[ -]", "", text)
     groups = [len(g) for g in re.split(r"[ -]", text)]
-    if len(set(digits)) < 4 or not (len(groups) == 1 or groups in _CARD_GROUPS):
+    if len(set(digits)) < 2 or not (len(groups) == 1 or groups in _CARD_GROUPS):
         return 0
     two, four, n = int(digits[:2]), int(digits[:4]), len(digits)
     known = (

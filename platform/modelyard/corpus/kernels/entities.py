@@ -263,7 +263,7 @@ def _phone(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
         left -= 1
     if _is(data, left - 1, start, end, forms, _TOKEN) or (left > start and data[left - 1] in (0x2E, 0x2F, 0x3D)):
         return 0, 0
-    k, last, digits, groups, gap = i, i, 0, 1, 0
+    k, last, digits, groups, gap, paren = i, i, 0, 1, 0, i
     while k < end and digits <= 15:
         byte = data[k]
         if forms[byte] & _DIGIT:
@@ -273,9 +273,12 @@ def _phone(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
             last = k + 1
         elif byte in (0x20, 0x2D, 0x2E, 0x28, 0x29, 0x2F) and gap < 3:
             gap += 1
+            paren = k if byte == 0x29 else paren
         else:
             break
         k += 1
+    if not plus and not i < paren < last:
+        left = i
     if digits < 7 or digits > 15 or not (plus or groups > 1):
         return 0, 0
     if _is(data, last, start, end, forms, _ALPHA) and data[last] != 0x78:
@@ -329,7 +332,10 @@ def _private(data: Any, i: Any, end: Any) -> Any:
         return 0
     while k < end and not _equal(data, k, end, _END):
         k += 1
-    while k < end and data[k] != 0x0A:
+    k = min(k + len(_END), end)
+    while k < end and data[k] != 0x0A and data[k] != 0x2D:
+        k += 1
+    while k < end and data[k] == 0x2D:
         k += 1
     return k
 

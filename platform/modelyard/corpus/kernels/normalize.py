@@ -9,14 +9,15 @@ import numpy as np
 from modelyard.corpus.kernels import kernel
 
 # What `inspect` finds in a document.
-NON_ASCII, MOJIBAKE, UNCLEAN = 1, 2, 4
+NON_ASCII, MOJIBAKE, UNCLEAN, FORM = 1, 2, 4, 8
 # Switches of `clean`.
 CONTROL, LINES, COLLAPSE = 1, 2, 4
 
 
 @kernel
 def inspect(data: Any, offsets: Any) -> Any:
-    """Bits per document [documents] (uint8): NON_ASCII, MOJIBAKE (worth a look by ftfy), UNCLEAN (`clean` might act).
+    """Bits per document [documents] (uint8): NON_ASCII, MOJIBAKE (worth a look by ftfy), UNCLEAN (`clean` might act),
+    FORM (may not be in NFC).
 
     Mojibake of UTF-8 read as Latin-1 or Windows-1252 shows as U+00C2, U+00C3, U+00E2 and so on followed by
     another non-ASCII character, or as C1 control characters, or as U+FFFD.
@@ -66,10 +67,16 @@ def _suspicious(data: Any, i: Any, end: Any) -> Any:
         # Letters that lead bytes of UTF-8 turn into, when a non-ASCII character follows.
         return MOJIBAKE if i + 2 < end and data[i + 2] >= 0xC2 else 0
     if lead == 0xE2:
-        return UNCLEAN if follow == 0x80 else 0
+        # En and em quad, Ohm, Kelvin, Angstrom, angle brackets and forking are the only ones NFC changes.
+        if follow == 0x80:
+            return UNCLEAN | (FORM if i + 2 < end and data[i + 2] <= 0x81 else 0)
+        return FORM if follow == 0x84 or follow == 0x8C or follow == 0xAB else 0
     if lead == 0xEF:
-        return (MOJIBAKE | UNCLEAN) if follow >= 0xBB else 0
-    return UNCLEAN if lead == 0xE3 and follow == 0x80 else 0
+        return (MOJIBAKE | UNCLEAN | FORM) if follow >= 0xBB else FORM
+    if lead == 0xE3:
+        return (UNCLEAN | FORM) if follow == 0x80 else FORM
+    # Below U+0300 and among the Han ideographs of U+4000-9FFF everything is in NFC.
+    return FORM if lead >= 0xCC and not 0xE4 <= lead <= 0xE9 else 0
 
 
 @kernel

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import unicodedata
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -38,14 +39,21 @@ class Normalize(Step):
         from modelyard.corpus.kernels import normalize as kernels
 
         bits = kernels.inspect(*buffers(text))
-        if self.options.mojibake:
-            text = self._repair(text, np.flatnonzero(bits & kernels.MOJIBAKE))
-        if self.options.unicode is not None:
-            text = self._unicode(text, np.flatnonzero(bits & kernels.NON_ASCII))
-        if self.options.mojibake or self.options.unicode is not None:
+        if self.options.mojibake and (rows := np.flatnonzero(bits & kernels.MOJIBAKE)).size:
+            text = self._repair(text, rows)
             # Repaired text may hold white space that the first look did not see.
             bits = kernels.inspect(*buffers(text))
-        rows = np.flatnonzero(bits & kernels.UNCLEAN)
+        text = self._clean(text, np.flatnonzero(bits & kernels.UNCLEAN))
+        if self.options.unicode is None:
+            return text
+        # Last, for a removed control character may bring a letter and its accent together. Only NFC has a
+        # quick check by bytes; NFKC may change any character that is not ASCII.
+        bit = kernels.FORM if self.options.unicode == "NFC" else kernels.NON_ASCII
+        return self._unicode(text, self.options.unicode, np.flatnonzero(bits & bit))
+
+    def _clean(self, text: Any, rows: npt.NDArray[np.int64]) -> Any:
+        from modelyard.corpus.kernels import normalize as kernels
+
         switches = kernels.CONTROL if self.options.control else 0
         switches |= {None: 0, "lines": kernels.LINES, "collapse": kernels.COLLAPSE}[self.options.whitespace]
         if not len(rows) or not switches:
@@ -55,8 +63,6 @@ class Normalize(Step):
         return self._put(text, rows, cleaned, "whitespace")
 
     def _repair(self, text: Any, rows: npt.NDArray[np.int64]) -> Any:
-        if not len(rows):
-            return text
         import ftfy
         from ftfy.badness import is_bad
 
@@ -75,21 +81,21 @@ class Normalize(Step):
         self.counts["mojibake"] += len(changed)
         return replace(text, np.array(changed, np.int64), fixed)
 
-    def _unicode(self, text: Any, rows: npt.NDArray[np.int64]) -> Any:
-        if not len(rows):
-            return text
-        part = text.take(pa.array(rows))
-        return self._put(text, rows, pc.utf8_normalize(part, form=self.options.unicode), "unicode")
+    def _unicode(self, text: Any, form: Literal["NFC", "NFKC"], rows: npt.NDArray[np.int64]) -> Any:
+        # Not pyarrow's utf8_normalize: in version 25 it decomposes whatever form is asked for.
+        changed, texts = [], []
+        for row in rows.tolist():
+            before = text[row].as_py()
+            if not unicodedata.is_normalized(form, before):
+                changed.append(row)
+                texts.append(unicodedata.normalize(form, before))
+        self.counts["unicode"] += len(changed)
+        return replace(text, np.array(changed, np.int64), texts)
 
     def _put(self, text: Any, rows: npt.NDArray[np.int64], new: Any, count: str) -> Any:
-        """The column with `new` at `rows` where it differs."""
-        part = text.take(pa.array(rows))
-        differs = np.asarray(pc.not_equal(part, new).to_numpy(zero_copy_only=False), bool)
-        self.counts[count] += int(differs.sum())
-        if not differs.any():
-            return text
+        """The column with `new` at `rows`; counts the rows that differ."""
         array = text.combine_chunks() if isinstance(text, pa.ChunkedArray) else text
+        self.counts[count] += int(pc.sum(pc.not_equal(array.take(pa.array(rows)), new)).as_py() or 0)
         mask = np.zeros(len(array), bool)
-        mask[rows[differs]] = True
-        new = new.combine_chunks() if isinstance(new, pa.ChunkedArray) else new
-        return pc.replace_with_mask(array, pa.array(mask), new.filter(pa.array(differs)).cast(array.type))
+        mask[rows] = True
+        return pc.replace_with_mask(array, pa.array(mask), new.cast(array.type))
