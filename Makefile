@@ -1,7 +1,6 @@
 # make quickstart   install, then run pipelines/quickstart.yaml: raw text to a served model
 # make test         install with the test extras, lint, then every test
 # make bench        every benchmark, or one: make bench NAME=corpus_minhash
-# CUDA: make TORCH=skip ... keeps the torch that is in .venv already (see the README)
 
 PYTHON ?= python3.11
 VENV := .venv
