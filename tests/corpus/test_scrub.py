@@ -142,7 +142,7 @@ def test_pseudonyms_are_the_same_everywhere_and_under_another_key_different(
 def test_a_substitute_is_not_taken_for_personal_data_again(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, KEY)
     texts = [planted(kind, value, frame) for value in PLANTED[kind] for frame in FRAMES]
-    actions = {k: "pseudonymize" for k in PLANTED}
+    actions = dict.fromkeys(PLANTED, "pseudonymize")
     once, step = scrub(texts, **actions)
     assert once != texts
     twice, again = scrub(once, **actions)

@@ -273,7 +273,7 @@ def _phone(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
             last = k + 1
         elif byte in (0x20, 0x2D, 0x2E, 0x28, 0x29, 0x2F) and gap < 3:
             gap += 1
-            paren = k if byte == 0x29 else paren
+            paren = k if byte == 0x29 and paren == i else paren
         else:
             break
         k += 1
