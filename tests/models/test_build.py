@@ -23,7 +23,7 @@ def built(options: ModelOptions, seed: int = 0) -> torch.nn.Module:
 
 @pytest.mark.parametrize(
     ("preset", "parameters"),
-    [("llama-4m", 3_934_656), ("llama-1b", 1_235_814_400), ("llama-8b", 8_030_261_248), ("llama-70b", 70_553_706_496)],
+    [("llama-4m", 4_310_784), ("llama-1b", 1_235_814_400), ("llama-8b", 8_030_261_248), ("llama-70b", 70_553_706_496)],
 )
 def test_presets_have_the_published_parameters(preset: str, parameters: int) -> None:
     config = build_config(ModelOptions(preset=preset), PRESETS[preset].vocab_size)

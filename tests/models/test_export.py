@@ -60,7 +60,7 @@ def test_only_safetensors_are_read(model: PreTrainedModel, tmp_path: Path) -> No
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(DataError, match="safetensors"):
         load_model(tmp_path)
-    with pytest.raises(DataError, match="no \\*.safetensors|not a model folder"):
+    with pytest.raises(DataError, match="safetensors weights"):
         load_model(tmp_path / "absent")
 
 

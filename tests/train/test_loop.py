@@ -1,4 +1,4 @@
-"""The loop in one process: what is cut differently trains the same, what stops resumes exactly, what breaks is named."""
+"""The loop in one process: equal losses however a batch is cut, exact resume, and named errors."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def test_mesh_degrees_multiply_to_the_workers() -> None:
     assert degrees(ParallelOptions(), 8) == {"data": 1, "shard": 8}
     assert degrees(ParallelOptions(data=2), 8) == {"data": 2, "shard": 4}
     for wrong in (ParallelOptions(data=3), ParallelOptions(shard=4), ParallelOptions(data=2, shard=2)):
-        with pytest.raises(ResourceError, match="but there are 2 workers|but there are 8 workers"):
+        with pytest.raises(ResourceError, match="but there are 8 workers"):
             degrees(wrong, 8)
 
 

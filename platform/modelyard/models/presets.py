@@ -34,7 +34,7 @@ class Shape:
 # Parameters in the comments are counted with the vocabulary given here.
 PRESETS: dict[str, Shape] = {
     "llama-2m": Shape(128, 384, 4, 4, 2, 8192, 2048, True),  # 1.8 M
-    "llama-4m": Shape(192, 512, 6, 6, 2, 8192, 2048, True),  # 3.9 M
+    "llama-4m": Shape(256, 704, 3, 4, 2, 8192, 2048, True),  # 4.3 M
     "llama-8m": Shape(256, 704, 8, 4, 2, 8192, 2048, True),  # 8.0 M
     "llama-15m": Shape(320, 896, 10, 5, 5, 8192, 2048, True),  # 15.3 M
     "llama-30m": Shape(512, 1408, 8, 8, 4, 16_384, 2048, True),  # 32 M

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -216,6 +216,9 @@ def _settle_environment() -> None:
     """Ray Train settings the controller reads from the driver's environment, unless a person has set them."""
     # A finished or dead worker is noticed in half a second instead of two; a poll costs about 2 ms.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    if "RAY_ADDRESS" not in os.environ:
+        # No cloud takes this machine back: saves an actor of 110 MB.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
 
 def _scaling(resources: Resources) -> Any:
@@ -281,12 +284,14 @@ def _drained(ctx: StageContext[Any], mailbox: Any, steps: int) -> Iterator[_Post
 
 
 def _handler(ctx: StageContext[Any], bar: Any, post: _Post) -> Callable[[str, Any], None]:
+    logged: set[int] = set()
     done = 0
 
     def handle(kind: str, value: Any) -> None:
         nonlocal done
         if kind == "metrics":
             ctx.run.log_metrics(value.series(), step=value.step)
+            logged.add(value.step)
             bar.advance(max(0, value.step - done), loss=value.loss, **_shown(value))
             done = max(done, value.step)
         elif kind == "say":
@@ -295,8 +300,18 @@ def _handler(ctx: StageContext[Any], bar: Any, post: _Post) -> Callable[[str, An
             post.error = value
         elif kind == "outcome":
             post.outcome = value
+            _log_lost(ctx, value.history, logged)
 
     return handle
+
+
+def _log_lost(ctx: StageContext[Any], history: Sequence[Mapping[str, float]], logged: set[int]) -> None:
+    """Logs steps whose metrics died with a worker: a killed worker may take half a second of them along."""
+    first = min(logged, default=0)
+    for row in history:
+        step = int(row["step"])
+        if step > first and step not in logged:
+            ctx.run.log_metrics({name: value for name, value in row.items() if name != "step"}, step=step)
 
 
 def _shown(metrics: StepMetrics) -> dict[str, Any]:

@@ -136,8 +136,9 @@ class _Run:
             self.job.optimizer.step()
         self.job.optimizer.zero_grad(set_to_none=True)
         self.state.step = step + 1
-        self.meter.update(time.perf_counter() - began, wait)
-        self._report(rate, means, norm, accepted)
+        seconds = time.perf_counter() - began
+        self.meter.update(seconds, wait)
+        self._report(rate, means, norm, accepted, seconds)
         self._save()
 
     def _accumulate(self, batches: MicroBatches) -> dict[str, torch.Tensor]:
@@ -170,7 +171,7 @@ class _Run:
         torch._foreach_mul_([g for g, _ in gradients], factor)
         return {name: value / max(weight, 1.0) for name, value in values.items()}, norm
 
-    def _report(self, rate: float, means: dict[str, float], norm: float, accepted: bool) -> None:
+    def _report(self, rate: float, means: dict[str, float], norm: float, accepted: bool, seconds: float) -> None:
         done, options = self.state.step, self.job.options
         extra = {name: value for name, value in means.items() if name != "loss"}
         if self.job.evaluate is not None and options.evaluate_every and done % options.evaluate_every == 0:
@@ -180,6 +181,7 @@ class _Run:
             loss=means["loss"],
             learning_rate=rate,
             grad_norm=norm,
+            seconds=seconds,
             tokens=done * options.global_batch * self.job.sequence_length,
             tokens_per_second=self.meter.tokens_per_second,
             data_wait=self.meter.data_wait,

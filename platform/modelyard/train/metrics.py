@@ -16,6 +16,7 @@ class StepMetrics:
         loss: mean over the global batch (nats a target token for language models).
         learning_rate: of this step.
         grad_norm: global norm before clipping.
+        seconds: wall time of this step, checkpoint and evaluation left out.
         tokens: tokens read so far.
         tokens_per_second: over the last steps, all workers.
         data_wait: share of step time spent waiting for data.
@@ -28,6 +29,7 @@ class StepMetrics:
     loss: float
     learning_rate: float
     grad_norm: float
+    seconds: float
     tokens: int
     tokens_per_second: float
     data_wait: float
@@ -41,7 +43,7 @@ class StepMetrics:
 
     def series(self) -> dict[str, float]:
         """The numbers worth a curve, by name."""
-        names = ("loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "data_wait")
+        names = ("loss", "learning_rate", "grad_norm", "seconds", "tokens", "tokens_per_second", "data_wait")
         return {name: float(getattr(self, name)) for name in names} | self.extra
 
 

@@ -1,0 +1,135 @@
+"""Step time of the training loop under Ray Train against the same loop without Ray, two gloo workers each.
+
+    python tests/benchmarks/train_overhead.py
+
+An 8 M Llama with FSDP2. The two take turns; `first_step_s` is the time from handing the job to Ray Train until the
+first optimizer step is done, with Ray itself already up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+HERE = Path(__file__).resolve().parent
+PLATFORM = str(HERE.parents[1] / "platform")
+for place in (PLATFORM, str(HERE), str(HERE.parent / "train"), str(HERE.parent / "stages")):
+    sys.path.insert(0, place)
+
+MODEL, BATCH, STEPS, REPEATS, TARGET = "llama-8m", 8, 14, 3, 1.03
+
+
+def say(text: str) -> None:
+    """Progress on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def settled(history: list[dict[str, float]]) -> float:
+    """Median seconds of a step, the first three left out."""
+    return statistics.median(row["seconds"] for row in history[3:])
+
+
+def without_ray(tokens: Path, folder: Path) -> float:
+    """Seconds a step of two processes of our own."""
+    from training_parts import trained
+
+    from modelyard.models import ModelOptions
+    from modelyard.train.options import TrainOptions
+    from modelyard.train.programs import PretrainJob
+
+    job = PretrainJob(
+        tokens=str(tokens),
+        output=str(folder / "model"),
+        model=ModelOptions(preset=MODEL),
+        train=TrainOptions(steps=STEPS, global_batch=BATCH, learning_rate=1e-4),
+    )
+    return settled(trained(job, 2, folder / "out.json")["history"])
+
+
+def with_ray(tokens: Path, folder: Path) -> tuple[float, float]:
+    """Seconds a step of two Ray Train workers, and seconds until the first step was done."""
+    from training_stage import artifact, run_stage
+
+    from modelyard.stages import workers
+    from modelyard.stages.pretrain import PretrainOptions
+
+    found: dict[str, Any] = {}
+    handler, fit = workers._handler, workers._fit
+
+    def watched(ctx: Any, bar: Any, post: Any) -> Any:
+        handle = handler(ctx, bar, post)
+
+        def seen(kind: str, value: Any) -> None:
+            if kind == "metrics":
+                found.setdefault("first", time.monotonic())
+            if kind == "outcome":
+                found["history"] = value.history
+            handle(kind, value)
+
+        return seen
+
+    def timed(trainer: Any) -> Any:
+        found["start"] = time.monotonic()
+        return fit(trainer)
+
+    workers._handler, workers._fit = watched, timed
+    options = PretrainOptions.model_validate(
+        {
+            "kind": "pretrain", "model": {"preset": MODEL}, "steps": STEPS, "global_batch": BATCH,
+            "learning_rate": 1e-4, "checkpoint_every": 1000, "resources": {"workers": 2},
+        }
+    )  # fmt: skip
+    try:
+        run_stage(options, {"tokens": artifact(tokens, "tokenize")}, folder)
+    finally:
+        workers._handler, workers._fit = handler, fit
+    return settled(found["history"]), found["first"] - found["start"]
+
+
+def main() -> None:
+    """Prints the result as one JSON object."""
+    from train_throughput import make_tokenizer, write_tokens
+
+    from modelyard.stages import session
+
+    session.start(2)
+    ray, bare, first = [], [], []
+    with tempfile.TemporaryDirectory() as name:
+        tokens = write_tokens(Path(name) / "tokens")
+        make_tokenizer(tokens)
+        facts = {"vocab_size": 8192, "sequence_length": 256, "train_sequences": 512, "unigram_entropy": 9.0}
+        (tokens / "tokens.json").write_text(json.dumps(facts))
+        for turn in range(REPEATS):
+            seconds, start = with_ray(tokens, Path(name) / f"ray{turn}")
+            ray.append(seconds)
+            first.append(start)
+            (Path(name) / f"bare{turn}").mkdir()
+            bare.append(without_ray(tokens, Path(name) / f"bare{turn}"))
+            say(f"turn {turn}: Ray {ray[-1]:.3f} s a step (first after {start:.1f} s), bare {bare[-1]:.3f} s")
+    session.stop()
+    ratio = statistics.median(r / b for r, b in zip(ray, bare, strict=True))
+    result = {
+        "name": "train_overhead",
+        "unit": "s/step",
+        "ours": round(statistics.median(ray), 4),
+        "peer": round(statistics.median(bare), 4),
+        "peer_name": "the same loop without Ray",
+        "ratio": round(ratio, 3),
+        "target": TARGET,
+        "pass": ratio <= TARGET,
+        "first_step_s": round(statistics.median(first), 1),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""Stage `pretrain` on Ray Train: the losses of the bare loop, whatever is killed on the way; bad input before work."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from training_stage import artifact, plan, run_stage
+
+from modelyard.errors import DataError, RecipeError, ResourceError
+from modelyard.models import ModelOptions, load_model
+from modelyard.stages.pretrain import PretrainOptions, PretrainStage
+from modelyard.stages.tokenize import TokenizeOptions
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
+
+from training_parts import TINY, pretraining, wait_until, write_tokens
+
+STEPS = 300
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokens(tmp_path_factory.mktemp("tokens"))
+
+
+@pytest.fixture(scope="module")
+def expected(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of the same job in one process, without Ray."""
+    from modelyard.train.programs import pretrain
+    from modelyard.train.world import World
+
+    job = pretraining(tokens, tmp_path_factory.mktemp("bare"), steps=STEPS, checkpoint_every=STEPS)
+    outcome = pretrain(job, World(0, 1, torch.device("cpu")))
+    return [row["loss"] for row in outcome.history]
+
+
+def options(**changes: Any) -> PretrainOptions:
+    values = {
+        "kind": "pretrain",
+        "model": TINY.model_dump(),
+        "steps": STEPS,
+        "global_batch": 8,
+        "micro_batch": 4,
+        "learning_rate": 1e-2,
+        "checkpoint_every": 50,
+        "evaluate_every": 100,
+        "resources": {"workers": 2},
+        **changes,
+    }
+    return PretrainOptions.model_validate(values)
+
+
+def losses(folder: Path) -> list[float]:
+    with (folder / "out" / "loss.csv").open() as handle:
+        rows = list(csv.DictReader(handle))
+    assert [int(row["step"]) for row in rows] == list(range(1, STEPS + 1)), "every step once"
+    return [float(row["loss"]) for row in rows]
+
+
+def has_checkpoint(folder: Path, step: int) -> bool:
+    return any(
+        int(p.parent.name.split("-")[1]) >= step for p in (folder / "work" / "checkpoints").glob("step-*/complete.json")
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_killed_worker_is_restarted_with_the_same_losses(tokens: Path, tmp_path: Path, expected: list[float]) -> None:
+    import threading
+
+    def kill_one() -> None:
+        wait_until(lambda: has_checkpoint(tmp_path, 50), 120)
+        workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+        os.kill(workers[-1].pid, signal.SIGKILL)
+        killed.append(workers[-1].pid)
+
+    killed: list[int] = []
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    result = run_stage(options(), {"tokens": artifact(tokens, "tokenize")}, tmp_path)
+    thread.join()
+    assert killed
+    assert losses(tmp_path) == pytest.approx(expected, abs=1e-5)
+    assert "resumed from step-" in (tmp_path / "screen.txt").read_text()
+    assert result.metrics["heldout_loss"] < result.metrics["unigram_entropy"] == 5.6
+    assert result.counts["steps"] == STEPS
+    assert load_model(tmp_path / "out" / "model").num_parameters() == result.counts["parameters"]
+    assert (tmp_path / "out" / "model" / "tokenizer_config.json").exists()
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "held-out loss" in report
+    assert report.count("<svg") == 4
+    events = [json.loads(line) for p in (tmp_path / "spool").rglob("*.jsonl") for line in p.read_text().splitlines()]
+    logged = {e["step"] for e in events if e["event"] == "metrics" and "loss" in e["values"]}
+    assert logged == set(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_killed_driver_is_resumed_with_the_same_losses(tokens: Path, tmp_path: Path, expected: list[float]) -> None:
+    script = Path(__file__).with_name("training_stage.py")
+    platform = str(Path(__file__).parents[2] / "platform")
+    environment = {**os.environ, "PYTHONPATH": platform}
+    driver = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path), str(tokens), options().model_dump_json()], env=environment
+    )
+    wait_until(lambda: has_checkpoint(tmp_path, 50) or driver.poll() is not None, 120)
+    started = psutil.Process(driver.pid).children(recursive=True)
+    driver.kill()
+    driver.wait()
+    assert not (tmp_path / "out" / "report.html").exists(), "killed before the end"
+    for process in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    run_stage(options(), {"tokens": artifact(tokens, "tokenize")}, tmp_path)
+    assert "resumed from step-" in (tmp_path / "screen.txt").read_text()
+    assert losses(tmp_path) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_an_error_of_the_data_reaches_the_person(tmp_path: Path) -> None:
+    folder = write_tokens(tmp_path / "tokens", 20, 5)
+    shard = next((folder / "train").glob("*.bin"))
+    shard.write_bytes(shard.read_bytes()[:-7])
+    with pytest.raises(DataError, match="token shard has"):
+        run_stage(options(restarts=0), {"tokens": artifact(folder, "tokenize")}, tmp_path)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_more_workers_than_cpus_is_refused(tokens: Path, tmp_path: Path) -> None:
+    many = options(resources={"workers": 2, "cpus_per_worker": 500})
+    with pytest.raises(ResourceError, match="2 workers need 1000 CPU"):
+        run_stage(many, {"tokens": artifact(tokens, "tokenize")}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "complaint"),
+    [
+        ({"parallel": {"data": 3}}, ResourceError, "there are 2 workers"),
+        ({"parallel": {"shard": 4}}, ResourceError, "there are 2 workers"),
+        ({"global_batch": 1}, ResourceError, "cannot feed 2 workers"),
+        ({"model": {"preset": "llama-8m", "max_position_embeddings": 16}}, RecipeError, "longer than the model's 16"),
+        ({"model": {"preset": "llama-8m", "vocab_size": 299}}, DataError, "vocabulary of 300"),
+        ({"model": {"preset": "llama-8m", "hidden_size": 250}}, RecipeError, "do not divide hidden_size 250"),
+        ({"model": {"preset": "llama-8m", "num_key_value_heads": 3}}, RecipeError, "key-value heads"),
+        ({"model": {"config": {"model_type": "gpt2", "n_positions": 16}}}, RecipeError, "longer than the model's 16"),
+        ({"model": None}, RecipeError, "no model is given"),
+    ],
+)
+def test_mistakes_are_seen_before_work(tokens: Path, changes: dict[str, Any], kind: type, complaint: str) -> None:
+    ctx = plan(options(**changes), {"tokens": artifact(tokens, "tokenize")})
+    with pytest.raises(kind, match=complaint):
+        PretrainStage().check(ctx)
+
+
+def test_mistakes_are_seen_even_before_the_tokens_exist() -> None:
+    upstream = {"tokens": TokenizeOptions(kind="tokenize", sequence_length=4096)}
+    with pytest.raises(RecipeError, match="4,096 tokens are longer than the model's 2,048"):
+        PretrainStage().check(plan(options(model={"preset": "llama-8m"}), {}, upstream))
+    PretrainStage().check(plan(options(model={"preset": "llama-8b"}), {}, upstream))
+
+
+def test_a_model_too_large_for_the_worker_names_the_knob(tokens: Path) -> None:
+    ctx = plan(
+        options(model={"preset": "llama-8b"}, resources={"workers": 2, "memory_per_worker": "4GiB"}),
+        {"tokens": artifact(tokens, "tokenize")},
+    )
+    with pytest.raises(ResourceError, match="a worker would need") as caught:
+        PretrainStage().estimate(ctx)
+    assert "workers" in caught.value.mend
+
+
+def test_the_estimate_counts_parameters_tokens_and_warns(tokens: Path) -> None:
+    estimate = PretrainStage().estimate(plan(options(learning_rate=0.5), {"tokens": artifact(tokens, "tokenize")}))
+    assert estimate.parameters == 28_192
+    assert estimate.tokens == STEPS * 8 * 32
+    assert estimate.memory_bytes is not None
+    assert estimate.seconds is not None
+    assert math.isfinite(estimate.seconds)
+    assert any("learning_rate 0.5" in note for note in estimate.notes)
+    unknown = PretrainStage().estimate(plan(options(), {}, {"tokens": TokenizeOptions(kind="tokenize")}))
+    assert unknown.tokens == STEPS * 8 * 1024
+
+
+def test_both_models_at_once_are_refused(tokens: Path) -> None:
+    inputs = {"tokens": artifact(tokens, "tokenize"), "model": artifact(tokens, "pretrain")}
+    with pytest.raises(RecipeError, match="both given"):
+        PretrainStage().check(plan(options(model=ModelOptions(preset="llama-2m").model_dump()), inputs))
