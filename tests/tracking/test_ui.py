@@ -113,7 +113,7 @@ def test_the_page_of_a_run_renders_in_a_browser(tracked: tuple[Path, str, str], 
     picture = Path(os.environ.get("MODELYARD_SCREENSHOTS", str(tmp_path))) / "mlflow-run.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     with running_ui(root) as url:
-        page = f"{url}/#/experiments/{experiment}/runs/{run}"
+        page = f"{url}/#/experiments/{experiment}/runs/{run}?workflowType=machine_learning"
         text = browse(page, tmp_path, "--dump-dom")
         for expected in ("gallery", "base", "loss", "tokens_per_second", "optimizer.learning_rate", "0.0003"):
             assert expected in text, f"{expected!r} is not on the page"

@@ -51,7 +51,7 @@ class Registry:
 
     def __init__(self, root: str, uri: str | None = None) -> None:
         self.store: Store = find_store(root, uri)
-        self._client: MlflowClient = connect(self.store)
+        self.client: MlflowClient = connect(self.store)
 
     def register(
         self,
@@ -85,8 +85,8 @@ class Registry:
                 number = self._create(name, where, labels, run_id)
             else:
                 for key, value in labels.items():
-                    self._client.set_model_version_tag(name, str(number), key, value)
-            self._client.set_registered_model_alias(name, alias, str(number))
+                    self.client.set_model_version_tag(name, str(number), key, value)
+            self.client.set_registered_model_alias(name, alias, str(number))
         return ModelVersion(name, number, where, alias, labels)
 
     def resolve(self, reference: str) -> ModelVersion:
@@ -102,9 +102,9 @@ class Registry:
         with translated(self.store.uri):
             try:
                 if alias:
-                    found = self._client.get_model_version_by_alias(name, alias)
+                    found = self.client.get_model_version_by_alias(name, alias)
                 else:
-                    found = self._client.get_model_version(name, number)
+                    found = self.client.get_model_version(name, number)
             except MlflowException as error:
                 if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     raise
@@ -118,7 +118,7 @@ class Registry:
     def versions(self, name: str) -> list[ModelVersion]:
         """All versions of a model, newest first."""
         with translated(self.store.uri):
-            found = self._client.search_model_versions(f"name='{name}'", max_results=10_000)
+            found = self.client.search_model_versions(f"name='{name}'", max_results=10_000)
         made = [ModelVersion(name, int(v.version), v.tags.get(URI, str(v.source)), None, dict(v.tags)) for v in found]
         return sorted(made, key=lambda v: v.version, reverse=True)
 
@@ -129,28 +129,28 @@ class Registry:
         from mlflow.exceptions import MlflowException
 
         try:
-            self._client.create_registered_model(name)
+            self.client.create_registered_model(name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
 
     def _create(self, name: str, where: str, labels: Mapping[str, str], run_id: str | None) -> int:
         experiment = (
-            str(self._client.get_run(run_id).info.experiment_id)
+            str(self.client.get_run(run_id).info.experiment_id)
             if run_id
-            else Sink(self._client, self.store).experiment(name)
+            else Sink(self.client, self.store).experiment(name)
         )
-        logged = self._client.create_logged_model(
+        logged = self.client.create_logged_model(
             experiment, name, source_run_id=run_id, tags=dict(labels), model_type="causal-lm"
         )
         with tempfile.TemporaryDirectory() as scratch:
             _write_mlflow_model(Path(scratch), where, labels, run_id, logged.model_id)
-            self._client.log_model_artifacts(logged.model_id, scratch)
-        self._client.finalize_logged_model(logged.model_id, "READY")
+            self.client.log_model_artifacts(logged.model_id, scratch)
+        self.client.finalize_logged_model(logged.model_id, "READY")
         # In process, MLflow looks logged models up in its global store instead of this one, both for
         # `models:/<id>` and for a version without a run; a server in turn refuses plain paths as sources.
         remote = self.store.remote
-        made = self._client.create_model_version(
+        made = self.client.create_model_version(
             name,
             f"{_SCHEME}{logged.model_id}" if remote else logged.artifact_location,
             run_id=run_id,
