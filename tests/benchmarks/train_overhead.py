@@ -17,13 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 HERE = Path(__file__).resolve().parent
-PLATFORM = str(HERE.parents[1] / "platform")
-for place in (PLATFORM, str(HERE), str(HERE.parent / "train"), str(HERE.parent / "stages")):
-    sys.path.insert(0, place)
+# Parts of the tests serve here too, and in the processes started below.
+sys.path[:0] = [str(HERE), str(HERE.parent / "train"), str(HERE.parent / "stages")]
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
 MODEL, BATCH, STEPS, REPEATS, TARGET = "llama-8m", 8, 14, 3, 1.03
 

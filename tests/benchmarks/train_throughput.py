@@ -22,11 +22,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-PLATFORM = str(Path(__file__).resolve().parents[2] / "platform")
-sys.path.insert(0, PLATFORM)
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -126,7 +121,7 @@ def two_workers(tokens: Path, folder: Path) -> Iterator[float]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "modelyard.train"]
     done = subprocess.run(
         [*command, str(folder / "job.json")],
-        env={**os.environ, "PYTHONPATH": PLATFORM},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=True,

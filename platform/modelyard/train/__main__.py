@@ -15,7 +15,11 @@ from modelyard.train.metrics import StepMetrics
 
 
 def main(arguments: list[str]) -> None:
-    """Runs the job described by the one file in `arguments`."""
+    """Runs the job described by the one file in `arguments`.
+
+    Raises:
+        RecipeError: there is not exactly one argument, or the file holds no known job.
+    """
     from modelyard.train.programs import FinetuneJob, PretrainJob, finetune, pretrain
     from modelyard.train.world import joined
 
