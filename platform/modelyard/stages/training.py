@@ -159,6 +159,7 @@ def predict(
     Raises:
         ResourceError: the memory predicted is above what a worker has; names the knob to turn.
     """
+    from modelyard.planner.hardware import find_hardware
     from modelyard.planner.layout import Layout
     from modelyard.planner.training import estimate_training
 
@@ -166,7 +167,7 @@ def predict(
     share = math.ceil(options.global_batch / resources.workers)
     micro = math.ceil(share / options.accumulation(resources.workers))
     shard = options.parallel.shard or max(1, resources.workers // options.parallel.data)
-    gpu = bool(resources.gpus_per_worker) or (resources.hardware or "this").lower()[:3] not in ("thi", "cpu")
+    gpu = bool(resources.gpus_per_worker) or find_hardware(resources.hardware).kind != "cpu"
     estimate = estimate_training(
         config,
         tokens,
@@ -194,13 +195,14 @@ def _with_notes(estimate: Estimate, notes: Sequence[str]) -> Estimate:
 
 def lora_parameters(config: Config, rank: int) -> int:
     """About how many parameters rank-`rank` adapters on all linear layers of the blocks have."""
-    hidden, layers = int(config.get("hidden_size", 0)), int(config.get("num_hidden_layers", 0))
-    heads = int(config.get("num_attention_heads", 1))
-    size = int(config.get("head_dim") or hidden // heads)
-    shared = int(config.get("num_key_value_heads") or heads) * size
-    width = int(config.get("intermediate_size", 4 * hidden))
-    ends = 2 * (hidden + heads * size) + 2 * (hidden + shared) + 3 * (hidden + width)
-    return rank * layers * ends
+    from modelyard.planner.architecture import parse
+
+    ends = 0
+    for layer in parse(config).layers:
+        query, shared = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+        attention = 2 * (layer.hidden + query) + 2 * (layer.hidden + shared)
+        ends += layer.count * (attention + layer.matrices * (layer.hidden + layer.ffn_width))
+    return rank * ends
 
 
 def write_results(ctx: StageContext[Any], outcome: Outcome, page: Page) -> None:
