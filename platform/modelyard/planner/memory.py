@@ -128,9 +128,10 @@ def _stage_memory(
     held = (stage.parameters + stage.experts / layout.expert) / layout.tensor
     trained = held if trainable is None else min(trainable / layout.tensor / layout.pipeline, held)
     states = _State(a, stage, layout, p, held, trained / held)
+    optimizer_share = states.share(layout.shard if layout.zero >= 1 else 1)
     moments = _moments(a, stage, layout, p, states, sequence_length, attention, micro_batches, copies)
-    optimizing = trained * _state_bytes(a, p, optimizer) / states.shards[0]
-    step = trained * p.weights / states.shards[0] * (0 if fused else 1)
+    optimizing = trained * _state_bytes(a, p, optimizer) * optimizer_share
+    step = trained * p.weights * optimizer_share * (0 if fused else 1)
     moments["optimizer"] = (states.gradients, 0.0, 0.0, step)
     parameters = states.parameters
     if layout.offload and layout.zero == 3:
@@ -151,13 +152,14 @@ class _State:
     def __init__(
         self, a: Architecture, stage: _Stage, layout: Layout, p: Precision, held: float, trained: float
     ) -> None:
-        self.shards = [layout.shard if layout.zero >= level else 1 for level in (1, 2, 3)]
+        self.dense = stage.parameters / layout.tensor / held
+        self.expert = layout.expert
         self.sharded = layout.zero >= 2 and layout.shard > 1
-        self.parameters = held * p.weights / self.shards[2]
+        self.parameters = held * p.weights * self.share(layout.shard if layout.zero >= 3 else 1)
         if layout.zero == 2 and self.sharded and not p.master:
             # FSDP2 without resharding: the shard, and the gathered weights until backward is through.
             self.parameters = held * (p.weights / layout.shard + p.compute)
-        self.gradients = held * trained * p.gradients / self.shards[1]
+        self.gradients = held * trained * p.gradients * self.share(layout.shard if layout.zero >= 2 else 1)
         unsharded = p.compute if self.sharded else p.gradients
         self.embedding = (a.embedding + a.positions) / layout.tensor * (stage.has_embedding)
         self.head = (a.head or a.embedding) / layout.tensor * stage.has_head
@@ -177,6 +179,10 @@ class _State:
         self.whole = held * trained * p.compute
         share = (self.head + (0 if self.tied else self.embedding)) / held
         self.layer_gradients = self.gradients * max(1 - share, 0.0)
+
+    def share(self, shards: int) -> float:
+        """What sharding over `shards` workers leaves: experts are already spread over some of those workers."""
+        return self.dense / shards + (1 - self.dense) / max(shards / self.expert, 1.0)
 
 
 def _moments(

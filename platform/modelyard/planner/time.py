@@ -1,8 +1,12 @@
 """Step time by a roofline with one efficiency factor a device, plus communication that is not hidden.
 
-    step = max(hardware FLOPs / (peak x efficiency), bytes / bandwidth) x bubble + exposed communication
+    step = (matrix products + elementwise traffic) x (1 + bubble) + exposed communication + optimizer
+    matrix products = hardware FLOPs / (peak x efficiency x saturation)
+    elementwise traffic = bytes of activations x passes / bandwidth
 
-`efficiency` is what dense training reaches of the peak on this device; `calibrate` measures it.
+`efficiency` is what large matrix products reach of the peak on this device; `saturation` is what is left
+of it when tensor parallelism or a small model makes them narrow. `calibrate` measures the efficiency
+and the bandwidth of a cluster from its own runs.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modelyard.errors import RecipeError
+from modelyard.planner import activations as act
 from modelyard.planner.architecture import Architecture, parse
 from modelyard.planner.flops import Flops, flops_per_token
 from modelyard.planner.hardware import Hardware
@@ -19,10 +24,15 @@ from modelyard.planner.layout import Layout
 from modelyard.planner.parameters import count
 from modelyard.planner.precision import Precision, precision
 
-OVERLAP = {"data": 0.8, "pipeline": 0.5, "tensor": 0.3, "context": 0.7, "expert": 0.2}
+OVERLAP = {"data": 0.8, "pipeline": 0.5, "tensor": 0.6, "context": 0.7, "expert": 0.2}
 """Share of each kind of communication that hides behind compute where the device can do both at once."""
 _OPTIMIZER_PASSES = 7
 """AdamW reads weight, gradient and two states and writes weight and two states: seven passes of memory."""
+_PASSES = {"cpu": 4.0, "gpu": 2.0, "tpu": 2.0}
+"""How often the activations kept for backward cross memory in a step: written and read forward, read and
+written backward; half of that where kernels are fused."""
+_NARROW = {"cpu": 16.0, "gpu": 160.0, "tpu": 160.0}
+"""Width of a matrix product at which half of the efficiency is lost."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +123,73 @@ def _data_seconds(layout: Layout, hw: Hardware, p: Precision, held: float, insid
     link = _link(hw, inside * (layout.shard if layout.zero else layout.data))
     n = layout.shard if layout.zero else layout.data
     if layout.zero == 3:
-        moved = _ring(n) * held * (2 * p.compute * micro_batches + p.gradients)
+        reductions = micro_batches if layout.sync_each else 1
+        moved = _ring(n) * held * (2 * p.compute * micro_batches + p.gradients * reductions)
     else:
         moved = 2 * _ring(n) * held * p.gradients
     replicas = layout.data // n
     across = 2 * _ring(replicas) * held * p.gradients / n / hw.inter
     return moved / link + across
+
+
+def saturation(a: Architecture, layout: Layout, kind: str) -> float:
+    """Share of the efficiency that products as narrow as this layout's keep, 0..1, weighted by their FLOPs."""
+    half = _NARROW[kind]
+    total = kept = 0.0
+    for layer in a.stack():
+        inner = max(layer.ffn_width / layout.tensor, 1.0)
+        heads = max(layer.heads * layer.head_dim / layout.tensor, 1.0)
+        parts = ((layer.ffn_active, min(inner, layer.hidden)), (layer.attention, min(heads, layer.hidden)))
+        for weights, width in parts:
+            total += layer.count * weights
+            kept += layer.count * weights * width / (width + half)
+    return kept / total
+
+
+def traffic(a: Architecture, layout: Layout, sequence_length: int, width: int) -> float:
+    """Bytes of activations one token of a micro-batch moves once, on one device of a whole pipeline."""
+    cut = act.Cut(layout.tensor, layout.sequence_parallel, layout.context)
+    tokens = layout.micro_batch * sequence_length
+    layers = sum(
+        x.count * act.layer_bytes(x, tokens, sequence_length, width, cut, "flash") for x in a.stack()
+    )
+    again = {"none": 1.0, "selective": 1.1, "full": 1.5}[layout.recompute]
+    return (layers * again / layout.pipeline + act.head_bytes(a, tokens, cut, 3.0) / layout.pipeline) / tokens
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step asks of one device: effective FLOPs (saturation applied), bytes moved, optimizer bytes."""
+
+    flops: float
+    bytes: float
+    optimizer: float
+    model_flops: float
+    hardware_flops: float
+
+
+def work(
+    a: Architecture, layout: Layout, p: Precision, sequence_length: int, global_batch: int, kind: str,
+    trainable: float = 1.0,
+) -> Work:  # fmt: skip
+    """FLOPs and bytes of one optimizer step on one device; see the module's formula."""
+    counted = flops_per_token(a, sequence_length, recompute=layout.recompute)
+    real: Flops = flops_per_token(a, sequence_length, recompute=layout.recompute, attention="causal")
+    tokens = global_batch * sequence_length
+    # Frozen weights need no gradient of their own: a third of forward and backward falls away.
+    mine = tokens * (real.hardware - (1 - trainable) * real.forward) / layout.devices
+    held = count(a).total / (layout.tensor * layout.pipeline)
+    return Work(
+        flops=mine / saturation(a, layout, kind),
+        bytes=_PASSES[kind] * traffic(a, layout, sequence_length, p.compute) * tokens / layout.data,
+        optimizer=held * trainable * p.gradients / (layout.shard if layout.zero else 1) * _OPTIMIZER_PASSES,
+        model_flops=tokens * counted.model, hardware_flops=tokens * counted.hardware,
+    )  # fmt: skip
+
+
+def peak_flops(hardware: Hardware, p: Precision) -> float:
+    """FLOP/s of the precision's arithmetic; single precision where the device has none of it."""
+    return hardware.flops(p.dtype if p.dtype in hardware.peak else "fp32")
 
 
 def step_time(
@@ -132,10 +203,10 @@ def step_time(
         config: Hugging Face config or its `Architecture`.
         sequence_length: tokens a sequence.
         global_batch: sequences a step over all workers.
-        hardware: the device (`hardware.hardware`), with its efficiency.
+        hardware: the device (`find_hardware`), with its efficiency.
         layout: degrees of parallelism; None = one worker that takes the batch at once.
         precision_name: decides which peak counts and the bytes moved.
-        trainable: share of the weights that get gradients (adapters: nearly 0): 2/3 of backward shrinks with it.
+        trainable: share of the weights that get gradients (adapters: nearly 0).
         overlap: share of each kind of communication that hides behind compute; None = `OVERLAP` on GPUs
             and TPUs, nothing on a CPU, whose cores do both.
 
@@ -146,22 +217,18 @@ def step_time(
     layout = layout or Layout(micro_batch=global_batch)
     p = precision(precision_name)
     micro_batches = max(layout.micro_batches(global_batch), 1)
-    work: Flops = flops_per_token(a, sequence_length, recompute=layout.recompute)
-    real: Flops = flops_per_token(a, sequence_length, recompute=layout.recompute, attention="causal")
-    tokens = global_batch * sequence_length
-    frozen = (1 - trainable) * work.forward
-    peak = hardware.flops(p.dtype if p.dtype in hardware.peak else "fp32")
-    compute = tokens * (real.hardware - frozen) / (layout.devices * peak * hardware.efficiency)
-    held = count(a).total / (layout.tensor * layout.pipeline)
-    passes = held * trainable * p.gradients / (layout.shard if layout.zero else 1) * _OPTIMIZER_PASSES
+    w = work(a, layout, p, sequence_length, global_batch, hardware.kind, trainable)
+    peak = peak_flops(hardware, p)
+    compute = w.flops / (peak * hardware.efficiency) + w.bytes / hardware.bandwidth
     hidden = overlap if overlap is not None else ({} if hardware.kind == "cpu" else OVERLAP)
     parts = communication(a, layout, hardware, p, sequence_length, micro_batches)
     exposed = sum(seconds * (1 - hidden.get(kind, 0.0)) for kind, seconds in parts.items())
     waiting = compute * bubble(layout, micro_batches)
-    step = compute + waiting + exposed + passes / hardware.bandwidth
+    updating = w.optimizer / hardware.bandwidth
+    step = compute + waiting + exposed + updating
     return StepTime(
-        compute=compute, bubble=waiting, communication=exposed, optimizer=passes / hardware.bandwidth,
-        flops=tokens * work.hardware, mfu=tokens * work.model / (step * layout.devices * peak),
+        compute=compute, bubble=waiting, communication=exposed, optimizer=updating,
+        flops=w.hardware_flops, mfu=w.model_flops / (step * layout.devices * peak),
     )  # fmt: skip
 
 

@@ -9,9 +9,10 @@ from typing import Any
 from modelyard.errors import ResourceError
 from modelyard.planner import formatting as fmt
 from modelyard.planner.architecture import parse
+from modelyard.planner.cost import price
 from modelyard.planner.estimate import Estimate
 from modelyard.planner.flops import flops_per_token
-from modelyard.planner.hardware import Hardware, find_hardware, load_table
+from modelyard.planner.hardware import Hardware, find_hardware
 from modelyard.planner.layout import Layout, validate
 from modelyard.planner.memory import TrainingMemory, training_memory
 from modelyard.planner.parameters import count
@@ -21,15 +22,6 @@ PROCESS_BYTES = 500 * 2**20
 """What a Python worker with torch and transformers imported holds before it trains (measured, CPU build)."""
 DEVICE_BYTES = 1.5 * 2**30
 """CUDA context, cuBLAS workspace and NCCL buffers of a GPU worker."""
-
-
-def price(hw: Hardware, spot: bool = False, path: str | None = None) -> float | None:
-    """USD an hour of one device; None for a device without a price."""
-    row = load_table("prices", path)["devices"].get("cpu-core" if hw.kind == "cpu" else hw.name)
-    if row is None:
-        return None
-    cores = max(hw.cores, 1) if hw.kind == "cpu" else 1
-    return float(row["spot" if spot else "on_demand"]) * cores
 
 
 def training_flops(config: Mapping[str, Any], tokens: float, sequence_length: int) -> float:
