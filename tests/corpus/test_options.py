@@ -23,7 +23,8 @@ def test_a_step_is_a_mapping_with_one_key() -> None:
         ({}, "one key of"), ({"normalize": {}, "scrub": {}}, "one key of"), ({"qualty": {}}, "qualty"),
         ({"quality": {"rules": ["gofer"]}}, "gofer"), ({"quality": {"rules": ["c4", "c4"]}}, "named twice"),
         ({"quality": {"gopher": {"min_wrods": 3}}}, "min_wrods"), ({"dedup": {"method": "magic"}}, "magic"),
-        ({"dedup": {}}, "method"), ({"scrub": {"email": "erase"}}, "redact"), ({"dedup": {"method": "exact", "x": 1}}, "x"),
+        ({"dedup": {}}, "method"), ({"scrub": {"email": "erase"}}, "redact"),
+        ({"dedup": {"method": "exact", "x": 1}}, "x"),
     ],
 )  # fmt: skip
 def test_a_wrong_step_is_named(step: dict[str, object], words: str) -> None:

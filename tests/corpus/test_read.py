@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelyard.corpus.options import ReadOptions
-from modelyard.corpus.read.documents import read_unit
 from modelyard.corpus.read.docstrings import docstrings
+from modelyard.corpus.read.documents import read_unit
 from modelyard.corpus.read.streams import lines
 from modelyard.corpus.read.units import Piece, Unit, units
 from modelyard.storage import FileRef
@@ -186,7 +186,7 @@ def test_python_files_as_source_or_docstrings(tmp_path: Path) -> None:
     kept, bad = read(good, wrong, empty)
     assert len(kept) == 2 and kept[0]["text"] == SOURCE and [b["reason"] for b in bad] == ["empty_file"]
     kept, bad = read(good, wrong, empty, python="docstrings")
-    assert [d["prompt"] for d in kept][0] == "class Box(Base):" and len(kept) == 4
+    assert kept[0]["prompt"] == "class Box(Base):" and len(kept) == 4
     assert [b["reason"] for b in bad] == ["bad_syntax"] and "line 1" in bad[0]["detail"]
     assert json.loads(kept[1]["meta"]) == {"name": "Box.get", "line": 7}
 
