@@ -75,7 +75,10 @@ def _build_mapping(node: yaml.MappingNode, path: Path, source: Source) -> dict[s
 
 
 def fill(text: str, place: str) -> str:
-    """Fills `${NAME}`, `${NAME:-default}` from the environment and `${python:purelib}` from sysconfig."""
+    """Fills `${NAME}`, `${NAME:-default}` from the environment and `${python:purelib}` from sysconfig.
+
+    Raises RecipeError, with `place`, for a variable that is not set and has no default.
+    """
 
     def value(match: re.Match[str]) -> str:
         name, has_default, default = match.group(1).partition(":-")

@@ -33,7 +33,10 @@ def new_key() -> str:
 
 
 def add_key(file: Path, name: str) -> str:
-    """Makes a key for `name`, appends its digest to `file` (mode 0600) and returns the key."""
+    """Makes a key for `name`, appends its digest to `file` (mode 0600) and returns the key.
+
+    Raises RecipeError when `name` is not a key name.
+    """
     key = new_key()
     line = f"{name} sha256:{digest(key)}"
     if not _LINE.match(line):
