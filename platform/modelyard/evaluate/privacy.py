@@ -8,7 +8,7 @@ in memory only: results are counts, and ids of documents, which say nothing of a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 Finding = tuple[str, str]
@@ -63,7 +63,11 @@ def extraction(probes: Sequence[Probe], answers: Sequence[str]) -> Extraction:
     """Which values stand verbatim (letter case apart) in the answer to their context."""
     hits = [p for p, answer in zip(probes, answers, strict=True) if p.canonical in answer.lower()]
     documents = tuple(sorted({p.document for p in hits}))
-    return Extraction(Counter(p.type for p in probes), Counter(p.type for p in hits), documents)
+    return Extraction(_tally(p.type for p in probes), _tally(p.type for p in hits), documents)
+
+
+def _tally(kinds: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(kinds).items()))
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def emission(samples: Sequence[str], scan: Scan, known: Collection[Finding]) -> 
     """Scans free samples. `known` holds (type, lower-case value) of the corpus' originals."""
     found = [entity for entities in scan(samples) for entity in entities]
     hits = sum((kind, value.lower()) in known for kind, value in found)
-    return Emission(len(samples), Counter(kind for kind, _ in found), hits)
+    return Emission(len(samples), _tally(kind for kind, _ in found), hits)
 
 
 def redact(text: str, scan: Scan) -> str:
