@@ -62,7 +62,7 @@ def spot_overhead(
     """Wall time on spot capacity over time without interruptions, at least 1.
 
     Each of the job's nodes is taken away `interruptions_per_day` times; each time the job repeats half
-    a checkpoint interval and waits for the restart.
+    a checkpoint interval and waits for the restart. Raises RecipeError when the job would never end.
     """
     table = load_table("prices")
     restart = restart_minutes if restart_minutes is not None else float(table["spot_restart_minutes"])
