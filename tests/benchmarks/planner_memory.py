@@ -66,7 +66,10 @@ def predicted(case: dict[str, Any]) -> float:
     shards = case.get("shards", 1)
     name = case.get("optimizer", "adamw")
     layout = Layout(
-        data=shards, shard=shards, micro_batch=case.get("micro_batch", 8), recompute=case.get("recompute", "none"),
+        data=shards,
+        shard=shards,
+        micro_batch=case.get("micro_batch", 8),
+        recompute=case.get("recompute", "none"),
         sync_each=False,
     )
     return training_memory(

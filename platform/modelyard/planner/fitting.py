@@ -78,7 +78,7 @@ def _minimise(start: Floats, n: Floats, d: Floats, y: Floats, tolerance: float =
     from scipy.optimize import minimize
 
     found = minimize(
-        _objective, start, args=(n, d, y), jac=True, method="L-BFGS-B", 
+        _objective, start, args=(n, d, y), jac=True, method="L-BFGS-B",
         options={"maxiter": 3000, "maxfun": 6000, "ftol": tolerance, "gtol": 1e-12},
     )  # fmt: skip
     return float(found.fun), np.asarray(found.x, float)
@@ -165,7 +165,8 @@ def advise(points: Sequence[tuple[float, float]], *, worth: float = 0.01) -> Adv
     if rising:
         text = f"the held-out loss has risen from {y.min():.3f} to {y[-1]:.3f}: keep the checkpoint of its minimum"
     stop = rising or gain < worth
-    return Advice(float(now), float(twice), float(four), float(floor), bool(stop), text + ("; stop" if stop else "; go on"))
+    text += "; stop" if stop else "; go on"
+    return Advice(float(now), float(twice), float(four), float(floor), bool(stop), text)
 
 
 def _tail(x: Floats, y: Floats) -> tuple[float, float, float]:

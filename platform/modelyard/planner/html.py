@@ -120,9 +120,8 @@ def _grid(xs: _Axis, ys: _Axis, x_title: str, y_title: str) -> list[str]:
         found.append(f'<line x1="{_LEFT}" x2="{_WIDTH - 12}" y1="{y:.1f}" y2="{y:.1f}" stroke="#8884"/>')
         found.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(fmt.number(value))}</text>')
     for value in xs.ticks():
-        found.append(
-            f'<text x="{_x(xs.at(value)):.1f}" y="{_HEIGHT - 22}" text-anchor="middle">{escape(fmt.number(value))}</text>'
-        )
+        x, mark = _x(xs.at(value)), escape(fmt.number(value))
+        found.append(f'<text x="{x:.1f}" y="{_HEIGHT - 22}" text-anchor="middle">{mark}</text>')
     middle = (_LEFT + _WIDTH) / 2
     found.append(f'<text x="{middle}" y="{_HEIGHT - 5}" text-anchor="middle">{escape(x_title)}</text>')
     found.append(f'<text x="{_LEFT}" y="10">{escape(y_title)}</text>')

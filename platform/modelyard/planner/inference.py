@@ -1,7 +1,7 @@
 """Rates of inference from a roofline: prefill is bound by arithmetic, decode by reading weights and KV cache.
 
-    prefill seconds a token = forward FLOPs / (peak x efficiency)
-    decode seconds a step   = max(bytes read / (bandwidth x reach), batch x FLOPs / (peak x efficiency)) + overhead
+prefill seconds a token = forward FLOPs / (peak x efficiency)
+decode seconds a step   = max(bytes read / (bandwidth x reach), batch x FLOPs / (peak x efficiency)) + overhead
 """
 
 from __future__ import annotations

@@ -265,9 +265,7 @@ def kv_bytes_per_token(config: Mapping[str, Any] | Architecture, dtype: str = "b
     a = config if isinstance(config, Architecture) else parse(config)
     width = DTYPE_BYTES[dtype]
     # A device holds at least one key-value head: fewer heads than devices are replicated.
-    return sum(
-        x.count * x.kv_values * width / (min(tensor, x.kv_heads) if not x.latent else 1) for x in a.layers
-    )
+    return sum(x.count * x.kv_values * width / (min(tensor, x.kv_heads) if not x.latent else 1) for x in a.layers)
 
 
 def serving_memory(
