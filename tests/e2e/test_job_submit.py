@@ -79,7 +79,7 @@ def head() -> Iterator[Head]:
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     (folder / "home").mkdir()
-    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTHONPATH"))} | {
         "HOME": str(folder / "home"),
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
