@@ -20,7 +20,8 @@ class Garbage:
 def collect(root: str, keep: int) -> list[Garbage]:
     """Folders below `root` that may go.
 
-    An artifact is kept while it is among the `keep` newest of its stage or a kept one was made from it.
+    An artifact is kept while it is among the `keep` newest of its stage, while it registered a model
+    (an alias may point at any version), or while a kept one was made from it.
     """
     store = ArtifactStore(root)
     artifacts = list(store.all())
@@ -37,7 +38,7 @@ def _kept(artifacts: Sequence[Artifact], keep: int) -> set[str]:
     for artifact in sorted(artifacts, key=lambda a: a.manifest.ended, reverse=True):
         key = (artifact.manifest.recipe, artifact.stage)
         newest[key] = newest.get(key, 0) + 1
-        if newest[key] <= keep:
+        if newest[key] <= keep or artifact.manifest.kind == "register":
             kept.add(artifact.manifest.fingerprint)
     by_fingerprint = {a.manifest.fingerprint: a for a in artifacts}
     frontier = list(kept)

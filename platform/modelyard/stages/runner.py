@@ -133,8 +133,8 @@ def _execute(
 
     todo = {name: entry for name, entry in planned.items() if entry.artifact is None}
     most = max(entry.node.stage.demand(entry.node.options).get("CPU", 1.0) for entry in todo.values())
-    outcome.started_ray = session.start(most, address)
     tracker = Tracker(recipe.root, recipe.name, say=display.say)
+    outcome.started_ray = session.start(most, address)
     parent = tracker.start_recipe(
         params={"root": recipe.root}, tags={"stages": ",".join(todo)}, fingerprint=_identity(planned)
     )
