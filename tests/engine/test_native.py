@@ -12,7 +12,8 @@ import pytest
 
 from modelyard.engine import Engine, EngineCore, EngineOptions, NativeEngine, Request, Sampling, StepOutput, generate
 from modelyard.engine.checkpoint import read_tensors
-from modelyard.errors import DataError, ResourceError
+from modelyard.engine.request import EngineStopped
+from modelyard.errors import DataError
 
 GREEDY = Sampling(max_tokens=30, temperature=0.0, ignore_eos=True)
 
@@ -141,7 +142,7 @@ def test_closing_ends_requests_and_refuses_new_ones(tiny_model: Path) -> None:
         return await task
 
     assert asyncio.run(run()).finish == "abort"
-    with pytest.raises(ResourceError, match="closed"):
+    with pytest.raises(EngineStopped, match="closed"):
         asyncio.run(collect(engine, Request("b", (5,))))
     assert not engine.alive
 

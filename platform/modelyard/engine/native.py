@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 
 from modelyard.engine.core import EngineCore
 from modelyard.engine.options import EngineOptions
-from modelyard.engine.request import EngineStats, Request, StepOutput
+from modelyard.engine.request import EngineStats, EngineStopped, Request, StepOutput
 from modelyard.engine.tokenizer import Tokenizer
-from modelyard.errors import ResourceError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,7 +132,7 @@ class NativeEngine:
             self._thread.join()
 
     def _call(self, action: Callable[[], None]) -> Future[None]:
-        """Runs `action` in the step thread, between two steps. Raises ResourceError when the engine is closed."""
+        """Runs `action` in the step thread, between two steps. Raises EngineStopped when the engine is closed."""
         future: Future[None] = Future()
 
         def run() -> None:
@@ -146,7 +145,7 @@ class NativeEngine:
 
         with self._wake:
             if self._closed or not self._thread.is_alive():
-                raise ResourceError(self._failure or "the engine is closed", place="engine", mend="start a new one")
+                raise EngineStopped(self._failure or "the engine is closed", place="engine", mend="start a new one")
             self._commands.append(run)
             self._wake.notify()
         return future

@@ -29,7 +29,8 @@ class Engine(Protocol):
         """Queues a request and yields what is ready; the last output has `finish` set.
 
         Outputs that pile up while the reader is busy arrive merged. Leaving the iterator early aborts
-        the request. Raises DataError for a request that can never run, ResourceError when too many wait.
+        the request. Raises DataError for a request that can never run, ResourceError when too many wait,
+        EngineStopped when the engine is closed or has failed.
         """
         ...
 

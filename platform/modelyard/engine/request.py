@@ -7,13 +7,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from modelyard.errors import DataError
+from modelyard.errors import DataError, ModelyardError
 
 Finish = Literal["stop", "length", "abort", "error"]
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
+
+
+class EngineStopped(ModelyardError):
+    """The engine was closed or has failed; another one may answer."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,14 +8,17 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from modelyard.engine.request import Request, Sampling, StepOutput
+from modelyard.engine.request import EngineStopped, Request, Sampling, StepOutput
 from modelyard.engine.tokenizer import Tokenizer
 from modelyard.errors import DataError, ResourceError
 from modelyard.serving.answers import Form
 from modelyard.serving.backend import Backend
-from modelyard.serving.errors import ApiError, overloaded
+from modelyard.serving.errors import ApiError, overloaded, unavailable
 from modelyard.serving.metrics import Metrics
 from modelyard.serving.schema import ChatRequest, CompletionRequest
+
+ATTEMPTS = 3
+"""Times a whole answer is begun when the replica that computes it is lost."""
 
 LONG_TEXT = 20_000
 """Characters from which tokenization leaves the event loop: about 5 ms of work."""
@@ -146,16 +149,28 @@ class Service:
             raise ApiError(400, f"{error.what}; {error.mend}", param=error.place) from None
         except ResourceError:
             raise overloaded() from None
+        except EngineStopped:
+            raise unavailable("the engine has stopped; try again") from None
 
     async def whole(self, jobs: list[Job]) -> list[StepOutput]:
         """Every choice's full answer. The first failure cancels the others."""
 
-        async def collect(job: Job) -> StepOutput:
+        async def once(job: Job) -> StepOutput:
             parts = [part async for part in self.outputs(job)]
             total = parts[0]
             for part in parts[1:]:
                 total = total + part
             return total
+
+        async def collect(job: Job) -> StepOutput:
+            # Nothing has been sent yet, so a replica lost in the midst of an answer is nobody's concern.
+            for _ in range(ATTEMPTS - 1):
+                try:
+                    return await once(job)
+                except ApiError as error:
+                    if error.code != "unavailable":
+                        raise
+            return await once(job)
 
         if len(jobs) == 1:
             return [await collect(jobs[0])]
@@ -232,7 +247,7 @@ def _check_finish(output: StepOutput) -> None:
     if output.finish == "error":
         raise ApiError(500, output.error, kind="server_error", code="engine")
     if output.finish == "abort":
-        raise ApiError(503, "the engine stopped", kind="server_error", code="unavailable")
+        raise unavailable("the engine stopped; try again")
 
 
 def _prompt_tokens(jobs: list[Job]) -> int:
