@@ -68,8 +68,11 @@ def calibrate(measurements: Sequence[Measurement], hardware: Hardware) -> Calibr
     seconds = np.array([m.seconds for m in measurements])
     flops, moved = (rows / seconds[:, None]).T
     best = _one(flops, moved, hardware)
-    if len({tuple(np.round(row / row.max(), 2)) for row in rows}) > 1:
-        (x, y), *_ = np.linalg.lstsq(np.stack([flops, moved], axis=1), np.ones_like(flops), rcond=None)
+    shapes = rows[:, 1] / rows[:, 0]
+    if shapes.max() > 1.02 * shapes.min():
+        scale = moved.mean()
+        (x, y), *_ = np.linalg.lstsq(np.stack([flops, moved / scale], axis=1), np.ones_like(flops), rcond=None)
+        y /= scale
         # A negative part means the runs do not tell the two apart: keep the table's bandwidth.
         if x > 0 and y > 0:
             best = replace(hardware, efficiency=min(float(1 / x), 1.0), bandwidth=float(1 / y))
