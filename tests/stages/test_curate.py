@@ -45,7 +45,9 @@ def corpus(folder: str, documents: int = 240, seed: int = 7) -> Files:
     texts = [" ".join(sentence(rng) for _ in range(rng.randint(8, 30))) for _ in range(documents)]
     texts += texts[:20]
     texts += [t.rsplit(" ", 3)[0] + " And that is all." for t in texts[30:60]]
-    texts += [f"{sentence(rng)} " * 2 + f"Write to person{n}@mail-host.net about it." for n in range(15)]
+    texts += [
+        " ".join(sentence(rng) for _ in range(8)) + f" Write to person{n}@mail-host.net about it." for n in range(15)
+    ]
     texts += ["short"] * 10
     rng.shuffle(texts)
     rows = [json.dumps({"text": t, "n": n}) for n, t in enumerate(texts)] + ["{broken", '{"no": 1}', '{"text": 3}']
@@ -142,15 +144,14 @@ def test_columns_counts_and_funnel(result: StageResult, done: str) -> None:
 
 
 def test_excerpts_in_the_audit_are_scrubbed_too(ray_session: None, tmp_path: Path) -> None:
-    data = b"".join(b'{"text": "mail person%d@mail-host.net"}\n' % n for n in range(3)) + b'{"text": "%s"}\n' % (
-        b"The river of stone and the cloud of time have to be with that. " * 1
-        + b"More words follow in this place to reach twenty."
-    )
-    write_bytes(str(tmp_path / "a.jsonl"), data + b'{"text": bad person9@mail-host.net}\n')
-    files = Files((FileRef(str(tmp_path / "a.jsonl"), len(data), "d"),), "d")
+    rng = random.Random(1)
+    texts = [*(f"mail person{n}@mail-host.net" for n in range(3)), " ".join(sentence(rng) for _ in range(20))]
+    lines = [json.dumps({"text": text}) for text in texts]
+    write_bytes(str(tmp_path / "a.jsonl"), "\n".join([*lines, '{"text": bad person9@mail-host.net}']).encode())
+    files = Files((FileRef(str(tmp_path / "a.jsonl"), 999, "d"),), "d")
     run(files, str(tmp_path))
     for name in ("audit/part-00-00000.parquet", "report.html"):
-        assert b"@mail-host" not in read_bytes(join(str(tmp_path), "out", name)).replace(b"\0", b"")
+        assert b"@mail-host" not in read_bytes(join(str(tmp_path), "out", name))
     assert all("@mail-host" not in (t or "") for t in table(str(tmp_path), "audit")["text"].to_pylist())
 
 

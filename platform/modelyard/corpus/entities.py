@@ -32,6 +32,7 @@ _IBAN_LENGTHS = {
     "XK": 20,
 }  # fmt: skip
 _VERSION = re.compile(r"(?:\bv|version|release|ver\.?|rev\.?|[=<>~^]=?)\s*$", re.IGNORECASE)
+_BEFORE = 40  # bytes before a candidate that its check may look at
 _PLACEHOLDER = re.compile(
     r"your|example|placeholder|change_?me|xxx|\*\*\*|<|>|\$\{|\{\{|%\(|dummy|redacted|password|secret|\btest|foo|bar",
     re.IGNORECASE,
@@ -88,13 +89,14 @@ def _card(text: str, _before: str, _region: str | None) -> int:
         or (two == 35 and 16 <= n <= 19)
         or (two in (30, 36, 38, 39) and 14 <= n <= 19)
         or (two == 62 and 16 <= n <= 19)
-        or ((two in (50, 56, 57, 58) or 60 <= two <= 69) and 13 <= n <= 19 and four in _MAESTRO)
+        or (four in (1800, 2131) and n == 15)
+        or ((two in (56, 57, 58, 67) or four in _MAESTRO) and 12 <= n <= 19)
     )
     return len(text) if known else 0
 
 
 _CARD_GROUPS = ([4, 4, 4, 4], [4, 6, 5], [4, 6, 4], [4, 4, 4, 4, 3], [4, 4, 4, 1])
-_MAESTRO = {5018, 5020, 5038, 5893, 6304, 6759, 6761, 6762, 6763}
+_MAESTRO = {5018, 5020, 5038, 6304, 6390}
 
 
 def _iban(text: str, _before: str, _region: str | None) -> int:
@@ -154,7 +156,9 @@ def _phone_end(text: str, region: str | None) -> int:
             number = phonenumbers.parse(text, None)
         except phonenumbers.NumberParseException:
             return 0
-        return len(text) if phonenumbers.is_valid_number(number) else 0
+        return len(text) if phonenumbers.is_possible_number(number) else 0
+    if region in _NORTH_AMERICA and _NANP.fullmatch(text):
+        return len(text)
     if region is None:
         return 0
     leniency = phonenumbers.Leniency.STRICT_GROUPING
@@ -163,12 +167,20 @@ def _phone_end(text: str, region: str | None) -> int:
     return 0
 
 
-def _phone(text: str, _before: str, region: str | None) -> int:
+_NORTH_AMERICA = {"US", "CA"}
+_NANP = re.compile(r"(?:(?:00)?1[-. ])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[-.])\d{3}[-.]\d{4}(?:x\d{1,6})?")
+_CALLS = re.compile(
+    r"\b(?:phone|tel|telephone|call|calling|fax|mobile|cell|whatsapp|sms|dial|hotline|contact|reach)\b[^\n]{0,24}$",
+    re.IGNORECASE,
+)
+
+
+def _phone(text: str, before: str, region: str | None) -> int:
     digits = re.sub(r"\D", "", text)
     # 555-01xx is kept free for fiction by the North American plan; our substitutes use it.
     if len(set(digits)) < 3 or digits[-7:-2] == "55501" or re.fullmatch(r"\d{4}[-/.]\d\d?[-/.]\d\d?.*", text):
         return 0
-    return _phone_end(text, region)
+    return _phone_end(text, region) or (len(text) if _CALLS.search(before) else 0)
 
 
 _CHECKS: dict[str, Callable[[str, str, str | None], int]] = {
@@ -187,7 +199,7 @@ def _spans(
         if name not in types or any(s.start < end and start < s.end for s in taken):
             continue
         text = data[start:end].tobytes().decode()
-        before = data[max(offsets[document], start - 12) : start].tobytes().decode(errors="ignore")
+        before = data[max(offsets[document], start - _BEFORE) : start].tobytes().decode(errors="ignore")
         if length := _CHECKS[name](text, before, region):
             kept = text[:length]
             taken.append(Span(document, start, start + len(kept.encode()), name, kept))

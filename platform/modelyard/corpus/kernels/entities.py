@@ -217,7 +217,7 @@ def _ipv4(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
 
 @kernel
 def _card(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
-    """End of 13 to 19 digits, singly separated by blanks or dashes, that satisfy Luhn (ISO/IEC 7812); 0 = none."""
+    """End of 12 to 19 digits, singly separated by blanks or dashes, that satisfy Luhn (ISO/IEC 7812); 0 = none."""
     digits = np.empty(20, np.int64)
     n, k, last = 0, i, i
     while k < end and n < 20:
@@ -229,7 +229,7 @@ def _card(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
         elif not ((byte == 0x20 or byte == 0x2D) and k == last and n % 2 == 0):
             break
         k += 1
-    if n < 13 or n > 19 or _is(data, last, start, end, forms, _DIGIT | _ALPHA):
+    if n < 12 or n > 19 or _is(data, last, start, end, forms, _DIGIT | _ALPHA):
         return 0
     total = 0
     for j in range(n):
@@ -281,8 +281,11 @@ def _phone(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
         left = i
     if digits < 7 or digits > 15 or not (plus or groups > 1):
         return 0, 0
-    if _is(data, last, start, end, forms, _ALPHA) and data[last] != 0x78:
-        return 0, 0
+    if _is(data, last, start, end, forms, _ALPHA):
+        tail = _run(data, last + 1, end, forms, _DIGIT)
+        if data[last] != 0x78 or tail == last + 1:
+            return 0, 0
+        last = tail
     return left, last
 
 
