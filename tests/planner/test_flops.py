@@ -67,7 +67,9 @@ def test_encoder_decoder_spreads_the_encoder() -> None:
 @pytest.mark.parametrize("row", ROWS, ids=[str(row["billions"]) for row in ROWS])
 def test_megatron_table_is_reproduced(row: dict[str, Any]) -> None:
     hw, length = find_hardware(TABLE["hardware"]), TABLE["sequence_length"]
-    assert count(gpt(row)).total == pytest.approx(row["billions"] * 1e9, rel=0.03 if row["billions"] < 2 else 0.02)
+    billions = count(gpt(row)).total / 1e9
+    # Two per cent, or the published figure itself where it has two digits only (1.745 is printed as 1.7).
+    assert billions == pytest.approx(row["billions"], rel=0.02) or round(billions, 1) == row["billions"]
     assert row["data"] * row["tensor"] * row["pipeline"] == row["gpus"]
     work = flops_per_token(gpt(row), length)
     # The step this throughput means, back through our FLOPs to utilisation and the aggregate.

@@ -22,6 +22,7 @@ from modelyard.planner.html import (
     parameters_section,
     returns_section,
 )
+from modelyard.planner.options import options
 from modelyard.planner.scaling import Chinchilla, Kaplan, Run, envelope, isoflop, more_tokens, returns
 from modelyard.planner.search import search
 
@@ -165,13 +166,20 @@ def test_bad_budgets(budget: dict[str, float], message: str) -> None:
     assert message in str(error.value)
 
 
+def test_options_leave_out_what_does_not_fit(llama_70b: dict[str, Any]) -> None:
+    offers = options(llama_70b, 1e12, 4096, hardware=("l4", "h200"), devices=(1, 64))
+    assert [(o.hardware, o.devices) for o in offers] == [("h200", 64)]
+
+
 def test_page_is_self_contained(llama_70b: dict[str, Any]) -> None:
     found = search(llama_70b, sequence_length=4096, global_batch=512, devices=64)
-    options = [choose(budget_usd=500, hardware=name, devices=8) for name in ("h100", "a100")]
+    choice = choose(budget_usd=500, hardware="h100", devices=8)
+    offers = options(choice.config, choice.tokens, 2048, hardware=("h100", "l4"), devices=(8, 64))
+    assert [o.hours for o in offers] == sorted(o.hours for o in offers)
     html = page("plan <1>", [
-        estimate_section("base", options[0].estimate), parameters_section(llama_70b),
-        memory_section(found.best.memory.rows(), 80e9), layouts_section(found), cost_section(options),
-        returns_section(flops=options[0].estimate.flops),
+        estimate_section("base", choice.estimate), parameters_section(llama_70b),
+        memory_section(found.best.memory.rows(), 80e9), layouts_section(found), cost_section(offers),
+        returns_section(flops=choice.estimate.flops),
     ])  # fmt: skip
     assert html.count("<svg") == 3 and "plan &lt;1&gt;" in html
     assert "http" not in html and "<script" not in html and "nan" not in html

@@ -1,8 +1,8 @@
 """The planner: parameters, FLOPs, memory, time, cost and energy before any is spent, and scaling laws.
 
 Pure functions over plain mappings and data tables (`data/*.yaml`). Imports only `modelyard.errors`,
-PyYAML and, in `scaling`, NumPy; no torch, no Ray, no MLflow. Everything a caller needs is exported here;
-names load on first use, so importing the package costs nothing.
+PyYAML and, in `scaling`, NumPy; no torch, no Ray, no MLflow. The names used most are exported
+here and load on first use, so importing the package costs nothing.
 """
 
 from __future__ import annotations

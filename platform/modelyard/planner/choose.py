@@ -150,7 +150,7 @@ def _solve(
     guess = hours * 3600 * devices * max(hw.peak.values()) * hw.efficiency
     shape: Mapping[str, Any] = config or llama_shape(law.optimal(guess)[0], vocab_size, sequence_length)
     for _ in range(1 if config else 6):
-        layout = _layout(shape, hw, devices, sequence_length, name)
+        layout = plain_layout(shape, hw, devices, sequence_length, name)
         step = step_time(
             shape, sequence_length=sequence_length, global_batch=_batch(devices), hardware=hw, layout=layout,
             precision_name=name,
@@ -159,7 +159,7 @@ def _solve(
         wanted = law.optimal(6 * count(shape).total * tokens)[0]
         if config is None and abs(wanted / count(shape).total - 1) > 0.05:
             shape = llama_shape(wanted, vocab_size, sequence_length)
-    layout = _layout(shape, hw, devices, sequence_length, name)
+    layout = plain_layout(shape, hw, devices, sequence_length, name)
     step = step_time(
         shape, sequence_length=sequence_length, global_batch=_batch(devices), hardware=hw, layout=layout,
         precision_name=name,
@@ -174,8 +174,12 @@ def _solve(
     return shape, tokens, step, layout
 
 
-def _layout(shape: Mapping[str, Any], hw: Hardware, devices: int, sequence_length: int, name: str) -> Layout:
-    """The plainest layout that fits: FSDP with the largest micro-batch and the least recomputation."""
+def plain_layout(shape: Mapping[str, Any], hw: Hardware, devices: int, sequence_length: int, name: str) -> Layout:
+    """The plainest layout that fits: FSDP with the largest micro-batch and the least recomputation.
+
+    Raises:
+        RecipeError: nothing fits.
+    """
     room = hw.memory * 0.94 / (devices if hw.name == "this-machine" else 1)
     plans = [(m, r) for r in ("none", "selective", "full") for m in (16, 8, 4, 2, 1)]
     for micro_batch, recompute in plans:

@@ -9,9 +9,9 @@ from html import escape
 from typing import Any
 
 from modelyard.planner import formatting as fmt
-from modelyard.planner.choose import Choice
 from modelyard.planner.estimate import Estimate
 from modelyard.planner.measured import Difference
+from modelyard.planner.options import Option
 from modelyard.planner.parameters import count
 from modelyard.planner.scaling import Chinchilla, Law, returns
 from modelyard.planner.search import Search
@@ -23,7 +23,9 @@ body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:840px;color:#1
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2.2em}h3{font-size:1em}svg{width:100%;height:auto}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.92em}
 td,th{padding:.2em 1.1em .2em 0;text-align:left;vertical-align:top;font-variant-numeric:tabular-nums}
-th{border-bottom:1px solid #8886;font-weight:600}text{font:12px system-ui,sans-serif;fill:#48525f}
+td:nth-child(n+2){white-space:nowrap}td:last-child{white-space:normal}
+th{border-bottom:1px solid #8886;font-weight:600}
+text{font:12px system-ui,sans-serif;fill:#48525f}
 .note{color:#5a6472}@media(prefers-color-scheme:dark){body{background:#14181d;color:#dde3ea}
 text,.note{fill:#a6b0bc;color:#a6b0bc}}
 """
@@ -185,16 +187,21 @@ def layouts_section(found: Search, most: int = 10) -> str:
     return "<h3>Layouts</h3>" + table(head, rows) + ruled
 
 
-def cost_section(choices: Sequence[Choice]) -> str:
-    """Cost against time, one point a choice (other hardware, other device counts)."""
-    points = [(c.hours, c.usd) for c in choices if c.usd is not None]
-    labels = [f"{c.estimate.notes[0]}: {fmt.money(c.usd)}" for c in choices if c.usd is not None]
+def cost_section(options: Sequence[Option]) -> str:
+    """Cost against time of the same run on other hardware and device counts, one line a kind of device."""
+    curves = []
+    for name in dict.fromkeys(option.hardware for option in options):
+        mine = [o for o in options if o.hardware == name and o.cost.on_demand_usd is not None]
+        points = [(o.hours, float(o.cost.on_demand_usd or 0)) for o in mine]
+        curves.append(Curve(name, points, [f"{o.devices} x {name}" for o in mine]))
     rows = [
-        (c.estimate.notes[0], fmt.duration(c.hours * 3600), fmt.money(c.usd), fmt.number(c.parameters), f"{c.loss:.3f}")
-        for c in choices
-    ]
-    drawing = plot([Curve("options", points, labels)], "hours", "USD", log_x=True, log_y=True)
-    return "<h3>Cost against time</h3>" + drawing + table(("option", "time", "cost", "parameters", "loss"), rows)
+        (f"{o.devices} x {o.hardware}", fmt.duration(o.hours * 3600), fmt.money(o.cost.on_demand_usd),
+         fmt.money(o.cost.spot_usd), fmt.energy(o.cost.kwh), f"{o.cost.co2e_kg:,.3g} kg")
+        for o in options
+    ]  # fmt: skip
+    head = ("devices", "time", "on demand", "spot", "energy", "CO2e")
+    drawing = plot(curves, "hours", "USD", log_x=True, log_y=True)
+    return "<h3>Cost against time</h3>" + drawing + table(head, rows)
 
 
 def returns_section(law: Law | None = None, flops: float | None = None) -> str:

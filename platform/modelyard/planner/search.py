@@ -138,7 +138,7 @@ def search(
                 continue
             candidate, peak = _fit(a, layout, hw, sequence_length, global_batch, precision_name, optimizer)
             if candidate is None:
-                rejected["needs more memory than the device has, even with full recomputation"] += 1
+                rejected["need more memory than the device has, even with full recomputation"] += 1
                 closest = min(closest, (peak, layout.label()))
                 continue
             found.append(candidate)
