@@ -109,7 +109,7 @@ def main() -> None:
     report(
         "corpus_minhash", unit="MB/CPU s", ours=4 * size / ours.cpu_median, peer=sorted(rates)[1],
         peer_name="rensa 0.5.0 RMinHash on Python shingles", target=5.0, peak_mib=peak.mib,
-        datatrove=datatrove, ratio_datatrove=4 * size / ours.cpu_median / datatrove, threads=os.environ.get("OMP_NUM_THREADS"),
+        datatrove=datatrove, ratio_datatrove=4 * size / ours.cpu_median / datatrove,
     )  # fmt: skip
 
 

@@ -26,7 +26,8 @@ from modelyard.corpus.steps.quality import Quality
 DATATROVE = r"""
 import json, re, sys, time
 from datatrove.data import Document
-from datatrove.pipeline.filters import gopher_quality_filter, gopher_repetition_filter, c4_filters, fineweb_quality_filter
+from datatrove.pipeline.filters import (c4_filters, fineweb_quality_filter, gopher_quality_filter,
+    gopher_repetition_filter)
 texts = json.load(open(sys.argv[1]))
 END = re.compile(r'''(?<=[.?!])["')\]]* +(?=["'( ]*[A-Z0-9\x80-\U0010ffff])''')
 for module in (gopher_quality_filter, gopher_repetition_filter, fineweb_quality_filter):
