@@ -37,7 +37,7 @@ from modelyard.train.parallel.parallelize import parallelize
 from modelyard.train.world import World
 
 MODEL, LENGTH, VOCABULARY, BATCH = "llama-15m", 256, 8192, 8
-STEPS, ROUNDS, TARGET = 3, 5, 0.98
+STEPS, ROUNDS, TARGET = 3, 4, 0.98
 ALONE = World(0, 1, torch.device("cpu"))
 
 

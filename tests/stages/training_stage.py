@@ -50,6 +50,7 @@ def run_stage(options: Any, inputs: dict[str, Artifact | Files], folder: Path) -
     """Runs the stage that `options` belong to; output, work and spooled tracking lie in `folder`."""
     named = options.model_copy(update={"inputs": {name: name for name in inputs}})
     stage = registry.stage(options.kind)
+    folder.mkdir(parents=True, exist_ok=True)
     with Display(Console(file=(folder / "screen.txt").open("a"))) as display:
         ctx: StageContext[Any] = StageContext(
             "base", "test", named, "f" * 64, str(folder), inputs, str(folder / "out"), str(folder / "work"),
