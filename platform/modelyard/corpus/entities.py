@@ -17,6 +17,7 @@ import phonenumbers
 
 from modelyard.corpus.arrow import buffers
 from modelyard.corpus.kernels import entities as kernels
+from modelyard.corpus.kernels.keys import PREFIXES
 
 # Reserved for documentation (RFC 2606, RFC 6761) and for our substitutes: nobody's address.
 _RESERVED_DOMAINS = ("example.com", "example.org", "example.net", ".example", ".test", ".invalid", ".localhost")
@@ -135,7 +136,7 @@ def _key(text: str, _before: str, _region: str | None) -> int:
         return len(text) if text.count("\n") > 0 and len(text) > 120 else 0
     if _PLACEHOLDER.search(text) or _SUBSTITUTE.fullmatch(text) or _entropy(text) < 2.8:
         return 0
-    if any(text.startswith(prefix.decode()) for prefix, _ in kernels.PREFIXES):
+    if any(text.startswith(prefix.decode()) for prefix, _ in PREFIXES):
         return len(text) if any(c.isdigit() for c in text) else 0
     mixed = any(c.isdigit() for c in text) and any(c.isalpha() for c in text)
     return len(text) if mixed and not re.search(r"[(){}\[\]\s/\\]", text) and _entropy(text) >= 3.0 else 0

@@ -12,90 +12,27 @@ import numpy as np
 import numpy.typing as npt
 
 from modelyard.corpus.kernels import kernel
+from modelyard.corpus.kernels.forms import ALPHA, DIGIT, FORMS, HEX, LOCAL, TOKEN, UPPER, has, run_end
+from modelyard.corpus.kernels.keys import assigned, prefixed, private
 
 TYPES = ("url_credentials", "key", "email", "iban", "card", "mac", "ip", "ssn", "phone")
 URL, KEY, EMAIL, IBAN, CARD, MAC, IP, SSN, PHONE = range(len(TYPES))
 
-_DIGIT, _ALPHA, _HEX, _LOCAL, _TOKEN, _UPPER = 1, 2, 4, 8, 16, 32
 # What to do at a byte that can stand in or begin an entity.
 _T_AT, _T_COLON, _T_DIGIT, _T_EQUALS, _T_DASH, _T_PREFIX = 1, 2, 3, 4, 5, 6
 
 
-def _table(bits: dict[int, bytes]) -> npt.NDArray[np.uint8]:
-    table = np.zeros(256, np.uint8)
-    for bit, chars in bits.items():
-        table[list(chars)] |= bit
-    return table
-
-
-_LOWER = b"abcdefghijklmnopqrstuvwxyz"
-_DIGITS = b"0123456789"
-FORMS = _table(
-    {
-        _DIGIT: _DIGITS,
-        _ALPHA: _LOWER + _LOWER.upper(),
-        _HEX: _DIGITS + b"abcdefABCDEF",
-        _LOCAL: _DIGITS + _LOWER + _LOWER.upper() + b"._%+-",
-        _TOKEN: _DIGITS + _LOWER + _LOWER.upper() + b"_-",
-        _UPPER: _LOWER.upper(),
-    }
-)
 TRIGGERS = np.zeros(256, np.uint8)
-for _char, _code in ((b"@", _T_AT), (b":", _T_COLON), (_DIGITS, _T_DIGIT), (b"=", _T_EQUALS), (b"-", _T_DASH)):
+for _char, _code in ((b"@", _T_AT), (b":", _T_COLON), (b"0123456789", _T_DIGIT), (b"=", _T_EQUALS), (b"-", _T_DASH)):
     TRIGGERS[list(_char)] = _code
 TRIGGERS[list(b"AgsxehnprSd")] = _T_PREFIX
-
-# Prefixes that providers put before their keys, and the fewest token bytes that follow.
-PREFIXES = (
-    (b"AKIA", 16), (b"ASIA", 16), (b"AIza", 35), (b"ghp_", 36), (b"gho_", 36), (b"ghu_", 36), (b"ghs_", 36),
-    (b"ghr_", 36), (b"github_pat_", 40), (b"glpat-", 20), (b"sk-", 20), (b"sk_live_", 16), (b"sk_test_", 16),
-    (b"rk_live_", 16), (b"xoxb-", 20), (b"xoxp-", 20), (b"xoxa-", 20), (b"xoxr-", 20), (b"xoxs-", 20),
-    (b"eyJ", 30), (b"hf_", 30), (b"npm_", 36), (b"pypi-AgEI", 40), (b"SG.", 40), (b"dop_v1_", 60),
-)  # fmt: skip
-PREFIX_BYTES = np.frombuffer(b"".join(p for p, _ in PREFIXES), np.uint8)
-PREFIX_ENDS = np.cumsum([0] + [len(p) for p, _ in PREFIXES]).astype(np.int64)
-PREFIX_LEAST = np.array([n for _, n in PREFIXES], np.int64)
-
-KEYWORDS = (
-    b"password", b"passwd", b"pwd", b"secret", b"api_key", b"apikey", b"api-key", b"token", b"access_key",
-    b"secret_key", b"private_key", b"credential",
-)  # fmt: skip
-KEYWORD_BYTES = np.frombuffer(b"".join(KEYWORDS), np.uint8)
-KEYWORD_ENDS = np.cumsum([0] + [len(p) for p in KEYWORDS]).astype(np.int64)
-_BEGIN = np.frombuffer(b"-----BEGIN ", np.uint8)
-_PRIVATE = np.frombuffer(b"PRIVATE KEY", np.uint8)
-_END = np.frombuffer(b"-----END ", np.uint8)
-
-
-@kernel
-def _equal(data: Any, i: Any, end: Any, phrase: Any) -> Any:
-    if i + len(phrase) > end:
-        return False
-    same = True
-    for k in range(len(phrase)):
-        same = same and data[i + k] == phrase[k]
-    return same
-
-
-@kernel
-def _is(data: Any, i: Any, start: Any, end: Any, forms: Any, bits: Any) -> Any:
-    """Whether the byte at i lies in the document and has one of `bits`."""
-    return start <= i < end and (forms[data[i]] & bits) != 0
-
-
-@kernel
-def _run(data: Any, i: Any, end: Any, forms: Any, bits: Any) -> Any:
-    """End of the run of bytes with one of `bits` from i on."""
-    while i < end and forms[data[i]] & bits:
-        i += 1
-    return i
 
 
 @kernel
 def _email(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
     """Span of an address around the @ at i; (0, 0) = none."""
     left = i
-    while left > start and i - left < 64 and forms[data[left - 1]] & _LOCAL:
+    while left > start and i - left < 64 and forms[data[left - 1]] & LOCAL:
         left -= 1
     while left < i and data[left] in (0x2E, 0x2D, 0x25, 0x2B):
         left += 1
@@ -104,14 +41,14 @@ def _email(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
         byte = data[right]
         if byte == 0x2E and right > label:
             # A dot belongs to the domain only when a label follows.
-            if not _is(data, right + 1, start, end, forms, _DIGIT | _ALPHA):
+            if not has(data, right + 1, start, end, forms, DIGIT | ALPHA):
                 break
             dots += 1
             label = right + 1
-        elif not (forms[byte] & (_DIGIT | _ALPHA) or (byte == 0x2D and right > label)):
+        elif not (forms[byte] & (DIGIT | ALPHA) or (byte == 0x2D and right > label)):
             break
         right += 1
-    last = _run(data, label, right, forms, _ALPHA)
+    last = run_end(data, label, right, forms, ALPHA)
     if left == i or data[i - 1] == 0x2E or dots == 0 or last - label < 2 or last < right:
         return 0, 0
     return left, right
@@ -122,7 +59,7 @@ def _url(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
     """Span of user:password behind the :// at i; (0, 0) = none."""
     if not (i + 3 < end and data[i + 1] == 0x2F and data[i + 2] == 0x2F):
         return 0, 0
-    if not _is(data, i - 1, start, end, forms, _ALPHA | _DIGIT):
+    if not has(data, i - 1, start, end, forms, ALPHA | DIGIT):
         return 0, 0
     colon = -1
     for k in range(i + 3, min(end, i + 259)):
@@ -140,9 +77,9 @@ def _url(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
 def _colons(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
     """(type, start, end) of an IPv6 or MAC address whose first colon is at i; type -1 = none."""
     left = i
-    while left > start and i - left < 5 and forms[data[left - 1]] & _HEX:
+    while left > start and i - left < 5 and forms[data[left - 1]] & HEX:
         left -= 1
-    if i - left > 4 or _is(data, left - 1, start, end, forms, _TOKEN) or (left > start and data[left - 1] == 0x3A):
+    if i - left > 4 or has(data, left - 1, start, end, forms, TOKEN) or (left > start and data[left - 1] == 0x3A):
         return -1, 0, 0
     right, colons, double, group, groups = left, 0, False, 0, 0
     pairs, digits = True, False
@@ -154,16 +91,16 @@ def _colons(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
             colons += 1
             double = double or (right + 1 < end and data[right + 1] == 0x3A)
             group = 0
-        elif forms[byte] & _HEX:
+        elif forms[byte] & HEX:
             group += 1
-            digits = digits or forms[byte] & _DIGIT
-        elif not (byte == 0x2E and colons >= 2 and _is(data, right + 1, start, end, forms, _DIGIT)):
+            digits = digits or forms[byte] & DIGIT
+        elif not (byte == 0x2E and colons >= 2 and has(data, right + 1, start, end, forms, DIGIT)):
             break
         else:
             group = 0
         right += 1
     groups += group > 0
-    if _is(data, right, start, end, forms, _TOKEN) or not digits:
+    if has(data, right, start, end, forms, TOKEN) or not digits:
         return -1, 0, 0
     if data[right - 1] == 0x3A and not (right - left >= 2 and data[right - 2] == 0x3A):
         right -= 1
@@ -181,11 +118,11 @@ def _dashes(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
     left, right = i - 2, i + 15
     if left < start or right > end:
         return 0, 0
-    if _is(data, left - 1, start, end, forms, _TOKEN) or _is(data, right, start, end, forms, _TOKEN):
+    if has(data, left - 1, start, end, forms, TOKEN) or has(data, right, start, end, forms, TOKEN):
         return 0, 0
     for k in range(left, right):
         dash = (k - left) % 3 == 2
-        if dash != (data[k] == 0x2D) or (not dash and not forms[data[k]] & _HEX):
+        if dash != (data[k] == 0x2D) or (not dash and not forms[data[k]] & HEX):
             return 0, 0
     return left, right
 
@@ -196,7 +133,7 @@ def _ipv4(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
     k = i
     for octet in range(4):
         value, digits = 0, 0
-        while k < end and forms[data[k]] & _DIGIT and digits < 4:
+        while k < end and forms[data[k]] & DIGIT and digits < 4:
             value = value * 10 + data[k] - 48
             digits += 1
             k += 1
@@ -206,9 +143,9 @@ def _ipv4(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
             if k >= end or data[k] != 0x2E:
                 return 0
             k += 1
-    if _is(data, k, start, end, forms, _DIGIT | _ALPHA):
+    if has(data, k, start, end, forms, DIGIT | ALPHA):
         return 0
-    if k + 1 < end and (data[k] == 0x2E or data[k] == 0x2D) and forms[data[k + 1]] & (_DIGIT | _ALPHA):
+    if k + 1 < end and (data[k] == 0x2E or data[k] == 0x2D) and forms[data[k + 1]] & (DIGIT | ALPHA):
         return 0
     if i > start and (data[i - 1] == 0x2E or data[i - 1] == 0x2D):
         return 0
@@ -222,14 +159,14 @@ def _card(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
     n, k, last = 0, i, i
     while k < end and n < 20:
         byte = data[k]
-        if forms[byte] & _DIGIT:
+        if forms[byte] & DIGIT:
             digits[n] = byte - 48
             n += 1
             last = k + 1
         elif not ((byte == 0x20 or byte == 0x2D) and k == last and n % 2 == 0):
             break
         k += 1
-    if n < 12 or n > 19 or _is(data, last, start, end, forms, _DIGIT | _ALPHA):
+    if n < 12 or n > 19 or has(data, last, start, end, forms, DIGIT | ALPHA):
         return 0
     total = 0
     for j in range(n):
@@ -241,13 +178,13 @@ def _card(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
 @kernel
 def _ssn(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
     """End of ddd-dd-dddd (or with blanks) at i; 0 = none."""
-    if i + 11 > end or _is(data, i + 11, start, end, forms, _TOKEN):
+    if i + 11 > end or has(data, i + 11, start, end, forms, TOKEN):
         return 0
     mark = data[i + 3]
     if not (mark == 0x2D or mark == 0x20) or data[i + 6] != mark:
         return 0
     for k in range(11):
-        if k != 3 and k != 6 and not forms[data[i + k]] & _DIGIT:
+        if k != 3 and k != 6 and not forms[data[i + k]] & DIGIT:
             return 0
     return i + 11
 
@@ -261,12 +198,12 @@ def _phone(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
     plus = left > start and data[left - 1] == 0x2B
     if plus:
         left -= 1
-    if _is(data, left - 1, start, end, forms, _TOKEN) or (left > start and data[left - 1] in (0x2E, 0x2F, 0x3D)):
+    if has(data, left - 1, start, end, forms, TOKEN) or (left > start and data[left - 1] in (0x2E, 0x2F, 0x3D)):
         return 0, 0
     k, last, digits, groups, gap, paren = i, i, 0, 1, 0, i
     while k < end and digits <= 15:
         byte = data[k]
-        if forms[byte] & _DIGIT:
+        if forms[byte] & DIGIT:
             groups += gap > 0
             gap = 0
             digits += 1
@@ -281,8 +218,8 @@ def _phone(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
         left = i
     if digits < 7 or digits > 15 or not (plus or groups > 1):
         return 0, 0
-    if _is(data, last, start, end, forms, _ALPHA):
-        tail = _run(data, last + 1, end, forms, _DIGIT)
+    if has(data, last, start, end, forms, ALPHA):
+        tail = run_end(data, last + 1, end, forms, DIGIT)
         if data[last] != 0x78 or tail == last + 1:
             return 0, 0
         last = tail
@@ -292,88 +229,18 @@ def _phone(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
 @kernel
 def _iban(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
     """Span that may begin with an IBAN whose check digits are at i; (0, 0) = none."""
-    if i - 2 < start or not (forms[data[i - 1]] & _UPPER and forms[data[i - 2]] & _UPPER):
+    if i - 2 < start or not (forms[data[i - 1]] & UPPER and forms[data[i - 2]] & UPPER):
         return 0, 0
-    if _is(data, i - 3, start, end, forms, _TOKEN) or not _is(data, i + 1, start, end, forms, _DIGIT):
+    if has(data, i - 3, start, end, forms, TOKEN) or not has(data, i + 1, start, end, forms, DIGIT):
         return 0, 0
     k, count = i + 2, 4
     while k < end and count < 34:
-        if forms[data[k]] & (_DIGIT | _ALPHA):
+        if forms[data[k]] & (DIGIT | ALPHA):
             count += 1
-        elif not ((data[k] == 0x20 or data[k] == 0x2D) and _is(data, k + 1, start, end, forms, _DIGIT | _ALPHA)):
+        elif not ((data[k] == 0x20 or data[k] == 0x2D) and has(data, k + 1, start, end, forms, DIGIT | ALPHA)):
             break
         k += 1
     return (i - 2, k) if count >= 15 else (0, 0)
-
-
-@kernel
-def _prefixed(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
-    """End of a key with a provider's prefix at i; 0 = none."""
-    for p in range(len(PREFIX_LEAST)):
-        phrase = PREFIX_BYTES[PREFIX_ENDS[p] : PREFIX_ENDS[p + 1]]
-        if data[i] == phrase[0] and _equal(data, i, end, phrase):
-            k = i + len(phrase)
-            dots = data[i] == 0x65 or data[i] == 0x53
-            while k < end and (forms[data[k]] & _TOKEN or (dots and data[k] == 0x2E)):
-                k += 1
-            if k - i - len(phrase) >= PREFIX_LEAST[p]:
-                return k
-    return 0
-
-
-@kernel
-def _private(data: Any, i: Any, end: Any) -> Any:
-    """End of a PEM private key block at i; 0 = none. A block without its end runs to the text's end."""
-    if not _equal(data, i, end, _BEGIN):
-        return 0
-    k = i + len(_BEGIN)
-    while k < end and k - i < 60 and not _equal(data, k, end, _PRIVATE):
-        if data[k] == 0x0A or data[k] == 0x2D:
-            return 0
-        k += 1
-    if not _equal(data, k, end, _PRIVATE):
-        return 0
-    while k < end and not _equal(data, k, end, _END):
-        k += 1
-    k = min(k + len(_END), end)
-    while k < end and data[k] != 0x0A and data[k] != 0x2D:
-        k += 1
-    while k < end and data[k] == 0x2D:
-        k += 1
-    return k
-
-
-@kernel
-def _assigned(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
-    """Span of a quoted value behind `password =`, `"api_key":` and the like, with = or : at i; (0, 0) = none."""
-    k = i - 1
-    while k > start and data[k] in (0x20, 0x22, 0x27, 0x5D):
-        k -= 1
-    found = False
-    for p in range(len(KEYWORD_ENDS) - 1):
-        phrase = KEYWORD_BYTES[KEYWORD_ENDS[p] : KEYWORD_ENDS[p + 1]]
-        at = k + 1 - len(phrase)
-        if at < start or (data[k] | 0x20) != phrase[-1]:
-            continue
-        same = True
-        for j in range(len(phrase)):
-            byte = data[at + j]
-            same = same and (byte | 0x20 if forms[byte] & _ALPHA else byte) == phrase[j]
-        found = found or same
-    if not found:
-        return 0, 0
-    k = i + 1
-    while k < end and data[k] in (0x20, 0x3D, 0x3E):
-        k += 1
-    if k >= end or not (data[k] == 0x22 or data[k] == 0x27):
-        return 0, 0
-    quote, begin = data[k], k + 1
-    k = begin
-    while k < end and data[k] != quote and data[k] > 0x20:
-        k += 1
-    if k >= end or data[k] != quote or k - begin < 8:
-        return 0, 0
-    return begin, k
 
 
 @kernel
@@ -391,7 +258,7 @@ def _number(data: Any, i: Any, start: Any, end: Any, forms: Any, d: Any, out: An
     """Everything that begins with a number at i, whose previous byte is no digit."""
     left, right = _iban(data, i, start, end, forms)
     used = _emit(out, used, d, left, right, IBAN)
-    if _is(data, i - 1, start, end, forms, _ALPHA | _DIGIT) or (i > start and data[i - 1] == 0x5F):
+    if has(data, i - 1, start, end, forms, ALPHA | DIGIT) or (i > start and data[i - 1] == 0x5F):
         return used
     used = _emit(out, used, d, i, _ipv4(data, i, start, end, forms), IP)
     used = _emit(out, used, d, i, _card(data, i, start, end, forms), CARD)
@@ -411,14 +278,14 @@ def _mark(data: Any, i: Any, start: Any, end: Any, forms: Any, trigger: Any, d: 
         left, right = _dashes(data, i, start, end, forms)
         used = _emit(out, used, d, left, right, MAC)
         if i == start or data[i - 1] != 0x2D:
-            used = _emit(out, used, d, i, _private(data, i, end), KEY)
+            used = _emit(out, used, d, i, private(data, i, end), KEY)
         return used
     if trigger == _T_COLON:
         left, right = _url(data, i, start, end, forms)
         used = _emit(out, used, d, left, right, URL)
         kind, left, right = _colons(data, i, start, end, forms)
         used = _emit(out, used, d, left, right, kind)
-    left, right = _assigned(data, i, start, end, forms)
+    left, right = assigned(data, i, start, end, forms)
     return _emit(out, used, d, left, right, KEY)
 
 
@@ -440,11 +307,11 @@ def scan(data: Any, offsets: Any, forms: Any, triggers: Any, out: Any) -> Any:
             if trigger == 0:
                 continue
             if trigger == _T_DIGIT:
-                if not _is(data, i - 1, start, end, forms, _DIGIT):
+                if not has(data, i - 1, start, end, forms, DIGIT):
                     used = _number(data, i, start, end, forms, d, out, used)
             elif trigger == _T_PREFIX:
-                if not _is(data, i - 1, start, end, forms, _TOKEN):
-                    used = _emit(out, used, d, i, _prefixed(data, i, start, end, forms), KEY)
+                if not has(data, i - 1, start, end, forms, TOKEN):
+                    used = _emit(out, used, d, i, prefixed(data, i, start, end, forms), KEY)
             else:
                 used = _mark(data, i, start, end, forms, trigger, d, out, used)
     return used

@@ -1,0 +1,101 @@
+"""Forms of keys and secrets: providers' prefixes, PEM blocks, and values assigned to telling names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from modelyard.corpus.kernels import kernel
+from modelyard.corpus.kernels.forms import ALPHA, TOKEN, begins
+
+# Prefixes that providers put before their keys, and the fewest token bytes that follow.
+PREFIXES = (
+    (b"AKIA", 16), (b"ASIA", 16), (b"AIza", 35), (b"ghp_", 36), (b"gho_", 36), (b"ghu_", 36), (b"ghs_", 36),
+    (b"ghr_", 36), (b"github_pat_", 40), (b"glpat-", 20), (b"sk-", 20), (b"sk_live_", 16), (b"sk_test_", 16),
+    (b"rk_live_", 16), (b"xoxb-", 20), (b"xoxp-", 20), (b"xoxa-", 20), (b"xoxr-", 20), (b"xoxs-", 20),
+    (b"eyJ", 30), (b"hf_", 30), (b"npm_", 36), (b"pypi-AgEI", 40), (b"SG.", 40), (b"dop_v1_", 60),
+)  # fmt: skip
+PREFIX_BYTES = np.frombuffer(b"".join(p for p, _ in PREFIXES), np.uint8)
+PREFIX_ENDS = np.cumsum([0] + [len(p) for p, _ in PREFIXES]).astype(np.int64)
+PREFIX_LEAST = np.array([n for _, n in PREFIXES], np.int64)
+
+KEYWORDS = (
+    b"password", b"passwd", b"pwd", b"secret", b"api_key", b"apikey", b"api-key", b"token", b"access_key",
+    b"secret_key", b"private_key", b"credential",
+)  # fmt: skip
+KEYWORD_BYTES = np.frombuffer(b"".join(KEYWORDS), np.uint8)
+KEYWORD_ENDS = np.cumsum([0] + [len(p) for p in KEYWORDS]).astype(np.int64)
+_BEGIN = np.frombuffer(b"-----BEGIN ", np.uint8)
+_PRIVATE = np.frombuffer(b"PRIVATE KEY", np.uint8)
+_END = np.frombuffer(b"-----END ", np.uint8)
+
+
+@kernel
+def prefixed(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
+    """End of a key with a provider's prefix at i; 0 = none."""
+    for p in range(len(PREFIX_LEAST)):
+        phrase = PREFIX_BYTES[PREFIX_ENDS[p] : PREFIX_ENDS[p + 1]]
+        if data[i] == phrase[0] and begins(data, i, end, phrase):
+            k = i + len(phrase)
+            dots = data[i] == 0x65 or data[i] == 0x53
+            while k < end and (forms[data[k]] & TOKEN or (dots and data[k] == 0x2E)):
+                k += 1
+            if k - i - len(phrase) >= PREFIX_LEAST[p]:
+                return k
+    return 0
+
+
+@kernel
+def private(data: Any, i: Any, end: Any) -> Any:
+    """End of a PEM private key block at i; 0 = none. A block without its end runs to the text's end."""
+    if not begins(data, i, end, _BEGIN):
+        return 0
+    k = i + len(_BEGIN)
+    while k < end and k - i < 60 and not begins(data, k, end, _PRIVATE):
+        if data[k] == 0x0A or data[k] == 0x2D:
+            return 0
+        k += 1
+    if not begins(data, k, end, _PRIVATE):
+        return 0
+    while k < end and not begins(data, k, end, _END):
+        k += 1
+    k = min(k + len(_END), end)
+    while k < end and data[k] != 0x0A and data[k] != 0x2D:
+        k += 1
+    while k < end and data[k] == 0x2D:
+        k += 1
+    return k
+
+
+@kernel
+def assigned(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
+    """Span of a quoted value behind `password =`, `"api_key":` and the like, with = or : at i; (0, 0) = none."""
+    k = i - 1
+    while k > start and data[k] in (0x20, 0x22, 0x27, 0x5D):
+        k -= 1
+    found = False
+    for p in range(len(KEYWORD_ENDS) - 1):
+        phrase = KEYWORD_BYTES[KEYWORD_ENDS[p] : KEYWORD_ENDS[p + 1]]
+        at = k + 1 - len(phrase)
+        if at < start or (data[k] | 0x20) != phrase[-1]:
+            continue
+        same = True
+        for j in range(len(phrase)):
+            byte = data[at + j]
+            same = same and (byte | 0x20 if forms[byte] & ALPHA else byte) == phrase[j]
+        found = found or same
+    if not found:
+        return 0, 0
+    k = i + 1
+    while k < end and data[k] in (0x20, 0x3D, 0x3E):
+        k += 1
+    if k >= end or not (data[k] == 0x22 or data[k] == 0x27):
+        return 0, 0
+    quote, begin = data[k], k + 1
+    k = begin
+    while k < end and data[k] != quote and data[k] > 0x20:
+        k += 1
+    if k >= end or data[k] != quote or k - begin < 8:
+        return 0, 0
+    return begin, k
