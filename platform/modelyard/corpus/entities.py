@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import ipaddress
 import math
@@ -195,15 +196,19 @@ def _spans(
 ) -> list[Span]:
     """Valid, non-overlapping spans among the candidates `rows` of one document."""
     taken: list[Span] = []
+    bounds: list[int] = []  # starts and ends of what is taken, ascending: an even place lies between spans
     for document, start, end, kind in sorted(rows.tolist(), key=lambda r: (r[3], r[1])):
         name = kernels.TYPES[kind]
-        if name not in types or any(s.start < end and start < s.end for s in taken):
+        place = bisect.bisect_right(bounds, start)
+        if name not in types or place % 2 or (place < len(bounds) and bounds[place] < end):
             continue
         text = data[start:end].tobytes().decode()
         before = data[max(offsets[document], start - _BEFORE) : start].tobytes().decode(errors="ignore")
         if length := _CHECKS[name](text, before, region):
             kept = text[:length]
-            taken.append(Span(document, start, start + len(kept.encode()), name, kept))
+            end = start + len(kept.encode())
+            bounds[place:place] = [start, end]
+            taken.append(Span(document, start, end, name, kept))
     return sorted(taken, key=lambda s: s.start)
 
 

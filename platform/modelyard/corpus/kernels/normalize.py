@@ -126,6 +126,13 @@ def _one(data: Any, start: Any, end: Any, out: Any, at: Any, switches: Any, most
     newlines = 0
     i = start
     while i < end:
+        byte = data[i]
+        if 0x21 <= byte < 0x7F:
+            out[at] = byte
+            at += 1
+            i += 1
+            solid, newlines = at, 0
+            continue
         size, kind = _classify(data, i, end, switches & CONTROL)
         if not lines and kind != 3:
             for k in range(i, i + size):

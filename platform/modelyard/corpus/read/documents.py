@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +16,10 @@ from modelyard.corpus.audit import EXCERPT, MARGIN, audit_table
 from modelyard.corpus.options import ReadOptions
 from modelyard.corpus.read.formats import Bad, Record, records
 from modelyard.corpus.read.units import Piece, Unit
+from modelyard.storage import is_remote
 
 _BATCH_BYTES = 8_000_000  # text a batch: bounds a worker's memory, keeps kernels' scratch small
+_SMALL, _THREADS = 1_000_000, 16
 
 
 @dataclass
@@ -40,14 +44,32 @@ def read_unit(unit: Unit, options: ReadOptions) -> Iterator[tuple[Any, Any]]:
     # The options decide the columns, not the data: all units of a stage write the same schema.
     prompts = options.prompt is not None or options.python == "docstrings" or any(p.artifact for p in unit.pieces)
     pending = _Pending()
-    for piece in unit.pieces:
-        for record in records(piece, options):
+    for piece, found in _in_order(unit, options):
+        for record in found:
             _add(pending, piece, record)
             if pending.bytes >= _BATCH_BYTES:
                 yield _tables(pending, prompts)
                 pending = _Pending()
     if pending.rows or pending.bad:
         yield _tables(pending, prompts)
+
+
+def _in_order(unit: Unit, options: ReadOptions) -> Iterator[tuple[Piece, Iterable[Record | Bad]]]:
+    """The records of each piece; small files of an object store are fetched ahead, for each costs a round trip."""
+    ahead: deque[tuple[Piece, Future[list[Record | Bad]] | None]] = deque()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for piece in unit.pieces:
+            small = is_remote(piece.uri) and piece.bytes <= _SMALL
+            ahead.append((piece, pool.submit(lambda p: list(records(p, options)), piece) if small else None))
+            while len(ahead) >= 2 * _THREADS:
+                yield _take(ahead, options)
+        while ahead:
+            yield _take(ahead, options)
+
+
+def _take(ahead: deque[Any], options: ReadOptions) -> tuple[Piece, Iterable[Record | Bad]]:
+    piece, future = ahead.popleft()
+    return piece, records(piece, options) if future is None else future.result()
 
 
 def _add(pending: _Pending, piece: Piece, record: Record | Bad) -> None:
