@@ -123,7 +123,9 @@ def _train(
 
 
 def _encode(ctx: StageContext[TokenizeOptions], units: list[Unit], tokenizer: str, layout: Layout) -> None:
-    todo = [unit for unit in units if not exists(layout.encoded(unit))]
+    # One listing: a question per unit would take minutes on an object store.
+    done = {name for name, _ in list_files(join(ctx.work, "encoded"))}
+    todo = [unit for unit in units if f"{unit.key}.arrow" not in done]
     resources = ctx.options.resources
     work = partial(_encode_unit, tokenizer=tokenizer, layout=layout, cpus=resources.cpus_per_worker)
     with ctx.progress.task("encode", len(units), "units") as bar:
