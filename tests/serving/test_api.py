@@ -247,9 +247,10 @@ def test_disconnects_abort_whole_and_streamed(local: LocalServer) -> None:
 
 
 def test_timeouts_are_504_or_an_error_event(tiny_model: Path) -> None:
-    server = LocalServer(tiny_model, timeout=0.05)
+    # Eight answers of 240 tokens one after the other take longer than the timeout, a first token does not.
+    server = LocalServer(tiny_model, EngineOptions(max_sequences=1, threads=1), timeout=0.5)
     try:
-        body = CHAT | {"max_tokens": 240, "logit_bias": {"1": -100}}
+        body = CHAT | {"max_tokens": 240, "n": 8, "logit_bias": {"1": -100}}
         assert refusal(post(server, body), 504)["code"] == "timeout"
         events = [e for e in post(server, body | {"stream": True}).text.split("\n\n") if e]
         assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "timeout"

@@ -86,7 +86,6 @@ def launch(model: str, name: str, options: ServeOptions | None = None) -> Server
     if key is not None:
         keys = {**(keys or {}), digest(key): "launcher"}
     port = o.port or free_port(o.host)
-    _set_environment(o.use_haproxy)
     import ray
 
     from modelyard.serving.app import build
@@ -166,18 +165,6 @@ def shutdown() -> None:
     serve.shutdown()
 
 
-def _set_environment(haproxy: bool) -> None:
-    """Chooses how Serve's processes work; what the person has set stays. Raises ResourceError when it is too late."""
-    if haproxy and "ray.serve" in sys.modules and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
-        raise ResourceError(
-            "HAProxy mode must be chosen before Ray Serve is imported",
-            place="haproxy",
-            mend="set " + " ".join(f"{k}={v}" for k, v in HAPROXY_ENVIRONMENT.items()) + " before starting",
-        )
-    for name, value in (ENVIRONMENT | (HAPROXY_ENVIRONMENT if haproxy else {})).items():
-        os.environ.setdefault(name, value)
-
-
 def _serve_runs() -> bool:
     import ray
 
@@ -212,14 +199,16 @@ def _run(application: Any, options: ServeOptions, port: int) -> None:
     from ray.serve.config import ControllerOptions, HTTPOptions, ProxyLocation
     from ray.serve.schema import LoggingConfig
 
-    environment = {k: v for k, v in os.environ.items() if k.startswith("RAY_SERVE_")}
+    # For Serve's processes alone: in this one a handle must go on working without an event loop.
+    chosen = {k: v for k, v in os.environ.items() if k.startswith("RAY_SERVE_")}
+    environment = ENVIRONMENT | (HAPROXY_ENVIRONMENT if options.use_haproxy else {}) | chosen
     # No access log: paths and addresses are personal data, and bodies never enter any log.
     quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
     serve.start(
         proxy_location=ProxyLocation.HeadOnly if options.loopback else ProxyLocation.EveryNode,
         http_options=HTTPOptions(host=options.host, port=port, request_timeout_s=options.request_timeout_s),
         logging_config=quiet,
-        controller_options=ControllerOptions(runtime_env={"env_vars": environment}) if environment else None,
+        controller_options=ControllerOptions(runtime_env={"env_vars": environment}),
     )
     serve.run_many(
         [serve.RunTarget(application, name=APPLICATION, route_prefix="/", logging_config=quiet)],
