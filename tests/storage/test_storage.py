@@ -184,6 +184,8 @@ def test_a_killed_writer_leaves_the_old_content(tmp_path: Path) -> None:
     time.sleep(0.4)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    (tmp_path / ".f.bin.4242.tmp").write_bytes(b"half")
+    assert [name for name, _ in list_files(str(tmp_path))] == ["f.bin"]
     data = read_bytes(str(target))
     assert len(data) in (3000, 3_000_000)
     assert len(set(data)) in (1, 3)

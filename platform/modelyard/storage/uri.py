@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ import fsspec
 import pyarrow.fs as pafs
 
 from modelyard.errors import StorageError
+
+
+_TEMPORARY = re.compile(r"(^|/)\.[^/]*\.[0-9]+\.tmp$")
 
 
 @dataclass(frozen=True)
@@ -133,14 +137,17 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def list_files(uri: str) -> Iterator[tuple[str, int]]:
-    """Relative path and size in bytes of every file below a folder, sorted; nothing if it is absent."""
+    """Relative path and size in bytes of every file below a folder, sorted; nothing if it is absent.
+
+    What `write_bytes` of a killed process left half-written is no file: it was never renamed.
+    """
     fs, path = filesystem(uri)
     if not fs.exists(path):
         return
     found = fs.find(path, detail=True)
     prefix = path.rstrip("/") + "/"
     for name in sorted(found):
-        if found[name]["type"] == "file":
+        if found[name]["type"] == "file" and not _TEMPORARY.search(name):
             yield name.removeprefix(prefix), int(found[name]["size"] or 0)
 
 
