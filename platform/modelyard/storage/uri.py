@@ -21,7 +21,6 @@ import pyarrow.fs as pafs
 
 from modelyard.errors import StorageError
 
-
 _TEMPORARY = re.compile(r"(^|/)\.[^/]*\.[0-9]+\.tmp$")
 
 
