@@ -296,7 +296,7 @@ def _result(facts: Mapping[str, Any]) -> StageResult:
     per_token = facts["heldout_bytes"] / facts["heldout_tokens"]
     summary = (
         f"{facts['train_tokens']:,} tokens in {facts['train_sequences']:,} sequences of {facts['sequence_length']:,}, "
-        f"{facts['heldout_tokens']:,} of {facts['heldout_documents']:,} documents held out, "
+        f"{facts['heldout_tokens']:,} tokens of {facts['heldout_documents']:,} documents held out, "
         f"unigram entropy {facts['unigram_entropy']:.2f} nats"
     )
     return StageResult(summary, counts, {"unigram_entropy": facts["unigram_entropy"], "bytes_per_token": per_token})
