@@ -16,7 +16,7 @@ name: two-nodes
 stages:
   corpus:
     kind: curate
-    inputs: {{files: {{paths: ["{packages}/**/*.py", "{packages}/**/*.txt"], max_bytes: 6MB}}}}
+    inputs: {{files: {{paths: ["{packages}/**/*.py", "{packages}/**/*.txt"], max_bytes: 12MB}}}}
     steps:
       - normalize: {{}}
       - dedup: {{method: exact}}
@@ -47,6 +47,7 @@ def test_a_recipe_survives_the_sudden_loss_of_a_node(tmp_path: Path, documentati
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout.strip().splitlines()[-1])
     assert result["removed"]
+    assert result["tasks"], "the node was idle when it was taken away"
     assert result["scratch"], "the node was taken away before any work"
     assert not result["published"], "the node was taken away after the work"
     assert {name: len(files) > 0 for name, files in result["broken"].items()} == {"corpus": True, "tokens": True}

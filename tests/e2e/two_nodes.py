@@ -8,6 +8,7 @@ both executions published.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -16,6 +17,8 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 DEATH = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
 NODE = {"num_cpus": 1, "object_store_memory": 120 * 2**20}
@@ -26,12 +29,24 @@ def scratch(root: Path) -> list[str]:
     return [str(path.relative_to(root)) for path in (root / "work").rglob("*") if path.is_file()]
 
 
+def tasks_on(node: Any) -> list[str]:
+    """Names of what the node's workers compute now; Ray writes them into the processes' titles."""
+    (raylet,) = node.all_processes["raylet"]
+    titles = []
+    for worker in psutil.Process(raylet.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            titles += worker.cmdline()[:1]
+    return [title for title in titles if title.startswith("ray::") and "Map" in title]
+
+
 def kill_at_work(cluster: Any, node: Any, root: Path, seen: dict[str, Any]) -> None:
-    """Waits until a stage has begun to write, then takes the node away without notice."""
+    """Waits until a stage has begun to write and the node computes for it, then takes the node away without notice."""
     deadline = time.monotonic() + 120
-    while not (files := scratch(root)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    seen["scratch"] = files
+    files, tasks = scratch(root), tasks_on(node)
+    while not (files and tasks) and time.monotonic() < deadline:
+        time.sleep(0.02)
+        files, tasks = scratch(root), tasks_on(node)
+    seen |= {"scratch": files, "tasks": tasks}
     seen["published"] = [str(path) for path in root.glob("artifacts/*/manifest.json")]
     cluster.remove_node(node, allow_graceful=False)
     seen["removed"] = True
