@@ -16,6 +16,7 @@ from modelyard.models import load_model
 from modelyard.tokens import TokenDataset
 from modelyard.train.heldout import heldout_loss
 from modelyard.train.objective import causal_lm, causal_lm_by_document
+from modelyard.train.parallel.strategy import Strategy
 from modelyard.train.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -29,7 +30,7 @@ def test_equals_the_evaluation_of_training(
     data, model = TokenDataset.open(tokens / "heldout"), load_model(model_folder)
     told: list[int] = []
     loss = heldout(model, data, limit, document_mask=mask, batch=batch, done=told.append)
-    reference = heldout_loss(model, objective, data, ALONE, limit)  # type: ignore[arg-type]
+    reference = heldout_loss(Strategy(model, ALONE), objective, data, limit)  # type: ignore[arg-type]
     assert loss.nats == pytest.approx(reference, abs=1e-6)
     assert sum(told) == loss.sequences == (limit or len(data))
 

@@ -24,6 +24,7 @@ from modelyard.tokens.tokenizer import Encoder
 from modelyard.train.heldout import heldout_loss
 from modelyard.train.objective import completion_lm
 from modelyard.train.pairs import PackedPairs, Pair, encode
+from modelyard.train.parallel.strategy import Strategy
 from modelyard.train.world import World
 
 Done = Callable[[int], object]
@@ -189,7 +190,8 @@ def _completion(model: PreTrainedModel, tokenizer: Any, job: Job) -> float | Non
         return None
     encoded, _ = encode(job.pairs, tokenizer, job.pair_length)
     packed = PackedPairs.pack(encoded, job.pair_length, job.options.seed, tokenizer.pad_token_id or 0)
-    return heldout_loss(model, completion_lm, packed, World(0, 1, model.device), batch=job.batch)
+    alone = Strategy(model, World(0, 1, model.device))
+    return heldout_loss(alone, completion_lm, packed, batch=job.batch)
 
 
 def _extract(writer: Writer, job: Job) -> Extraction:

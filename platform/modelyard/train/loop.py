@@ -12,13 +12,14 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from modelyard.train.checkpoint import Checkpoints, Row, State
-from modelyard.train.data import Feed, MicroBatches, Sequences
+from modelyard.train.data import Feed, Sequences
 from modelyard.train.guard import FiniteGuard
 from modelyard.train.metrics import Meter, Say, Sink, StepMetrics, no_say, no_sink
 from modelyard.train.objective import Objective, checked
-from modelyard.train.optimizer import local_gradients, set_learning_rate, squared_norm
+from modelyard.train.optimizer import set_learning_rate
 from modelyard.train.options import TrainOptions
 from modelyard.train.parallel.parallelize import compute_dtype
+from modelyard.train.parallel.strategy import Strategy, Sums
 from modelyard.train.schedule import make_schedule
 from modelyard.train.world import World
 
@@ -38,6 +39,7 @@ class Job:
         evaluate: held-out loss, `evaluate(limit)`; None = never. All workers call it together.
         sink: takes the metrics of every step on rank 0.
         say: takes messages for people on rank 0.
+        strategy: how gradients come about on the mesh; None = data parallelism, as the model is sharded.
     """
 
     model: nn.Module
@@ -50,6 +52,7 @@ class Job:
     evaluate: Callable[[int | None], float] | None = None
     sink: Sink = no_sink
     say: Say = no_say
+    strategy: Strategy | None = None
 
 
 @dataclass
@@ -84,17 +87,18 @@ def fit(job: Job, world: World) -> Outcome:
         job.checkpoints.restore(state)
     meter = Meter(options.global_batch * job.sequence_length)
     job.model.train()
-    with _feed(job, world) as feed:
-        run = _Run(job, world, state, steps, meter)
+    strategy = job.strategy or Strategy(job.model, world)
+    with _feed(job, world, strategy) as feed:
+        run = _Run(job, world, strategy, state, steps, meter)
         for step in range(state.step, steps):
             run.step(step, feed)
     heldout = job.evaluate(None) if job.evaluate is not None else None
     return _outcome(state, meter, steps, options.global_batch * job.sequence_length, heldout, began)
 
 
-def _feed(job: Job, world: World) -> Feed:
-    options = job.options
-    return Feed(job.data, options.seed, options.global_batch, options.micro_batch, world.rank, world.size, world.device)
+def _feed(job: Job, world: World, strategy: Strategy) -> Feed:
+    options, share = job.options, (strategy.reader, strategy.readers)
+    return Feed(job.data, options.seed, options.global_batch, options.micro_batch, *share, world.device)
 
 
 def _outcome(state: State, meter: Meter, steps: int, per_step: int, heldout: float | None, began: float) -> Outcome:
@@ -116,21 +120,23 @@ def _outcome(state: State, meter: Meter, steps: int, per_step: int, heldout: flo
 class _Run:
     """One pass through the budget: what `fit` would keep in local variables."""
 
-    def __init__(self, job: Job, world: World, state: State, steps: int, meter: Meter) -> None:
-        self.job, self.world, self.state, self.steps, self.meter = job, world, state, steps, meter
+    def __init__(self, job: Job, world: World, strategy: Strategy, state: State, steps: int, meter: Meter) -> None:
+        self.job, self.world, self.strategy, self.state, self.steps, self.meter = (
+            job, world, strategy, state, steps, meter)  # fmt: skip
         self.schedule = make_schedule(job.options, steps)
         self.guard = FiniteGuard(job.options.bad_steps)
         self.objective = checked(job.objective)
-        self.parameters = [p for p in job.model.parameters() if p.requires_grad]
 
     def step(self, step: int, feed: Feed) -> None:
         """One optimizer step: forward and backward, one reduction of everything measured, update, report."""
         options, began = self.job.options, time.perf_counter()
         rate = options.learning_rate * self.schedule(step)
         set_learning_rate(self.job.optimizer, rate)
-        seed_everything(options.seed, step, self.world.rank)
+        seed_everything(options.seed, step, self.strategy.reader)
         batches, wait = feed.take(step, more=step + 1 < self.steps)
-        means, norm = self._reduce(self._accumulate(batches))
+        with _precision(self.job, self.world):
+            sums = self.strategy.forward_backward(self.objective, batches)
+        means, norm = self._reduce(sums)
         accepted = self.guard.accepts(step, means["loss"], norm)
         if accepted:
             self.job.optimizer.step()
@@ -141,34 +147,20 @@ class _Run:
         self._report(rate, means, norm, accepted, seconds)
         self._save()
 
-    def _accumulate(self, batches: MicroBatches) -> dict[str, torch.Tensor]:
-        """Sums of loss, weight and further metrics over this worker's micro-batches; gradients add up."""
-        sums: dict[str, torch.Tensor] = {}
-        with _precision(self.job, self.world):
-            for index, batch in enumerate(batches):
-                _communicate(self.job.model, index + 1 == len(batches))
-                loss, metrics = self.objective(self.job.model, batch)
-                loss.backward()  # type: ignore[no-untyped-call]
-                for name, value in {"loss": loss, **metrics}.items():
-                    sums[name] = sums.get(name, 0) + value.detach().double()
-        return sums
-
-    def _reduce(self, sums: dict[str, torch.Tensor]) -> tuple[dict[str, float], float]:
+    def _reduce(self, sums: Sums) -> tuple[dict[str, float], float]:
         """Global means and the global gradient norm, by one all-reduce; scales and clips the gradients.
 
-        Gradients hold the sum over this step (averaged over workers by FSDP): dividing by the global
-        weight here, after the backward passes, needs no knowledge of it before them.
+        Gradients hold the sum over this step: dividing by the global weight here, after the backward passes,
+        needs no knowledge of it before them.
         """
-        gradients = local_gradients(self.parameters)
-        measured = torch.stack([*sums.values(), squared_norm(gradients)])
+        measured = torch.stack([*sums.values(), self.strategy.squared_norm()])
         *totals, square = self.world.add(measured).tolist()
         values = dict(zip(sums, totals, strict=True))
         weight = values.pop("weight")
-        scale = self.world.size / max(weight, 1.0)
+        scale = self.strategy.gradient_scale / max(weight, 1.0)
         norm = (square**0.5) * scale
         clip = self.job.options.clip
-        factor = scale * (min(1.0, clip / (norm + 1e-6)) if clip is not None else 1.0)
-        torch._foreach_mul_([g for g, _ in gradients], factor)
+        self.strategy.scale_gradients(scale * (min(1.0, clip / (norm + 1e-6)) if clip is not None else 1.0))
         return {name: value / max(weight, 1.0) for name, value in values.items()}, norm
 
     def _report(self, rate: float, means: dict[str, float], norm: float, accepted: bool, seconds: float) -> None:
@@ -204,12 +196,6 @@ class _Run:
 def seed_everything(seed: int, step: int, rank: int) -> None:
     """Seeds the generator of dropout from (seed, step, rank): nothing to save, and a resumed step draws the same."""
     torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
-
-
-def _communicate(model: nn.Module, last: bool) -> None:
-    """Reduces gradients over workers only in the last micro-batch of a step."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from modelyard.train.optimizer import make_optimizer
 from modelyard.train.options import TrainOptions
 from modelyard.train.pairs import PackedPairs
 from modelyard.train.parallel.parallelize import parallelize
+from modelyard.train.parallel.strategy import Strategy
 from modelyard.train.world import World
 
 
@@ -128,14 +129,15 @@ def _fit(
     setup: _Setup, model: nn.Module, data: Sequences, heldout: Sequences | None, world: World, sink: Sink, say: Say
 ) -> Outcome:
     options, objective = setup.options, setup.objective
+    strategy = Strategy(model, world)
     keeper = None
     if setup.checkpoints:
         keeper = Checkpoints(setup.checkpoints, setup.identity, world, options.keep_checkpoints, say)
     evaluate = None
     if heldout is not None:
-        evaluate = partial(heldout_loss, model, objective, heldout, world, batch=options.micro_batch or 16)
+        evaluate = partial(heldout_loss, strategy, objective, heldout, batch=options.micro_batch or 16)
     optimizer = make_optimizer(model, options)
-    job = Job(model, optimizer, objective, data, setup.sequence_length, options, keeper, evaluate, sink, say)
+    job = Job(model, optimizer, objective, data, setup.sequence_length, options, keeper, evaluate, sink, say, strategy)
     return fit(job, world)
 
 
