@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from modelyard.errors import RecipeError
+from modelyard.train.head import IGNORE, language_loss
 
 Batch = Mapping[str, torch.Tensor]
 Objective = Callable[[nn.Module, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-
-IGNORE = -100
 
 
 def causal_lm(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -28,16 +26,15 @@ def causal_lm(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, t
     other, and the first token of a document is predicted from the end of the one before.
     """
     labels = next_tokens(batch["input_ids"], batch["document_ids"] >= 0)
-    logits = model(input_ids=batch["input_ids"], use_cache=False).logits
-    return summed_cross_entropy(logits, labels)
+    return language_loss(model, {"input_ids": batch["input_ids"], "use_cache": False}, labels)
 
 
 def causal_lm_by_document(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The same with attention and positions confined to each document; first tokens are not predicted."""
     documents = batch["document_ids"]
     labels = next_tokens(batch["input_ids"], (documents >= 0) & ~first_tokens(documents))
-    logits = model(input_ids=batch["input_ids"], position_ids=positions(documents), use_cache=False).logits
-    return summed_cross_entropy(logits, labels)
+    inputs = {"input_ids": batch["input_ids"], "position_ids": positions(documents), "use_cache": False}
+    return language_loss(model, inputs, labels)
 
 
 def completion_lm(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -47,8 +44,8 @@ def completion_lm(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[st
     """
     documents = batch["document_ids"]
     labels = next_tokens(batch["input_ids"], batch["loss_mask"] & ~first_tokens(documents))
-    logits = model(input_ids=batch["input_ids"], position_ids=positions(documents), use_cache=False).logits
-    return summed_cross_entropy(logits, labels)
+    inputs = {"input_ids": batch["input_ids"], "position_ids": positions(documents), "use_cache": False}
+    return language_loss(model, inputs, labels, sparse=True)
 
 
 def next_tokens(input_ids: torch.Tensor, learnt: torch.Tensor) -> torch.Tensor:
@@ -74,13 +71,6 @@ def positions(document_ids: torch.Tensor) -> torch.Tensor:
     index = torch.arange(document_ids.shape[1], device=document_ids.device).expand(document_ids.shape)
     starts = torch.where(first_tokens(document_ids), index, torch.zeros_like(index))
     return index - starts.cummax(dim=1).values
-
-
-def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum of cross-entropy in nats over labels that are not `IGNORE`, in fp32, and their number as the weight."""
-    flat = labels.reshape(-1)
-    loss = F.cross_entropy(logits.reshape(flat.shape[0], -1).float(), flat, ignore_index=IGNORE, reduction="sum")
-    return loss, {"weight": (flat != IGNORE).sum()}
 
 
 def checked(objective: Objective) -> Objective:

@@ -38,6 +38,7 @@ def parallelize(model: nn.Module, options: TrainOptions, world: World) -> nn.Mod
     if options.compile:
         for block in blocks(model):
             block.compile()
+        model.compiled_loss = True  # type: ignore[assignment]  # read by train.head
     if world.size == 1:
         return model
     mesh = build_mesh(sizes, world.device.type)
