@@ -16,13 +16,15 @@ from training_parts import TINY
 from modelyard.errors import ResourceError
 from modelyard.models import build_config, build_on_meta
 from modelyard.train.data import Feed
-from modelyard.train.guard import DivergedError, FiniteGuard
+from modelyard.train.guard import DivergedError, Guard, Verdict
 from modelyard.train.metrics import Meter
 from modelyard.train.optimizer import local_gradients, parameter_groups, squared_norm
 from modelyard.train.options import ParallelOptions, TrainOptions
 from modelyard.train.parallel.mesh import degrees
 from modelyard.train.report import Line, Page, plot, thin
+from modelyard.train.run_options import ProfileOptions, SpikeOptions, StopOptions
 from modelyard.train.schedule import make_schedule
+from modelyard.train.stopping import stop_reason
 
 
 def test_budgets() -> None:
@@ -68,18 +70,74 @@ def test_squared_norm_is_torchs() -> None:
     assert math.sqrt(squared_norm(local_gradients(model.parameters()))) == pytest.approx(float(expected), rel=1e-6)
 
 
+def judged(guard: Guard, losses: list[float]) -> list[Verdict]:
+    """Verdicts over a run whose losses these are; a rewind goes back to its beginning."""
+    history: list[dict[str, float]] = []
+    found = []
+    for loss in losses:
+        verdict = guard.judge(history, loss, 1.0)
+        found.append(verdict)
+        if verdict is Verdict.REWIND:
+            guard.lower(history)
+            history = history[:40]
+            continue
+        history.append({"step": len(history) + 1, "loss": loss, "skipped": int(verdict is Verdict.SKIP)})
+    return found
+
+
 def test_guard_skips_then_gives_up() -> None:
-    guard = FiniteGuard(2)
-    assert guard.accepts(0, 1.0, 1.0)
-    assert not guard.accepts(1, math.nan, 1.0)
-    assert not guard.accepts(2, 1.0, math.inf)
-    assert guard.accepts(3, 1.0, 1.0)
-    assert not guard.accepts(4, math.nan, 1.0)
-    assert not guard.accepts(5, math.nan, 1.0)
-    with pytest.raises(DivergedError, match="3 in a row"):
-        guard.accepts(6, math.nan, 1.0)
+    yes, no = Verdict.ACCEPT, Verdict.SKIP
+    assert judged(Guard(2), [1.0, math.nan, math.inf, 1.0, math.nan, math.nan]) == [yes, no, no, yes, no, no]
+    with pytest.raises(DivergedError, match="step 4, 3 in a row"):
+        judged(Guard(2), [1.0, math.nan, math.nan, math.nan])
     with pytest.raises(DivergedError, match="step 1"):
-        FiniteGuard(5).accepts(0, math.nan, 1.0)
+        judged(Guard(5), [math.nan])
+    assert Guard(5).judge([{"step": 1, "loss": 1.0}], 1.0, math.inf) is no
+
+
+def test_guard_skips_spikes_then_goes_back_at_a_lower_rate() -> None:
+    calm = [3.0 + 0.01 * (i % 7) for i in range(64)]
+    never, skip = SpikeOptions(skips=2), Verdict.SKIP
+    assert judged(Guard(2, never), [*calm, 9.0, 3.0])[64:] == [skip, Verdict.ACCEPT]
+    assert judged(Guard(2, never), [*calm, 9.0, 9.0, 9.0])[64:] == [skip, skip, Verdict.ACCEPT], "a level that stays"
+    assert judged(Guard(2, never), [3.0] * 20 + [9.0])[-1] is Verdict.ACCEPT, "too early to know what is usual"
+    once = Guard(2, SpikeOptions(skips=1, rewinds=1, rate=0.25))
+    verdicts = judged(once, [*calm, 9.0, 9.0, *calm[40:], math.nan, math.nan])
+    assert verdicts[64:66] == [skip, Verdict.REWIND]
+    assert set(verdicts[66:-2]) == {Verdict.ACCEPT}
+    assert once.rate([]) == 0.25
+    assert once.rate([{"step": 1, "rewinds": 1}]) == 0.25
+    with pytest.raises(DivergedError):
+        judged(once, [*calm, *[math.nan] * 4])
+    forever = Guard(1, SpikeOptions(rewinds=2))
+    assert judged(forever, [*calm, math.nan, math.nan])[64:] == [skip, Verdict.REWIND]
+
+
+def test_stopping_waits_for_its_patience() -> None:
+    def rows(losses: list[float]) -> list[dict[str, float]]:
+        return [{"step": 10.0 * (i + 1), "tokens": 1e4 * (i + 1), "heldout_loss": v} for i, v in enumerate(losses)]
+
+    options = StopOptions(every=10, patience=2, min_delta=0.05)
+    falling = [3.0, 2.9, 2.8, 2.7]
+    assert stop_reason(options, rows(falling)) == ""
+    assert stop_reason(options, rows([*falling, 2.69])) == ""
+    assert "has not fallen by 0.05 in 2 evaluations (best 2.7" in stop_reason(options, rows([*falling, 2.69, 2.68]))
+    assert stop_reason(options, [*rows([*falling, 2.69, 2.68]), {"step": 61.0}]) == "", (
+        "only at an evaluation of its own"
+    )
+    assert stop_reason(None, rows([1.0] * 9)) == ""
+    flat = [2 + 3 * (i + 1) ** -1.0 for i in range(12)]
+    assert stop_reason(StopOptions(every=10, gain=0.01), rows(flat)) == ""
+    assert "doubling buys" in stop_reason(StopOptions(every=10, gain=0.5), rows(flat))
+    assert stop_reason(StopOptions(every=10, gain=0.5), rows(flat[:5])) == "", "too few points"
+
+
+def test_profiles_are_written_as_a_range() -> None:
+    read = ProfileOptions.model_validate
+    assert read("steps=10..12") == read("10..12") == ProfileOptions(first=10, last=12)
+    for wrong in ("10-12", "12..10", "steps=1..2"):
+        with pytest.raises(ValidationError):
+            read(wrong)
 
 
 class Numbers:

@@ -80,6 +80,21 @@ class Checkpoints:
             self._prune()
         self._world.barrier()
 
+    def rewind(self, state: State, step: int) -> bool:
+        """Loads the newest whole checkpoint of at most `step` steps and forgets those after it; False: there is none.
+
+        Raises:
+            DataError: it belongs to another architecture or objective.
+        """
+        names = [name for name in self._names() if int(name.rsplit("-", 1)[-1]) > step]
+        self._world.barrier()
+        if self._world.leads:
+            for name in names:
+                storage.remove(storage.join(self.uri, name, MARKER))
+                storage.remove(storage.join(self.uri, name))
+        self._world.barrier()
+        return self.restore(state)
+
     def restore(self, state: State) -> bool:
         """Loads the newest whole checkpoint into `state` in place; False when there is none.
 

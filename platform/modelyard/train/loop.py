@@ -5,15 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from modelyard.train.checkpoint import Checkpoints, Row, State
+from modelyard.train.clock import Timings, time_collectives
 from modelyard.train.data import Feed, Sequences
-from modelyard.train.guard import FiniteGuard
+from modelyard.train.guard import DivergedError, Guard, Verdict, skipped_in_a_row
+from modelyard.train.hooks import Hooks, Pulse
+from modelyard.train.memory import peak_memory
 from modelyard.train.metrics import Meter, Say, Sink, StepMetrics, no_say, no_sink
 from modelyard.train.objective import Objective, checked
 from modelyard.train.optimizer import set_learning_rate
@@ -21,7 +24,11 @@ from modelyard.train.options import TrainOptions
 from modelyard.train.parallel.parallelize import compute_dtype
 from modelyard.train.parallel.strategy import Strategy, Sums
 from modelyard.train.schedule import make_schedule
+from modelyard.train.stopping import stop_reason
 from modelyard.train.world import World
+
+TIMED_EVERY = 10
+"""Steps between reports of where time goes: rare enough to cost nothing in MLflow."""
 
 
 @dataclass
@@ -40,6 +47,8 @@ class Job:
         sink: takes the metrics of every step on rank 0.
         say: takes messages for people on rank 0.
         strategy: how gradients come about on the mesh; None = data parallelism, as the model is sharded.
+        hooks: what the outside adds to every step, on all workers.
+        sample: writes text with the model as it is at a step. All workers call it together.
     """
 
     model: nn.Module
@@ -53,11 +62,17 @@ class Job:
     sink: Sink = no_sink
     say: Say = no_say
     strategy: Strategy | None = None
+    hooks: Hooks = field(default_factory=Hooks)
+    sample: Callable[[int], None] | None = None
 
 
 @dataclass
 class Outcome:
-    """What a run came to. `history` holds one row a step, those before a restart included."""
+    """What a run came to. `history` holds one row a step, those before a restart included.
+
+    `phases` are mean seconds a step by phase since the last start, `stopped` why it ended before its budget, and
+    `peak_bytes` the most memory a worker of this machine held.
+    """
 
     steps: int
     tokens: int
@@ -69,6 +84,9 @@ class Outcome:
     trainable: int = 0
     skipped: int = 0
     history: list[Row] = field(default_factory=list)
+    phases: dict[str, float] = field(default_factory=dict)
+    stopped: str = ""
+    peak_bytes: int = 0
 
 
 def fit(job: Job, world: World) -> Outcome:
@@ -88,12 +106,16 @@ def fit(job: Job, world: World) -> Outcome:
     meter = Meter(options.global_batch * job.sequence_length)
     job.model.train()
     strategy = job.strategy or Strategy(job.model, world)
-    with _feed(job, world, strategy) as feed:
-        run = _Run(job, world, strategy, state, steps, meter)
-        for step in range(state.step, steps):
-            run.step(step, feed)
+    run = _Run(job, world, strategy, state, steps, meter)
+    try:
+        with _feed(job, world, strategy) as feed:
+            while state.step < steps and not run.stopped:
+                run.step(state.step, feed)
+    finally:
+        job.hooks.close()
     heldout = job.evaluate(None) if job.evaluate is not None else None
-    return _outcome(state, meter, steps, options.global_batch * job.sequence_length, heldout, began)
+    outcome = _outcome(state, meter, state.step, options.global_batch * job.sequence_length, heldout, began)
+    return replace(outcome, phases=run.timings.mean(), stopped=run.stopped, peak_bytes=peak_memory(world.device))
 
 
 def _feed(job: Job, world: World, strategy: Strategy) -> Feed:
@@ -124,28 +146,40 @@ class _Run:
         self.job, self.world, self.strategy, self.state, self.steps, self.meter = (
             job, world, strategy, state, steps, meter)  # fmt: skip
         self.schedule = make_schedule(job.options, steps)
-        self.guard = FiniteGuard(job.options.bad_steps)
+        self.guard = Guard(job.options.bad_steps, job.options.spikes)
+        self.clock, self.pulse = strategy.clock, Pulse(world, job.hooks)
+        time_collectives(job.model, self.clock, world.device)
+        self.timings = Timings()
+        self.stopped = stop_reason(job.options.stop, state.history)
         self.objective = checked(job.objective)
 
     def step(self, step: int, feed: Feed) -> None:
         """One optimizer step: forward and backward, one reduction of everything measured, update, report."""
         options, began = self.job.options, time.perf_counter()
-        rate = options.learning_rate * self.schedule(step)
+        self.job.hooks.begin(step, self.steps)
+        rate = options.learning_rate * self.schedule(step) * self.guard.rate(self.state.history)
         set_learning_rate(self.job.optimizer, rate)
         seed_everything(options.seed, step, self.strategy.reader)
-        batches, wait = feed.take(step, more=step + 1 < self.steps)
+        with self.clock("data"):
+            batches, wait = feed.take(step, more=step + 1 < self.steps)
         with _precision(self.job, self.world):
             sums = self.strategy.forward_backward(self.objective, batches)
         means, norm = self._reduce(sums)
-        accepted = self.guard.accepts(step, means["loss"], norm)
-        if accepted:
-            self.job.optimizer.step()
-        self.job.optimizer.zero_grad(set_to_none=True)
+        verdict = self.guard.judge(self.state.history, means["loss"], norm)
+        with self.clock("optimizer"):
+            if verdict is Verdict.ACCEPT:
+                self.job.optimizer.step()
+            self.job.optimizer.zero_grad(set_to_none=True)
+        if verdict is Verdict.REWIND:
+            self._rewind(step, means["loss"])
+            return
         self.state.step = step + 1
         seconds = time.perf_counter() - began
         self.meter.update(seconds, wait)
-        self._report(rate, means, norm, accepted, seconds)
+        self._report(rate, means, norm, verdict is Verdict.ACCEPT, seconds)
         self._save()
+        self.timings.add(self.clock.finish())
+        self.job.hooks.end(step)
 
     def _reduce(self, sums: Sums) -> tuple[dict[str, float], float]:
         """Global means and the global gradient norm, by one all-reduce; scales and clips the gradients.
@@ -153,9 +187,13 @@ class _Run:
         Gradients hold the sum over this step: dividing by the global weight here, after the backward passes,
         needs no knowledge of it before them.
         """
-        measured = torch.stack([*sums.values(), self.strategy.squared_norm()])
-        *totals, square = self.world.add(measured).tolist()
-        values = dict(zip(sums, totals, strict=True))
+        pulse = torch.tensor(self.pulse.pack(self.clock.own), dtype=torch.float64, device=self.world.device)
+        measured = torch.cat([torch.stack([*sums.values(), self.strategy.squared_norm()]), pulse])
+        with self.clock("communication"):
+            totals = self.world.add(measured).tolist()
+        square = totals[len(sums)]
+        self.pulse.read(totals[len(sums) + 1 :])
+        values = dict(zip(sums, totals, strict=False))
         weight = values.pop("weight")
         scale = self.strategy.gradient_scale / max(weight, 1.0)
         norm = (square**0.5) * scale
@@ -166,8 +204,11 @@ class _Run:
     def _report(self, rate: float, means: dict[str, float], norm: float, accepted: bool, seconds: float) -> None:
         done, options = self.state.step, self.job.options
         extra = {name: value for name, value in means.items() if name != "loss"}
-        if self.job.evaluate is not None and options.evaluate_every and done % options.evaluate_every == 0:
-            extra["heldout_loss"] = self.job.evaluate(options.evaluate_sequences)
+        due, limit = options.evaluation(done)
+        if self.job.evaluate is not None and due:
+            with self.clock("evaluation"):
+                extra["heldout_loss"] = self.job.evaluate(limit)
+            self.job.hooks.beat()
         metrics = StepMetrics(
             step=done,
             loss=means["loss"],
@@ -180,17 +221,49 @@ class _Run:
             eta=self.meter.eta(self.steps - done),
             skipped=not accepted,
             extra=extra,
+            timings=self._timings(),
         )
-        self.state.history.append({"step": done, **metrics.series(), "skipped": int(not accepted)})
+        self.state.history.append({"step": done, **metrics.series(), **self._marks(accepted)})
+        self.stopped = stop_reason(options.stop, self.state.history)
         if self.world.leads:
             self.job.sink(metrics)
 
+    def _marks(self, accepted: bool) -> Row:
+        rewinds = self.guard.rewinds(self.state.history)
+        marks: Row = {"skipped": int(not accepted)}
+        return marks | {"rewinds": rewinds} if rewinds else marks
+
+    def _timings(self) -> dict[str, float]:
+        """Mean seconds by phase since the last time, and who straggles; empty except every tenth step."""
+        return self.timings.recent() | self.pulse.series() if self.state.step % TIMED_EVERY == 0 else {}
+
     def _save(self) -> None:
-        done = self.state.step
-        if self.job.checkpoints is None:
-            return
-        if done == self.steps or done % self.job.options.checkpoint_every == 0:
-            self.job.checkpoints.save(self.state)
+        """A checkpoint when one is due, at the end, and when one is asked for (a machine is about to be taken)."""
+        done, asked = self.state.step, self.pulse.asked and self.job.hooks.answer()
+        due = done == self.steps or done % self.job.options.checkpoint_every == 0 or bool(self.stopped)
+        if self.job.checkpoints is not None and (due or asked):
+            with self.clock("checkpoint"):
+                self.job.checkpoints.save(self.state)
+            self.job.hooks.beat()
+        sampling = self.job.options.samples
+        if self.job.sample is not None and sampling and (done == self.steps or done % sampling.every == 0):
+            self.job.sample(done)
+            self.job.hooks.beat()
+
+    def _rewind(self, step: int, loss: float) -> None:
+        """Goes back to the newest checkpoint from before the trouble, which is then trained on at a lower rate."""
+        history, bad = self.state.history, skipped_in_a_row(self.state.history)
+        self.guard.lower(history)
+        if self.job.checkpoints is None or not self.job.checkpoints.rewind(self.state, step - bad):
+            raise DivergedError(
+                f"loss {loss:g} at step {step + 1} and no checkpoint to go back to",
+                place=f"step {step + 1}",
+                mend="lower learning_rate, or write checkpoints more often (checkpoint_every)",
+            )
+        rate = self.guard.rate(self.state.history)
+        if self.world.leads:
+            self.job.say(f"loss {loss:g} at step {step + 1}: back to step {self.state.step}, rate x {rate:g}")
+        self.job.hooks.beat()
 
 
 def seed_everything(seed: int, step: int, rank: int) -> None:

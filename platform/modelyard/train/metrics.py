@@ -23,6 +23,7 @@ class StepMetrics:
         eta: seconds to the last step.
         skipped: whether the update was left out because something was not finite.
         extra: further means the objective reports, and `heldout_loss` where it was evaluated.
+        timings: now and then: mean seconds by phase, and who straggles. No part of the run's table.
     """
 
     step: int
@@ -36,6 +37,7 @@ class StepMetrics:
     eta: float
     skipped: bool = False
     extra: dict[str, float] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
 
     def dump(self) -> dict[str, Any]:
         """As plain JSON-able values."""

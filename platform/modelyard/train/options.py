@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from modelyard.recipe.schema import Options, runtime
+from modelyard.train.run_options import ProfileOptions, SampleOptions, SpikeOptions, StopOptions
 
 
 class ParallelOptions(Options):
@@ -51,6 +52,8 @@ class TrainOptions(Options):
     bad_steps: int = Field(
         3, ge=0, description="updates in a row that may be skipped for a non-finite loss or gradient before giving up"
     )
+    spikes: SpikeOptions | None = Field(None, description="what to do when the loss jumps; null = nothing")
+    stop: StopOptions | None = Field(None, description="when to end before the budget; null = never")
     micro_batch: int | None = runtime(
         None, "sequences a forward pass on one worker; null = 16, or fewer if the worker's share is smaller", ge=1
     )
@@ -60,6 +63,12 @@ class TrainOptions(Options):
     keep_checkpoints: int = runtime(2, "checkpoints kept; the oldest go first", ge=1)
     evaluate_every: int = runtime(0, "steps between held-out evaluations; 0 = only at the end", ge=0)
     evaluate_sequences: int = runtime(256, "held-out sequences of an evaluation on the way; the last uses all", ge=1)
+
+    samples: SampleOptions | None = runtime(None, "text the model writes on the way, for the report; null = none")
+    profile: ProfileOptions | None = runtime(None, "steps to profile, `steps=10..12`; null = none")
+    step_timeout: float = runtime(
+        1800.0, "seconds without a finished step after which all stacks are dumped and the worker ends; 0 = never", ge=0
+    )
 
     @model_validator(mode="after")
     def _one_budget(self) -> TrainOptions:
@@ -75,6 +84,12 @@ class TrainOptions(Options):
         if self.tokens is not None:
             return max(1, round(self.tokens / (self.global_batch * sequence_length)))
         return max(1, math.ceil((self.epochs or 1.0) * sequences / self.global_batch))
+
+    def evaluation(self, done: int) -> tuple[bool, int]:
+        """Whether the held-out loss is measured after `done` steps, and on how many sequences at most."""
+        if self.stop is not None and done % self.stop.every == 0:
+            return True, self.stop.sequences
+        return bool(self.evaluate_every) and done % self.evaluate_every == 0, self.evaluate_sequences
 
     def warmup_steps(self, steps: int) -> int:
         """Warm-up in steps; at most half the run when given as a number of steps."""

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from modelyard.train.clock import Clock
 from modelyard.train.objective import Batch, Objective
 from modelyard.train.optimizer import local_gradients, squared_norm
 from modelyard.train.world import World
@@ -27,11 +28,13 @@ class Strategy:
         model: holds this worker's parameters under their names in the unsplit model.
         world: the workers.
         reader, readers: which share of every batch this worker reads, and how many shares there are.
+        clock: where the time of a step is counted, by phase.
     """
 
     def __init__(self, model: nn.Module, world: World) -> None:
         self.model, self.world = model, world
         self.reader, self.readers = world.rank, world.size
+        self.clock = Clock(world.device)
 
     @property
     def gradient_scale(self) -> float:
@@ -46,8 +49,10 @@ class Strategy:
         sums: Sums = {}
         for index, batch in enumerate(batches):
             self._communicate(index + 1 == len(batches))
-            loss, metrics = objective(self.model, batch)
-            (loss if scale == 1.0 else loss * scale).backward()  # type: ignore[no-untyped-call]
+            with self.clock("forward"):
+                loss, metrics = objective(self.model, batch)
+            with self.clock("backward"):
+                (loss if scale == 1.0 else loss * scale).backward()  # type: ignore[no-untyped-call]
             add(sums, {"loss": loss, **metrics})
         return sums
 
