@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import itertools
 import json
@@ -268,10 +269,18 @@ def test_an_earlier_artifact_is_read_with_its_ids(result: StageResult, done: str
 
 def test_everything_on_s3(ray_session: None, moto_server: str, no_leftover_ray: None) -> None:
     folder = "s3://yard/curate"
-    result, _ = run(corpus(folder, documents=60), folder)
+    files = corpus(folder, documents=60)
+    text = " ".join(sentence(random.Random(3)) for _ in range(12))
+    block = f"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<main><p>{text}</p></main>".encode()
+    head = f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://site/\r\nContent-Length: {len(block)}\r\n"
+    packed = gzip.compress(f"{head}Content-Type: application/http\r\n\r\n".encode() + block + b"\r\n\r\n")
+    write_bytes(join(folder, "in.warc.gz"), packed + packed[:80])
+    warc = FileRef(join(folder, "in.warc.gz"), len(packed) + 80, "warc")
+    result, _ = run(Files((*files.refs, warc), "digest"), folder)
     kept = sum(pq.ParquetFile(pa.BufferReader(read_bytes(join(folder, "out", n)))).metadata.num_rows
                for n, _ in list_files(join(folder, "out")) if n.startswith("data/"))  # fmt: skip
     assert kept == result.counts["documents"] > 30
+    assert result.extra["steps"][0]["reasons"]["truncated"] == 1
     assert read_bytes(join(folder, "out", "report.html")).startswith(b"<!doctype html>")
 
 

@@ -15,12 +15,31 @@ Action = Literal["redact", "mask", "pseudonymize", "drop"]
 RuleSet = Literal["gopher", "c4", "fineweb"]
 
 
+class HtmlOptions(Options):
+    """How the text of an HTML page is taken out (resiliparse, Bevendorff et al. 2018)."""
+
+    main_content: bool = Field(
+        True, description="only the main content; false = also navigation, side bars, footers and the like"
+    )
+    links: bool = Field(False, description="write the targets of links behind their texts")
+    alt_texts: bool = Field(False, description="write the alternative texts of images")
+    list_bullets: bool = Field(True, description="write bullets and numbers of lists")
+    comments: bool = Field(False, description="take sections of readers' comments for content")
+    skip_elements: tuple[str, ...] = Field((), description="CSS selectors of elements to leave out")
+    max_depth: int = Field(
+        512, ge=16, description="pages whose elements nest deeper are quarantined; 512 as browsers cut off"
+    )
+
+
 class ReadOptions(Options):
     """How files become documents."""
 
-    format: Literal["auto", "text", "jsonl", "parquet"] = Field(
-        "auto", description="file format; auto goes by suffix (.jsonl, .ndjson, .parquet; anything else is text)"
+    format: Literal["auto", "text", "jsonl", "parquet", "html", "warc"] = Field(
+        "auto",
+        description="file format; auto goes by suffix (.jsonl, .ndjson, .parquet, .html, .htm, .xhtml, .warc, .wet, "
+        "each also .gz or .zst; anything else is text)",
     )
+    html: HtmlOptions = Field(HtmlOptions(), description="how pages of HTML and WARC files become text")
     text: str = Field("text", min_length=1, description="field or column that holds the text (JSONL, Parquet)")
     prompt: str | None = Field(None, description="field or column kept as the column `prompt`; null = none")
     python: Literal["source", "docstrings"] = Field(
@@ -33,7 +52,10 @@ class ReadOptions(Options):
         16_000_000, description="longer records are quarantined, bytes of UTF-8; own choice, bounds a worker's memory"
     )
     max_bad_records: int | None = Field(
-        None, ge=0, description="fail the stage when more records than this are unreadable; null = never"
+        None,
+        ge=0,
+        description="fail the stage when more records than this are damaged; null = never; pages that are no "
+        "documents (another type, an error status, no content) do not count",
     )
 
 
@@ -208,6 +230,7 @@ class ScrubOptions(Options):
 class StepOptions(Options):
     """One step: a mapping with a single key, the step's name (`{quality: {rules: [gopher]}}`)."""
 
+    extract: HtmlOptions | None = Field(None, description="turn HTML in the text column into text")
     normalize: NormalizeOptions | None = Field(None, description="clean up characters and white space")
     quality: QualityOptions | None = Field(None, description="drop or tag by heuristic rules")
     dedup: DedupOptions | None = Field(None, description="remove equal or similar documents")
@@ -227,9 +250,7 @@ class StepOptions(Options):
         return next(name for name in type(self).model_fields if getattr(self, name) is not None)
 
     @property
-    def options(self) -> NormalizeOptions | QualityOptions | ExactOptions | MinHashOptions | ScrubOptions:
+    def options(self) -> Options:
         """The step's own options."""
-        value: NormalizeOptions | QualityOptions | ExactOptions | MinHashOptions | ScrubOptions = getattr(
-            self, self.name
-        )
+        value: Options = getattr(self, self.name)
         return value

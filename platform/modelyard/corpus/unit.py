@@ -7,6 +7,7 @@ its record (`Done`) is written last and vouches for the files by size.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -112,10 +113,12 @@ def run_unit(unit: Unit, segment: Segment) -> Done:
 
 def _batches(unit: Unit, segment: Segment, tally: Tally) -> Iterator[tuple[Any, Any]]:
     if segment.read is not None:
-        for table, bad in read_unit(unit, segment.read):
+        counts: Counter[str] = Counter()
+        for table, bad in read_unit(unit, segment.read, counts):
             bad = hide(bad, segment.scrub)
             tally.read(table, bad)
             yield table, bad
+        tally.count(0, counts)
         return
     name, reason = segment.removed_by
     for table in _survivors(unit, segment, reason):

@@ -59,7 +59,7 @@ class CurateStage(Stage[CurateOptions]):
     """Runs the corpus core over Ray Data. See `docs/corpus.md`."""
 
     kind = "curate"
-    version = 1
+    version = 2
     Options: ClassVar[type[StageOptions]] = CurateOptions
     inputs: ClassVar = {"files": InputSpec(kinds=("curate",), files=True)}
 

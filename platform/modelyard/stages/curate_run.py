@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from modelyard.corpus.options import ExactOptions, MinHashOptions, StepOptions
+from modelyard.corpus.read.records import NOT_DAMAGE
 from modelyard.corpus.read.units import Unit, units
 from modelyard.corpus.tally import Tally
 from modelyard.errors import DataError, StageError
@@ -192,11 +193,13 @@ def _deduplicate(ctx: Context, segment: Any, options: ExactOptions | MinHashOpti
 
 
 def _check_readable(ctx: Context, first: Tally) -> None:
-    bad = sum(first.steps[0].reasons.values())
+    damaged = {name: n for name, n in first.steps[0].reasons.items() if name not in NOT_DAMAGE}
+    bad = sum(damaged.values())
     most = ctx.options.read.max_bad_records
     if most is not None and bad > most:
-        reasons = ", ".join(f"{name} {n:,}" for name, n in sorted(first.steps[0].reasons.items()))
-        examples = "; ".join(f"{r['source']}: {r['reason']}" for r in first.removed if r["step"] == "read")[:400]
+        reasons = ", ".join(f"{name} {n:,}" for name, n in sorted(damaged.items()))
+        rows = [row for row in first.removed if row["step"] == "read" and row["reason"] in damaged]
+        examples = "; ".join(f"{row['source']}: {row['reason']}" for row in rows)[:400]
         raise DataError(
             f"{bad:,} records cannot be read, {most:,} are allowed ({reasons})",
             place=examples,

@@ -18,7 +18,8 @@ import pyarrow.compute as pc
 import xxhash
 
 from modelyard.corpus.options import ReadOptions, ScrubOptions
-from modelyard.corpus.read.formats import Record, records
+from modelyard.corpus.read.formats import records
+from modelyard.corpus.read.records import Record
 from modelyard.corpus.read.units import Piece
 from modelyard.corpus.steps.scrub import Scrub
 from modelyard.errors import StorageError

@@ -1,10 +1,9 @@
-"""Records out of files: text, JSON lines, Parquet and Python docstrings."""
+"""Records out of files, by format; text, JSON lines, Parquet and Python docstrings are read here."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -12,35 +11,14 @@ import pyarrow.parquet as pq
 
 from modelyard.corpus.options import ReadOptions
 from modelyard.corpus.read.docstrings import docstrings
+from modelyard.corpus.read.records import Bad, Record, Skipped
 from modelyard.corpus.read.streams import Damaged, lines, whole
 from modelyard.corpus.read.units import Piece, file_format
+from modelyard.corpus.read.web import html_file, warc_file
 from modelyard.storage import arrow_filesystem
 
 
-@dataclass(frozen=True)
-class Record:
-    """A readable record. `position` is its byte offset, row or number in the file."""
-
-    position: int
-    text: str
-    prompt: str | None = None
-    meta: dict[str, Any] = field(default_factory=dict)
-    id: str | None = None
-    source: str | None = None
-
-
-@dataclass(frozen=True)
-class Bad:
-    """A record that could not be read: where, why, and the beginning of its bytes."""
-
-    position: int
-    reason: str
-    detail: str = ""
-    bytes: int = 0
-    excerpt: str = ""
-
-
-def records(piece: Piece, options: ReadOptions) -> Iterator[Record | Bad]:
+def records(piece: Piece, options: ReadOptions) -> Iterator[Record | Bad | Skipped]:
     """All records of a piece, readable or not. Never raises for what is wrong with the data."""
     kind = file_format(piece.uri, options)
     try:
@@ -50,6 +28,10 @@ def records(piece: Piece, options: ReadOptions) -> Iterator[Record | Bad]:
             yield from _jsonl(piece, options)
         elif kind == "parquet":
             yield from _parquet(piece, options)
+        elif kind == "warc":
+            yield from warc_file(piece, options)
+        elif kind == "html":
+            yield html_file(piece, options)
         elif piece.uri.endswith(".py") and options.python == "docstrings":
             yield from _python(piece, options)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Any, cast
 
 from modelyard.storage import filesystem
@@ -19,6 +20,27 @@ class Damaged(Exception):
         self.reason, self.detail = reason, detail
 
 
+@contextmanager
+def opened(uri: str) -> Iterator[IO[bytes]]:
+    """The stored bytes of a file.
+
+    Raises:
+        Damaged: the file cannot be opened, or a read inside the block fails (`unreadable`).
+    """
+    try:
+        fs, path = filesystem(uri)
+        with fs.open(path, "rb") as handle:
+            yield cast(IO[bytes], handle)
+    except OSError as error:
+        raise Damaged("unreadable", f"{type(error).__name__}: {error.strerror or error}") from error
+
+
+def compression(uri: str) -> str:
+    """`gz` or `zst` by suffix, or empty."""
+    suffix = uri.lower().rsplit(".", 1)[-1]
+    return suffix if suffix in ("gz", "zst") else ""
+
+
 def chunks(uri: str, start: int = 0) -> Iterator[bytes]:
     """The content of a file from byte `start` on, inflated by suffix (.gz, .zst).
 
@@ -26,20 +48,14 @@ def chunks(uri: str, start: int = 0) -> Iterator[bytes]:
         Damaged: the file cannot be opened (`unreadable`), ends in the middle of a compressed member
             (`truncated`) or is corrupt (`corrupt`). What came before has been yielded.
     """
-    try:
-        fs, path = filesystem(uri)
-        with fs.open(path, "rb") as opened:
-            handle = cast(IO[bytes], opened)
-            if start:
-                handle.seek(start)
-            name = uri.lower()
-            if name.endswith((".gz", ".zst")):
-                yield from _inflate(handle, name.endswith(".gz"))
-            else:
-                while block := handle.read(1 << 20):
-                    yield block
-    except OSError as error:
-        raise Damaged("unreadable", f"{type(error).__name__}: {error.strerror or error}") from error
+    with opened(uri) as handle:
+        if start:
+            handle.seek(start)
+        if compression(uri):
+            yield from _inflate(handle, compression(uri) == "gz")
+        else:
+            while block := handle.read(1 << 20):
+                yield block
 
 
 def _inflate(handle: IO[bytes], gz: bool) -> Iterator[bytes]:

@@ -17,6 +17,10 @@ from modelyard.corpus.options import ReadOptions
 from modelyard.storage import FileRef
 
 _MIN_UNIT, _MAX_UNIT, _UNITS = 4_000_000, 64_000_000, 64
+_SUFFIXES = {
+    "jsonl": (".jsonl", ".ndjson"), "parquet": (".parquet",), "html": (".html", ".htm", ".xhtml"),
+    "warc": (".warc", ".wet"),
+}  # fmt: skip
 _INFLATION = 4  # bytes of text a compressed byte stands for, roughly
 
 
@@ -57,13 +61,11 @@ class Unit:
 
 
 def file_format(uri: str, options: ReadOptions) -> str:
-    """`text`, `jsonl` or `parquet`."""
+    """`text`, `jsonl`, `parquet`, `html` or `warc`."""
     if options.format != "auto":
         return options.format
     name = uri.lower().removesuffix(".gz").removesuffix(".zst")
-    if name.endswith((".jsonl", ".ndjson")):
-        return "jsonl"
-    return "parquet" if name.endswith(".parquet") else "text"
+    return next((kind for kind, suffixes in _SUFFIXES.items() if name.endswith(suffixes)), "text")
 
 
 def is_compressed(uri: str) -> bool:
