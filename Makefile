@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RECIPE ?= pipelines/quickstart.yaml
+# Two processes, a file of tests in one of them: module fixtures are made once, and waiting overlaps.
+PYTEST_ARGS ?= --numprocesses 2 --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export DO_NOT_TRACK ?= 1
@@ -38,7 +40,7 @@ quickstart: install
 	$(BIN)/modelyard run $(RECIPE)
 
 test: install-test lint
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)
 
 lint: install-test
 	$(BIN)/ruff check .

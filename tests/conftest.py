@@ -46,9 +46,20 @@ def no_ray() -> Iterator[None]:
     session.stop()
 
 
+@pytest.fixture
+def moto_server(_moto: str) -> str:
+    """A real S3 endpoint (moto in server mode) with the bucket `yard`; sets the AWS environment.
+
+    The bucket is made again for every test: a test that mocks AWS in this process empties the server.
+    """
+    import boto3
+
+    boto3.client("s3").create_bucket(Bucket="yard")
+    return _moto
+
+
 @pytest.fixture(scope="session")
-def moto_server() -> Iterator[str]:
-    """A real S3 endpoint (moto in server mode) with the bucket `yard`; sets the AWS environment."""
+def _moto() -> Iterator[str]:
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
@@ -64,9 +75,6 @@ def moto_server() -> Iterator[str]:
     }
     before = {key: os.environ.get(key) for key in values}
     os.environ.update(values)
-    import boto3
-
-    boto3.client("s3").create_bucket(Bucket="yard")
     yield endpoint
     server.stop()
     for key, value in before.items():
