@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from modelyard.errors import RecipeError, ResourceError
 from modelyard.planner import Estimate, Layout, estimate_training, find_hardware
 from modelyard.planner.cost import carbon_intensity, cost, price, spot_overhead
 from modelyard.planner.energy import EnergyMeter, rapl_joules, read_rapl
-from modelyard.planner.hardware import load_table, names
+from modelyard.planner.hardware import find_gpu, load_table, names
 from modelyard.planner.inference import deploy, largest_batch, rates
 from modelyard.planner.measured import compare
 from modelyard.planner.modes import compare_modes
@@ -59,7 +60,9 @@ def test_cost_of_device_hours() -> None:
     assert found.on_demand_usd == pytest.approx(160 * 6.88)
     assert found.kwh == pytest.approx(160 * 0.7 * 1.1)
     assert found.co2e_kg == pytest.approx(found.kwh * 0.056)
-    assert found.spot_hours > 10 and found.spot_usd < found.on_demand_usd
+    assert found.spot_hours and found.spot_hours > 10
+    assert found.spot_usd and found.on_demand_usd and found.spot_usd < found.on_demand_usd
+    assert cost(10, 8192, hw).spot_usd is None
 
 
 def test_spot_overhead_grows_with_nodes_until_nothing_is_left() -> None:
@@ -139,7 +142,7 @@ def test_bad_profiles(llama_8b: dict[str, Any], profile: list[float]) -> None:
 def test_energy_is_estimated_and_says_so(tmp_path: Path) -> None:
     with EnergyMeter(find_hardware(None), devices=2, powercap=tmp_path) as meter:
         sum(range(1000))
-    assert meter.result.source == "tdp"
+    assert meter.result.source == "tdp x 0.90"
     assert meter.result.kwh == pytest.approx(8 * 2 * 0.9 * meter.result.seconds / 3.6e6)
 
 
@@ -161,3 +164,32 @@ def test_predicted_against_measured() -> None:
     assert [row.name for row in rows] == ["wall time", "tokens a second"]
     assert rows[0].error == pytest.approx(0.25)
     assert rows[0].row() == ("wall time", "10 s", "8 s", "+25%")
+
+
+def test_energy_counts_the_share_and_the_measured_utilisation(tmp_path: Path) -> None:
+    with EnergyMeter(find_hardware(None), devices=1, utilisation=None, powercap=tmp_path) as meter:
+        end = time.process_time() + 0.05
+        while time.process_time() < end:
+            pass
+    source, value = meter.result.source.split(" x ")
+    assert source == "tdp" and 0 < float(value) <= 1
+    package = tmp_path / "intel-rapl:0"
+    package.mkdir()
+    (package / "max_energy_range_uj").write_text("10000000")
+    (package / "energy_uj").write_text("0")
+    with EnergyMeter(find_hardware(None), share=0.5, powercap=tmp_path) as half:
+        (package / "energy_uj").write_text("3600000")
+    assert half.result.kwh == pytest.approx(0.5e-6)
+    with EnergyMeter(find_hardware(None), here=False, powercap=tmp_path) as away:
+        pass
+    assert away.result.source.startswith("tdp")
+
+
+@pytest.mark.parametrize(
+    ("reported", "name"),
+    [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-40GB", "a100-40gb"), ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+     ("NVIDIA L40S", "l40s"), ("Tesla K80", None)],
+)  # fmt: skip
+def test_a_gpu_is_found_by_its_drivers_name(reported: str, name: str | None) -> None:
+    found = find_gpu(reported)
+    assert (found.name if found else None) == name

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import typer
 from rich.console import Console
 
-from modelyard.cli import look, work
+from modelyard.cli import look, plan, work
 from modelyard.errors import ModelyardError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
     help="From raw text to a served model: one typed recipe, on this machine or on a Ray cluster.\n\n"
     "Start with [bold]modelyard plan pipelines/quickstart.yaml[/], then [bold]modelyard run[/] the same file.",
 )
+plan.add(app)
 work.add(app)
 look.add(app)
 

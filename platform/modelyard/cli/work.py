@@ -1,4 +1,4 @@
-"""Commands that do something: plan, run, submit, serve."""
+"""Commands that do something: run, submit, serve."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Root = Annotated[str | None, typer.Option("--root", help="where artifacts go, in
 
 def add(app: typer.Typer) -> None:
     """Adds the commands of this module."""
-    for command in (plan, run, submit, serve):
+    for command in (run, submit, serve):
         app.command()(command)
 
 
@@ -47,25 +47,6 @@ def load(
 
     extra = [f"root={root}"] if root else []
     return select(api.load(recipe, [*(assignments or []), *extra]), to or (), kinds or ())
-
-
-def plan(
-    recipe: RecipePath,
-    assignments: Assignments = None,
-    root: Root = None,
-    to: Targets = None,
-    to_kind: TargetKinds = None,
-    force: Force = None,
-) -> None:
-    """Shows what a run would do, and why: what is done, what runs again, predicted size, time, memory.
-
-    Touches no data and starts nothing.
-    """
-    from modelyard.cli import tables
-    from modelyard.stages import api
-
-    loaded = load(recipe, assignments, root, to, to_kind)
-    Console().print(tables.plan_table(loaded, api.plan(loaded, force=force or ())))
 
 
 def run(

@@ -34,6 +34,21 @@ class Measurement:
     trainable: float = 1.0
 
 
+def measurement(basis: Mapping[str, Any], seconds: float) -> Measurement:
+    """A measured run from what it was predicted from (`Estimate.basis`) and its seconds an optimizer step.
+
+    Raises:
+        DataError: the basis lacks a key, or names a layout this version does not know.
+    """
+    try:
+        return Measurement(
+            basis["config"], int(basis["sequence_length"]), int(basis["global_batch"]), seconds,
+            Layout(**basis["layout"]), basis["precision"], float(basis["trainable"]),
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"not the basis of a prediction: {error!r}", place="basis", mend="leave the run out") from error
+
+
 @dataclass(frozen=True)
 class Calibration:
     """The calibrated device and how far its predictions are from the runs it was fitted to (relative)."""

@@ -116,7 +116,8 @@ def choose(
     estimate = Estimate(
         parameters=p.total, tokens=int(tokens), flops=flops_per_token(shape, sequence_length).model * tokens,
         memory_bytes=int(memory.peak), seconds=seconds, cost_usd=usd, energy_kwh=money.kwh,
-        notes=(f"{layout.label()} on {devices} x {hw.name}", note),
+        notes=(f"{layout.label()} on {devices} x {hw.name}", note), memory_parts=tuple(memory.rows()),
+        basis={"config": dict(shape), "tokens": int(tokens), "sequence_length": sequence_length},
     )  # fmt: skip
     return Choice(
         config=shape, parameters=p.total, tokens=tokens, hours=seconds / 3600, usd=usd,

@@ -17,8 +17,9 @@ class Cost:
     Attributes:
         device_hours: devices x hours of work, without restarts.
         on_demand_usd: at the on-demand price; None without a price.
-        spot_usd: at the spot price, with the hours that interruptions repeat.
-        spot_hours: wall hours on spot capacity.
+        spot_usd: at the spot price, with the hours that interruptions repeat; None without a price, or where
+            so many nodes are interrupted that the job would never end.
+        spot_hours: wall hours on spot capacity; None where the job would never end.
         kwh: electricity, cooling included by PUE.
         co2e_kg: emissions of that electricity on the region's grid.
     """
@@ -26,7 +27,7 @@ class Cost:
     device_hours: float
     on_demand_usd: float | None
     spot_usd: float | None
-    spot_hours: float
+    spot_hours: float | None
     kwh: float
     co2e_kg: float
 
@@ -78,6 +79,13 @@ def spot_overhead(
     return 1 / (1 - lost)
 
 
+def _stretch(devices: int, node: int, checkpoint_minutes: float) -> float | None:
+    try:
+        return spot_overhead(devices, node, checkpoint_minutes)
+    except RecipeError:
+        return None  # on-demand figures are wanted all the same
+
+
 def cost(
     hours: float, devices: int, hw: Hardware, *, region: str = "world", pue: float | None = None,
     utilisation: float = 0.9, prices: str | None = None, checkpoint_minutes: float = 30.0,
@@ -99,12 +107,13 @@ def cost(
     """
     check_positive(hours=hours, devices=devices)
     factor = pue if pue is not None else float(load_table("regions")["pue"])
-    stretch = spot_overhead(devices, hw.node, checkpoint_minutes)
+    stretch = _stretch(devices, hw.node, checkpoint_minutes)
     device_hours = hours * devices
     demand, spot = price(hw, False, prices), price(hw, True, prices)
     kwh = device_hours * hw.watts * utilisation * factor / 1000
     return Cost(
         device_hours=device_hours, on_demand_usd=None if demand is None else demand * device_hours,
-        spot_usd=None if spot is None else spot * device_hours * stretch, spot_hours=hours * stretch,
+        spot_usd=None if spot is None or stretch is None else spot * device_hours * stretch,
+        spot_hours=None if stretch is None else hours * stretch,
         kwh=kwh, co2e_kg=kwh * carbon_intensity(region) / 1000,
     )  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -21,3 +23,7 @@ class Estimate:
     cost_usd: float | None = None
     energy_kwh: float | None = None
     notes: tuple[str, ...] = ()
+    memory_parts: tuple[tuple[str, float], ...] = ()
+    """`memory_bytes` by component, bytes."""
+    basis: Mapping[str, Any] | None = None
+    """What a training run was predicted from, JSON-able: `calibrate.measurement` makes a measured run of it."""

@@ -118,6 +118,21 @@ def find_hardware(name: str | Hardware | None = None, *, path: str | Path | None
     return _row(key, table["devices"][key])
 
 
+def find_gpu(reported: str | None = None) -> Hardware | None:
+    """The table's row of a GPU by the name its driver reports (`NVIDIA H100 80GB HBM3`); None = unknown or none here.
+
+    Args:
+        reported: the driver's name; None = ask NVML for the first GPU of this machine.
+    """
+    from modelyard.planner.energy import gpu_name
+
+    name = (reported or gpu_name() or "").lower().replace("-", " ")
+    memory = next((word for word in name.split() if word.endswith("gb")), "")
+    fitting = [key for key in _devices()["devices"] if key.split("-")[0] in name.split()]
+    best = [key for key in fitting if memory and memory in key] or fitting
+    return find_hardware(best[-1]) if best else None
+
+
 def _row(name: str, row: Mapping[str, Any]) -> Hardware:
     peak = {dtype: value * 1e12 for dtype, value in row["peak"].items()}
     if row["kind"] == "cpu" and not peak:

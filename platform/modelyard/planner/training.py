@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from modelyard.errors import ResourceError
@@ -22,6 +22,10 @@ PROCESS_BYTES = 500 * 2**20
 """What a Python worker with torch and transformers imported holds before it trains (measured, CPU build)."""
 DEVICE_BYTES = 1.5 * 2**30
 """CUDA context, cuBLAS workspace and NCCL buffers of a GPU worker."""
+_IDLE = frozenset(("architectures", "torch_dtype", "dtype", "transformers_version", "bos_token_id", "eos_token_id",
+                   "pad_token_id", "initializer_range", "rms_norm_eps", "layer_norm_epsilon", "rope_theta",
+                   "return_dict", "output_hidden_states", "output_attentions", "use_cache"))  # fmt: skip
+"""Keys of a config that decide no shape."""
 
 
 def training_flops(config: Mapping[str, Any], tokens: float, sequence_length: int) -> float:
@@ -66,8 +70,8 @@ def estimate_training(
     hw = hw if efficiency is None else hw.calibrated(efficiency)
     if hw.kind == "cpu" and hw.cores <= 1:
         hw = several_cores(hw, cores_per_worker)
-    share = max(global_batch // workers, 1)
-    layout = layout or Layout(data=workers, shard=workers, micro_batch=micro_batch or share, recompute=recompute)  # type: ignore[arg-type]
+    mine = max(global_batch // workers, 1)
+    layout = layout or Layout(data=workers, shard=workers, micro_batch=micro_batch or mine, recompute=recompute)  # type: ignore[arg-type]
     a = parse(config)
     validate(layout, a, sequence_length, global_batch)
     p = count(a)
@@ -77,9 +81,10 @@ def estimate_training(
         overhead=PROCESS_BYTES if hw.kind == "cpu" else DEVICE_BYTES,
     )  # fmt: skip
     fits(memory, hw, layout.devices, memory_limit)
+    share = 1.0 if trainable is None else min(trainable / p.total, 1.0)
     step = step_time(
         a, sequence_length=sequence_length, global_batch=global_batch, hardware=hw, layout=layout,
-        precision_name=precision_name, trainable=1.0 if trainable is None else min(trainable / p.total, 1.0),
+        precision_name=precision_name, trainable=share,
     )  # fmt: skip
     seconds = step.seconds * tokens / (global_batch * sequence_length)
     hours = seconds / 3600 * layout.devices
@@ -88,7 +93,20 @@ def estimate_training(
         parameters=p.total, tokens=int(tokens), flops=training_flops(config, tokens, sequence_length),
         memory_bytes=int(memory.peak), seconds=seconds, cost_usd=None if rate is None else rate * hours,
         energy_kwh=hours * hw.watts * utilisation / 1000, notes=_notes(p.exact, layout, hw, step, memory),
+        memory_parts=tuple(memory.rows()),
+        basis={
+            "config": essential(config), "sequence_length": sequence_length, "global_batch": global_batch,
+            "layout": asdict(layout), "precision": precision_name, "trainable": share, "hardware": hw.name,
+            "cores": cores_per_worker, "optimizer": optimizer, "tokens": int(tokens), "step_seconds": step.seconds,
+        },
     )  # fmt: skip
+
+
+def essential(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a config that decide its shape: plain values and short lists, without names, ids and labels."""
+    plain = (bool, int, float, str, list)
+    found = {k: v for k, v in config.items() if isinstance(v, plain) and not k.startswith("_") and k not in _IDLE}
+    return {k: v for k, v in found.items() if not isinstance(v, list) or all(isinstance(x, int | str) for x in v)}
 
 
 def several_cores(hw: Hardware, cores: float) -> Hardware:

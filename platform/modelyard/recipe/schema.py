@@ -52,6 +52,7 @@ class Resources(Options):
     hardware: str | None = Field(
         None, description="hardware name for predictions (`modelyard plan`); null = this machine"
     )
+    region: str = Field("world", description="electricity grid for emissions, such as france; world = the mean")
 
 
 class FileInput(Options):

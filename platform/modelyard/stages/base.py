@@ -62,6 +62,7 @@ class StageContext(Generic[O]):
         run: the MLflow run of this stage.
         progress: the progress display.
         keep: whether the person asked to leave what was deployed running.
+        estimate: what was predicted with every input known, to compare with.
     """
 
     name: str
@@ -75,6 +76,7 @@ class StageContext(Generic[O]):
     run: Run
     progress: Progress
     keep: bool = False
+    estimate: Estimate = field(default_factory=Estimate)
 
     def artifact(self, name: str) -> Artifact:
         """The artifact given as input `name`. Raises KeyError when it was not given."""

@@ -24,6 +24,7 @@ from modelyard.stages.training import (
     model_config,
     model_place,
     predict,
+    speed_metrics,
     warnings,
     write_results,
 )
@@ -85,7 +86,7 @@ class FinetuneStage(Stage[FinetuneOptions]):
         tokens = options.total_steps(1, options.sequence_length) * options.global_batch * options.sequence_length
         lora = options.adapter.lora
         trainable = lora_parameters(config, lora.r) if lora else None
-        return predict(options, config, tokens, options.sequence_length, trainable)
+        return predict(options, config, tokens, options.sequence_length, trainable, ctx.root)
 
     def run(self, ctx: StageContext[FinetuneOptions]) -> StageResult:
         """Encodes and packs the pairs, trains on Ray Train workers, writes models, held-out pairs and report."""
@@ -227,8 +228,7 @@ def _result(outcome: Outcome, facts: Mapping[str, Any]) -> StageResult:
     heldout = outcome.heldout_loss
     metrics = {
         "loss": outcome.loss,
-        "tokens_per_second": outcome.tokens_per_second,
-        "train_seconds": outcome.seconds,
+        **speed_metrics(outcome),
         "filled": float(facts["filled"]),
     }
     if heldout is not None:

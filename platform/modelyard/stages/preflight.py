@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import psutil
 
 from modelyard.errors import ModelyardError, ResourceError
+from modelyard.planner.cost import carbon_intensity
 from modelyard.planner.estimate import Estimate
 from modelyard.recipe import Recipe
 from modelyard.stages.graph import Planned, plan_context
@@ -33,6 +34,7 @@ def preflight(recipe: Recipe, planned: Mapping[str, Planned], artifacts: Mapping
         ctx = plan_context(recipe, entry, artifacts)
         try:
             entry.node.stage.check(ctx)
+            carbon_intensity(entry.node.options.resources.region)
             estimates[name] = entry.node.stage.estimate(ctx)
         except ModelyardError as error:
             error.place = f"stages.{name}: {error.place}".rstrip(": ")

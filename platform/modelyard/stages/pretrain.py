@@ -22,6 +22,7 @@ from modelyard.stages.training import (
     model_place,
     planned_config,
     predict,
+    speed_metrics,
     warnings,
     write_results,
 )
@@ -68,7 +69,7 @@ class PretrainStage(Stage[PretrainOptions]):
         if config is None or length is None or tokens is None:
             notes = ("size and time are known once its inputs are", *warnings(ctx.options))
             return Estimate(tokens=tokens, notes=notes)
-        return predict(ctx.options, config, tokens, length)
+        return predict(ctx.options, config, tokens, length, root=ctx.root)
 
     def run(self, ctx: StageContext[PretrainOptions]) -> StageResult:
         """Trains on Ray Train workers and writes model, loss table and report."""
@@ -103,6 +104,12 @@ def _facts(tokens: Artifact) -> dict[str, Any]:
     """The token artifact's own description."""
     facts: dict[str, Any] = json.loads(read_bytes(tokens.join("tokens.json")))
     return facts
+
+
+def known_shape(ctx: PlanContext[Any]) -> tuple[Config | None, int | None, int | None]:
+    """The model's configuration, the sequence length and the tokens of the budget, each None while unknown."""
+    length = _shape(ctx)[0]
+    return _config(ctx), length, _tokens(ctx, length)
 
 
 def _config(ctx: PlanContext[PretrainOptions]) -> Config | None:
@@ -140,8 +147,7 @@ def _result(outcome: Outcome, unigram: float) -> StageResult:
     metrics = {
         "loss": outcome.loss,
         "unigram_entropy": unigram,
-        "tokens_per_second": outcome.tokens_per_second,
-        "train_seconds": outcome.seconds,
+        **speed_metrics(outcome),
     }
     if heldout is not None:
         metrics["heldout_loss"] = heldout

@@ -6,9 +6,11 @@ import html
 import os
 from pathlib import Path
 
-from modelyard.errors import DataError
+from modelyard.errors import DataError, ModelyardError
+from modelyard.planner.estimate import Estimate
 from modelyard.recipe import Recipe
-from modelyard.stages.graph import plan_graph
+from modelyard.stages.graph import Planned, plan_context, plan_graph
+from modelyard.stages.whatif import differences
 from modelyard.storage import Artifact, absolute, exists, is_remote, join, write_bytes
 
 _STYLE = """
@@ -25,25 +27,43 @@ def write_report(recipe: Recipe) -> Path | str:
     Raises DataError when nothing of the recipe is published.
     """
     recipe = recipe.model_copy(update={"root": absolute(recipe.root)})
-    artifacts = [entry.artifact for entry in plan_graph(recipe) if entry.artifact]
-    if not artifacts:
+    planned = plan_graph(recipe)
+    artifacts = {entry.node.name: entry.artifact for entry in planned if entry.artifact}
+    found = [(artifacts[e.node.name], _estimate(recipe, e, artifacts)) for e in planned if e.artifact]
+    if not found:
         raise DataError("nothing of this recipe is done yet", place=recipe.root, mend="run it first")
     target = join(recipe.root, "reports", f"{recipe.name}.html")
-    write_bytes(target, _page(recipe, artifacts, target).encode())
+    write_bytes(target, _page(recipe, found, target).encode())
     return target if is_remote(target) else Path(target)
 
 
-def _page(recipe: Recipe, artifacts: list[Artifact], target: str) -> str:
-    rows = "".join(_row(artifact, target) for artifact in artifacts)
-    seconds = sum(artifact.manifest.seconds for artifact in artifacts)
+def _estimate(recipe: Recipe, entry: Planned, artifacts: dict[str, Artifact]) -> Estimate:
+    """What would be predicted for a published stage now."""
+    try:
+        return entry.node.stage.estimate(plan_context(recipe, entry, artifacts))
+    except ModelyardError:
+        return Estimate()  # made elsewhere: it would not fit here
+
+
+def _page(recipe: Recipe, found: list[tuple[Artifact, Estimate]], target: str) -> str:
+    rows = "".join(_row(artifact, target) for artifact, _ in found)
+    seconds = sum(artifact.manifest.seconds for artifact, _ in found)
     title = html.escape(recipe.name)
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>"
-        f"<h1>{title}</h1><p>{len(artifacts)} of {len(recipe.stages)} stages done, {seconds:.0f} s of work, "
+        f"<h1>{title}</h1><p>{len(found)} of {len(recipe.stages)} stages done, {seconds:.0f} s of work, "
         f"root <code>{html.escape(recipe.root)}</code></p>"
         "<table><tr><th>stage<th>what came out<th class=n>seconds<th>figures<th>where</tr>"
-        f"{rows}</table></html>"
+        f"{rows}</table>{_predictions(found)}</html>"
     )
+
+
+def _predictions(found: list[tuple[Artifact, Estimate]]) -> str:
+    """Predicted against measured of every stage that predicts something."""
+    rows = [(artifact.stage, *row.row()) for artifact, e in found for row in differences(artifact, e)]
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row) + "</tr>" for row in rows)
+    head = "<tr><th>stage<th>quantity<th>predicted<th>measured<th>difference</tr>"
+    return f"<h2>Predicted against measured</h2><table>{head}{body}</table>" if rows else ""
 
 
 def _row(artifact: Artifact, target: str) -> str:

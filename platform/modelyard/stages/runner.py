@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from modelyard.stages.base import StageContext, StageResult
 from modelyard.stages.graph import Planned, input_entries, plan_context, plan_graph, recorded
 from modelyard.stages.preflight import preflight
 from modelyard.stages.progress import Display, Progress
+from modelyard.stages.spending import Spending, log_prediction
 from modelyard.storage import Artifact, ArtifactStore, Files, Manifest, absolute
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class _Execution:
     display: Display
     keep: bool
     outcome: Outcome
+    here: bool
+    """Whether the workers run on this machine."""
     finished: queue.Queue[tuple[str, BaseException | None]] = field(default_factory=queue.Queue)
 
 
@@ -138,7 +141,8 @@ def _execute(
     parent = tracker.start_recipe(
         params={"root": recipe.root}, tags={"stages": ",".join(todo)}, fingerprint=_identity(planned)
     )
-    execution = _Execution(recipe, planned, store, tracker, parent, display, keep, outcome)
+    here = address is None and "RAY_ADDRESS" not in os.environ
+    execution = _Execution(recipe, planned, store, tracker, parent, display, keep, outcome, here)
     status = "KILLED"
     try:
         _schedule(execution, todo)
@@ -223,7 +227,9 @@ def _run_stage(execution: _Execution, entry: Planned) -> None:
     inputs: dict[str, Artifact | Files] = dict(entry.files)
     inputs |= {key: execution.outcome.artifacts[before] for key, before in entry.node.after.items()}
     # What could not be checked before its inputs existed is checked now, before the work.
-    entry.node.stage.check(plan_context(recipe, entry, execution.outcome.artifacts))
+    planning = plan_context(recipe, entry, execution.outcome.artifacts)
+    entry.node.stage.check(planning)
+    estimate = entry.node.stage.estimate(planning)
     draft = execution.store.draft(name, entry.fingerprint)
     run = execution.tracker.start_stage(
         execution.parent,
@@ -236,19 +242,23 @@ def _run_stage(execution: _Execution, entry: Planned) -> None:
     progress = Progress(execution.display, name)
     ctx = StageContext(
         name, recipe.name, options, entry.fingerprint, recipe.root, inputs, draft.uri, draft.work, run, progress,
-        execution.keep,
+        execution.keep, estimate,
     )  # fmt: skip
+    log_prediction(run, estimate)
+    spending = Spending(options.resources, _demand(entry), here=execution.here)
     started = datetime.now(UTC)
     progress.say(f"{options.kind} started")
     try:
-        result = _attempts(lambda: entry.node.stage.run(ctx), options.retries, progress)
+        with spending:
+            result = _attempts(lambda: entry.node.stage.run(ctx), options.retries, progress)
     except BaseException as error:
         run.log_text("error.txt", "".join(traceback.format_exception(error)))
         run.end("FAILED")
         raise _explained(name, recipe, error) from error
+    result = replace(result, metrics={**result.metrics, **spending.metrics()})
     artifact = draft.publish(_manifest(execution, entry, inputs, result, started, run.id))
     run.log_metrics({**{k: float(v) for k, v in result.counts.items()}, **result.metrics})
-    run.set_tags({"artifact": artifact.uri, "summary": result.summary})
+    run.set_tags({"artifact": artifact.uri, "summary": result.summary} | spending.tags())
     run.end("FINISHED")
     execution.outcome.artifacts[name] = artifact
     execution.outcome.ran.append(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -152,9 +153,16 @@ def warnings(options: TrainOptions) -> tuple[str, ...]:
 
 
 def predict(
-    options: TrainingStageOptions, config: Config, tokens: float, sequence_length: int, trainable: int | None = None
+    options: TrainingStageOptions,
+    config: Config,
+    tokens: float,
+    sequence_length: int,
+    trainable: int | None = None,
+    root: str | None = None,
 ) -> Estimate:
     """Parameters, FLOPs, memory a worker and time, by the planner, with what looks like a mistake as notes.
+
+    With a `root` that `modelyard calibrate` has been run on, by its own measured speeds.
 
     Raises:
         ResourceError: the memory predicted is above what a worker has; names the knob to turn.
@@ -162,6 +170,7 @@ def predict(
     from modelyard.planner.hardware import find_hardware
     from modelyard.planner.layout import Layout
     from modelyard.planner.training import estimate_training
+    from modelyard.stages.calibration import calibrated
 
     resources: Resources = options.resources
     share = math.ceil(options.global_batch / resources.workers)
@@ -175,7 +184,7 @@ def predict(
         # The planner cuts evenly; the loop also takes a batch that does not divide.
         micro * options.accumulation(resources.workers) * resources.workers,
         resources.workers,
-        resources.hardware,
+        calibrated(root, resources.hardware, resources.cpus_per_worker),
         layout=Layout(
             data=resources.workers, shard=shard, zero=3 if options.parallel.reshard else 2, micro_batch=micro
         ),
@@ -206,11 +215,18 @@ def lora_parameters(config: Config, rank: int) -> int:
 
 
 def write_results(ctx: StageContext[Any], outcome: Outcome, page: Page) -> None:
-    """`loss.csv` and `report.html` in the stage's output, the report in its run too."""
+    """`loss.csv` and `report.html` in the stage's output, the report in its run too.
+
+    The report shows predicted against measured.
+    """
     import tempfile
+    from dataclasses import replace
     from pathlib import Path
 
     from modelyard.train.checkpoint import write_history
+
+    measured = comparison(ctx, outcome)
+    page = replace(page, tables=(*page.tables, ("Predicted against measured", measured)) if measured else page.tables)
 
     with tempfile.TemporaryDirectory() as folder:
         write_history(Path(folder) / "loss.csv", outcome.history)
@@ -218,6 +234,31 @@ def write_results(ctx: StageContext[Any], outcome: Outcome, page: Page) -> None:
     html = page.html()
     write_bytes(join(ctx.output, "report.html"), html.encode())
     ctx.run.log_text("report.html", html)
+
+
+def comparison(ctx: StageContext[Any], outcome: Outcome) -> list[tuple[str, ...]]:
+    """Rows of predicted against measured, a head first; empty without a prediction."""
+    from modelyard.planner.measured import compare
+
+    rows = compare(
+        ctx.estimate,
+        seconds=outcome.seconds,
+        memory_bytes=outcome.peak_bytes,
+        tokens_per_second=outcome.tokens_per_second,
+    )
+    return [("", "predicted", "measured", "difference"), *(row.row() for row in rows)] if rows else []
+
+
+def speed_metrics(outcome: Outcome) -> dict[str, float]:
+    """What a run's speed and memory came to: what predictions are compared with and calibrated from."""
+    figures = {"tokens_per_second": outcome.tokens_per_second, "train_seconds": outcome.seconds}
+    # The first step of a process builds kernels and buffers; it says nothing about the others.
+    steps = [row["seconds"] for row in outcome.history[1:] if "seconds" in row]
+    if steps:
+        figures["step_seconds"] = statistics.median(steps)
+    if outcome.peak_bytes:
+        figures["peak_memory_bytes"] = float(outcome.peak_bytes)
+    return figures
 
 
 def curves(history: Sequence[Mapping[str, float]], floor: tuple[str, float] | None = None) -> Sequence[Any]:

@@ -5,6 +5,7 @@ when it cannot be reached, to a spool on disk that is replayed later. `import ml
 it happens inside functions and importing this room is cheap.
 """
 
+from modelyard.tracking.history import FinishedRun, History
 from modelyard.tracking.redact import flatten, redact
 from modelyard.tracking.registry import ModelVersion, Registry, register, resolve
 from modelyard.tracking.run import Run
@@ -14,6 +15,8 @@ from modelyard.tracking.tracker import Tracker
 from modelyard.tracking.ui import Ui, ui, ui_command
 
 __all__ = [
+    "FinishedRun",
+    "History",
     "ModelVersion",
     "RecipeRun",
     "Registry",

@@ -31,23 +31,32 @@ class Line:
 
 @dataclass(frozen=True)
 class Page:
-    """What a report shows: facts as (name, value), plots as (title, lines), and notes."""
+    """What a report shows: facts as (name, value), tables, plots as (title, lines), and notes."""
 
     title: str
     facts: Sequence[tuple[str, str]]
     plots: Sequence[tuple[str, Sequence[Line]]] = ()
     notes: Sequence[str] = field(default_factory=tuple)
+    tables: Sequence[tuple[str, Sequence[Sequence[str]]]] = ()
+    """(title, rows), the first row a head."""
 
     def html(self) -> str:
         """The whole page."""
         rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in self.facts)
+        tables = "".join(f"<h2>{escape(title)}</h2>{_table(rows)}" for title, rows in self.tables)
         plots = "".join(f"<h2>{escape(title)}</h2>{plot(lines)}" for title, lines in self.plots)
         notes = "".join(f'<p class="note">{escape(note)}</p>' for note in self.notes)
         return (
             f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(self.title)}</title>'
             f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style>'
-            f"<h1>{escape(self.title)}</h1><table>{rows}</table>{plots}{notes}</html>\n"
+            f"<h1>{escape(self.title)}</h1><table>{rows}</table>{tables}{plots}{notes}</html>\n"
         )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    return "<table>" + "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    ) + "</table>"  # fmt: skip
 
 
 def thin(points: Points, most: int = 600) -> list[tuple[float, float]]:
