@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from modelyard.errors import ModelyardError, ResourceError, StageError
@@ -120,18 +120,7 @@ def work(config: dict[str, Any]) -> None:
         outbox.send("error", error, wait=True)
         raise
     if current().leads:
-        outbox.send("outcome", replace(outcome, peak_bytes=peak_bytes()), wait=True)
-
-
-def peak_bytes() -> int:
-    """Most memory this worker has held: what its GPU's allocator handed out, or the resident size of its process."""
-    import resource
-
-    import torch
-
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        outbox.send("outcome", outcome, wait=True)
 
 
 def load_program(path: str) -> Program:

@@ -83,8 +83,6 @@ class Outcome:
     parameters: int = 0
     trainable: int = 0
     skipped: int = 0
-    peak_bytes: int = 0
-    """Most memory the first worker held: of its GPU, else resident in its process; 0 = not measured."""
     history: list[Row] = field(default_factory=list)
     phases: dict[str, float] = field(default_factory=dict)
     stopped: str = ""
