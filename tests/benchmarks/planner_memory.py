@@ -21,6 +21,7 @@ from typing import Any
 
 from modelyard.planner import Layout
 from modelyard.planner.memory import training_memory
+from modelyard.planner.training import LOSS_CHUNK
 
 LLAMA = {"model_type": "llama", "vocab_size": 4096, "max_position_embeddings": 2048}
 SMALL = {**LLAMA, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 6,
@@ -55,6 +56,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama-large 2 shards accumulated", {"config": LARGE, "micro_batch": 1, "shards": 2, "micro_batches": 2}),
     ("llama-large 2 shards recompute sgd", {"config": LARGE, "micro_batch": 2, "shards": 2, "recompute": "full",
                                             "optimizer": "sgd"}),
+    ("llama-middle fused loss", {"config": MIDDLE, "fused_loss": True}),
+    ("llama-large fused loss, recompute", {"config": LARGE, "micro_batch": 4, "fused_loss": True, "recompute": "full"}),
+    ("llama-large 2 shards fused loss", {"config": LARGE, "micro_batch": 2, "shards": 2, "fused_loss": True}),
     ("qwen3", {"config": QWEN}),
     ("gpt2", {"config": GPT2}),
     ("mixtral", {"config": MIXTRAL, "micro_batch": 4}),
@@ -76,7 +80,7 @@ def predicted(case: dict[str, Any]) -> float:
         case["config"], sequence_length=case.get("sequence_length", 256), layout=layout,
         optimizer=name.removesuffix("-foreach"), fused_optimizer=not name.endswith("-foreach"),
         attention="eager" if case.get("attention") == "eager" else "flash",
-        micro_batches=case.get("micro_batches", 1),
+        micro_batches=case.get("micro_batches", 1), loss_chunk=LOSS_CHUNK["cpu"] if case.get("fused_loss") else None,
     ).peak  # fmt: skip
 
 
@@ -192,15 +196,19 @@ def _train(model: Any, case: dict[str, Any], device: Any) -> None:
             if hasattr(model, "set_requires_gradient_sync"):
                 model.set_requires_gradient_sync(left == 0)
             tokens = torch.randint(0, case["config"]["vocab_size"], shape, device=device)
-            _loss(model, tokens).backward()
+            _loss(model, tokens, case.get("fused_loss", False)).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
 
-def _loss(model: Any, tokens: Any) -> Any:
+def _loss(model: Any, tokens: Any, fused: bool) -> Any:
     import torch.nn.functional as F
 
+    if fused:
+        from modelyard.train.head import language_loss
+
+        return language_loss(model, {"input_ids": tokens, "use_cache": False}, tokens.roll(-1, 1))[0]
     labels = tokens.roll(-1, 1).reshape(-1)
     logits = model(input_ids=tokens, use_cache=False).logits
     return F.cross_entropy(logits.reshape(labels.shape[0], -1).float(), labels, reduction="sum")

@@ -52,7 +52,7 @@ class _Stage:
 def training_memory(
     config: Mapping[str, Any] | Architecture, *, sequence_length: int, layout: Layout | None = None,
     optimizer: str = "adamw", precision_name: str | Precision = "fp32", attention: act.Attention = "flash",
-    micro_batches: int = 1, trainable: int | None = None, fused_optimizer: bool = True, logit_copies: float = 3.0,
+    micro_batches: int = 1, trainable: int | None = None, fused_optimizer: bool = True, loss_chunk: float | None = None,
     overhead: float = 0.0,
 ) -> TrainingMemory:  # fmt: skip
     """Peak memory of the heaviest worker.
@@ -67,7 +67,8 @@ def training_memory(
         micro_batches: micro-batches an optimizer step and worker; above 1 gradients exist at every backward.
         trainable: parameters that are trained (adapters); None = all.
         fused_optimizer: whether the step updates in place; else a temporary of the parameters' size is used.
-        logit_copies: tensors of the logits' size at the loss.
+        loss_chunk: bytes of fp32 logits made at once where the output layer is fused with the loss; None =
+            all logits, three times over.
         overhead: bytes a worker holds before any of this (process, CUDA context, communication buffers).
 
     Raises:
@@ -77,7 +78,7 @@ def training_memory(
     layout, p = layout or Layout(), precision(precision_name)
     moments = [
         _stage_memory(a, stage, layout, p, optimizer, sequence_length, attention, micro_batches,
-                      trainable, fused_optimizer, logit_copies, overhead)
+                      trainable, fused_optimizer, loss_chunk, overhead)
         for stage in _stages(a, layout, micro_batches)
     ]  # fmt: skip
     return max(moments, key=lambda m: m.peak)
@@ -123,13 +124,14 @@ def _stages(a: Architecture, layout: Layout, micro_batches: int) -> list[_Stage]
 
 def _stage_memory(
     a: Architecture, stage: _Stage, layout: Layout, p: Precision, optimizer: str, sequence_length: int,
-    attention: act.Attention, micro_batches: int, trainable: int | None, fused: bool, copies: float, overhead: float,
+    attention: act.Attention, micro_batches: int, trainable: int | None, fused: bool, chunk: float | None,
+    overhead: float,
 ) -> TrainingMemory:  # fmt: skip
     held = (stage.parameters + stage.experts / layout.expert) / layout.tensor
     trained = held if trainable is None else min(trainable / layout.tensor / layout.pipeline, held)
     states = _State(a, stage, layout, p, held, trained / held)
     optimizer_share = states.share(layout.shard if layout.zero >= 1 else 1)
-    moments = _moments(a, stage, layout, p, states, sequence_length, attention, micro_batches, copies)
+    moments = _moments(a, stage, layout, p, states, sequence_length, attention, micro_batches, chunk)
     optimizing = trained * _state_bytes(a, p, optimizer) * optimizer_share
     step = trained * p.weights * optimizer_share * (0 if fused else 1)
     moments["optimizer"] = (states.gradients, 0.0, 0.0, step)
@@ -166,6 +168,7 @@ class _State:
         self.tied = a.tied and stage.has_head and layout.pipeline == 1
         self.root_gradients = trained * unsharded * (self.head + (0 if self.tied else self.embedding))
         self.head_gradient = trained * unsharded * self.head
+        self.head_fp32 = trained * 4.0 * self.head
         self.embedding_gradient = trained * unsharded * self.embedding
         layer = max(((x.parameters - x.ffn) + x.ffn / layout.expert for x, _ in stage.layers), default=0.0)
         self.layer = layer / layout.tensor
@@ -187,7 +190,7 @@ class _State:
 
 def _moments(
     a: Architecture, stage: _Stage, layout: Layout, p: Precision, s: _State, sequence_length: int,
-    attention: act.Attention, micro_batches: int, copies: float,
+    attention: act.Attention, micro_batches: int, chunk: float | None,
 ) -> dict[str, tuple[float, float, float, float]]:  # fmt: skip
     """(gradients, activations, logits, temporary) at each moment that can be the peak."""
     cut = act.Cut(layout.tensor, layout.sequence_parallel, layout.context)
@@ -204,9 +207,16 @@ def _moments(
     # Gradients of this backward come beside those of earlier micro-batches only until they are added.
     layers = max(early, s.layer_gradients)
     tied = 2 * s.embedding_gradient if s.tied else 0.0
+    loss = (early, kept, 3 * logits, s.root_weights)
+    head = (early + s.head_gradient * (early == 0 or s.sharded), kept, logits, s.root_weights)
+    if chunk is not None and stage.has_head:
+        # The forward pass makes the gradients: the layer's in fp32, and the hidden states' beside a copy of these.
+        made = early + s.head_fp32
+        loss = (made, kept + 2 * flow, 2 * min(logits, chunk), s.root_weights)
+        head = (made, kept + flow, 0.0, s.root_weights)
     return {
-        "loss": (early, kept, copies * logits, s.root_weights),
-        "head": (early + s.head_gradient * (early == 0 or s.sharded), kept, logits, s.root_weights),
+        "loss": loss,
+        "head": head,
         "backward": (
             early + s.head_gradient * (early == 0 or s.sharded), kept + again + flow, 0.0,
             s.root_weights + s.arriving + s.leaving,

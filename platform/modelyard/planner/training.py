@@ -18,6 +18,8 @@ from modelyard.planner.memory import TrainingMemory, training_memory
 from modelyard.planner.parameters import count
 from modelyard.planner.time import StepTime, check_positive, step_time
 
+LOSS_CHUNK = {"cpu": 8.0 * 2**20, "gpu": 256.0 * 2**20, "tpu": 256.0 * 2**20}
+"""Bytes of logits the training loop makes at once: its output layer is fused with the loss."""
 PROCESS_BYTES = 500 * 2**20
 """What a Python worker with torch and transformers imported holds before it trains (measured, CPU build)."""
 DEVICE_BYTES = 1.5 * 2**30
@@ -38,7 +40,7 @@ def estimate_training(
     hardware: str | Hardware | None = None, *, layout: Layout | None = None, micro_batch: int | None = None,
     recompute: str = "none", optimizer: str = "adamw", precision_name: str = "fp32", trainable: int | None = None,
     cores_per_worker: float = 1.0, efficiency: float | None = None, memory_limit: int | None = None,
-    spot: bool = False, utilisation: float = 0.9,
+    spot: bool = False, utilisation: float = 0.9, fused_loss: bool = False,
 ) -> Estimate:  # fmt: skip
     """Predicts parameters, FLOPs, memory a worker, wall time, cost and energy of a training run.
 
@@ -60,6 +62,7 @@ def estimate_training(
         memory_limit: bytes a worker may use; None = the device's memory (RAM divided by workers on a CPU).
         spot: price of spot capacity.
         utilisation: mean power over the device's rated power.
+        fused_loss: whether the output layer is fused with the loss, as in this package's training loop.
 
     Raises:
         RecipeError: bad config, batch or unknown hardware.
@@ -78,6 +81,7 @@ def estimate_training(
     memory = training_memory(
         a, sequence_length=sequence_length, layout=layout, optimizer=optimizer, precision_name=precision_name,
         micro_batches=layout.micro_batches(global_batch), trainable=trainable,
+        loss_chunk=LOSS_CHUNK[hw.kind] if fused_loss else None,
         overhead=PROCESS_BYTES if hw.kind == "cpu" else DEVICE_BYTES,
     )  # fmt: skip
     fits(memory, hw, layout.devices, memory_limit)

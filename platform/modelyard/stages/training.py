@@ -192,6 +192,7 @@ def predict(
         trainable=trainable,
         cores_per_worker=resources.cpus_per_worker,
         memory_limit=resources.memory_per_worker,
+        fused_loss=True,
     )
     return _with_notes(estimate, warnings(options))
 
