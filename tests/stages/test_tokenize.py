@@ -50,13 +50,14 @@ def _quiet() -> Iterator[Progress]:
         yield Progress(display, "tokens")
 
 
-def run(corpus: Artifact, folder: str, **options: Any) -> StageResult:
-    """Runs the stage as the runner does, without MLflow."""
+def run(corpus: Artifact | dict[str, Artifact], folder: str, **options: Any) -> StageResult:
+    """Runs the stage as the runner does, without MLflow; one corpus is the source `corpus`."""
+    inputs = {"corpus": corpus} if isinstance(corpus, Artifact) else corpus
     settings = {"tokenizer": {"train": {"vocab_size": 400}}, "sequence_length": 64, "heldout": 0.1} | options
     with _quiet() as progress:
         ctx = StageContext(
             name="tokens", recipe="r", options=TokenizeOptions(kind="tokenize", **settings), fingerprint="1" * 64,
-            root=folder, inputs={"corpus": corpus}, output=join(folder, "out"), work=join(folder, "work"),
+            root=folder, inputs=inputs, output=join(folder, "out"), work=join(folder, "work"),
             run=SimpleNamespace(), progress=progress,  # type: ignore[arg-type]
         )  # fmt: skip
         return TokenizeStage().run(ctx)
@@ -68,9 +69,10 @@ def content(folder: str) -> dict[str, bytes]:
 
 @pytest.mark.usefixtures("ray_session")
 def test_artifact_is_complete_and_the_same_for_any_workers_and_files(tmp_path: Path) -> None:
-    first = run(make_corpus(tmp_path / "a"), str(tmp_path / "one"))
+    code = make_corpus(tmp_path / "code", rows=100)
+    first = run({"web": make_corpus(tmp_path / "a", rows=200), "code": code}, str(tmp_path / "one"))
     many = {"resources": Resources(workers=2)}
-    second = run(make_corpus(tmp_path / "b", files=7), str(tmp_path / "two"), **many)
+    second = run({"code": code, "web": make_corpus(tmp_path / "b", 200, 7)}, str(tmp_path / "two"), **many)
     assert first == second
     assert content(str(tmp_path / "one")) == content(str(tmp_path / "two"))
     facts = json.loads((tmp_path / "one" / "out" / "tokens.json").read_text())
@@ -79,6 +81,11 @@ def test_artifact_is_complete_and_the_same_for_any_workers_and_files(tmp_path: P
     assert (facts["heldout_sequences"], facts["heldout_tokens"]) == (len(held), held.tokens)
     assert (facts["heldout_bytes"], facts["heldout_documents"]) == (held.text_bytes, held.documents)
     assert held.documents + train.documents == 300
+    for data, side in ((train, "train"), (held, "heldout")):
+        assert [source.name for source in data.sources] == ["code", "web"]
+        assert facts["sources"][side]["web"]["sequences"] == len(data.source_range("web"))
+        assert data.source_of(data.source_range("web")).tolist() == [1] * len(data.source_range("web"))
+    assert [sum(sides[n].documents for sides in (train.sources, held.sources)) for n in (0, 1)] == [100, 200]
     assert facts["dtype"] == "uint16" and 261 < facts["vocab_size"] == train.vocab_size <= 400
     assert 0 < facts["unigram_entropy"] < np.log(facts["vocab_size"])
     assert first.counts["train_tokens"] == train.tokens

@@ -75,6 +75,37 @@ def test_counts_and_pickling(tmp_path: Path) -> None:
         ds.batch([10])
 
 
+def test_sources_are_ranges_of_sequences(tmp_path: Path) -> None:
+    writer = TokenWriter(tmp_path, 16, 300, shard_bytes=200)
+    for n, source in ((7, "web"), (9, "code"), (4, "web")):
+        writer.add(_sequences(n, 16, 300, seed=n), source, documents=n, text_bytes=10 * n)
+    writer.close()
+    ds = TokenDataset.open(tmp_path)
+    assert [(s.name, s.sequences, s.documents, s.text_bytes) for s in ds.sources] == [
+        ("web", 11, 11, 110), ("code", 9, 9, 90)
+    ]  # fmt: skip
+    assert (ds.source_range("web"), ds.source_range("code")) == (range(11), range(11, 20))
+    assert ds.source_of([[0, 10], [11, 19]]).tolist() == [[0, 0], [1, 1]]
+    expected = [_sequences(n, 16, 300, seed=n).tokens for n in (7, 4, 9)]
+    assert np.array_equal(ds.batch(np.arange(20))["input_ids"], np.concatenate(expected))
+    with pytest.raises(KeyError, match="web, code"):
+        ds.source_range("books")
+
+
+def test_a_folder_of_the_first_version_is_one_source(tmp_path: Path) -> None:
+    _write(tmp_path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    del index["sources"]
+    for shard in index["shards"]:
+        del shard["source"]
+    (tmp_path / "index.json").write_text(json.dumps(index | {"version": 1}))
+    (source,) = TokenDataset.open(tmp_path).sources
+    assert (source.name, source.sequences, source.documents, source.text_bytes) == ("corpus", 10, 3, 99)
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match="not listed"):
+        TokenDataset.open(tmp_path)
+
+
 def test_uint16_only_where_it_fits(tmp_path: Path) -> None:
     for vocab, dtype in ((65_536, "uint16"), (65_537, "uint32")):
         _write(tmp_path / dtype, vocab=vocab)

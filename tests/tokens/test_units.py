@@ -11,7 +11,7 @@ import pytest
 from modelyard.errors import DataError
 from modelyard.tokens import TokenDataset
 from modelyard.tokens.pack import Buckets
-from modelyard.tokens.shards import write_index
+from modelyard.tokens.shards import describe_source, write_index
 from modelyard.tokens.tokenizer import Encoder, save_tokenizer, train_tokenizer
 from modelyard.tokens.units import Layout, encode_unit, pack_bucket, plan_units, read_bucket, sample_unit
 
@@ -41,16 +41,17 @@ def _corpus(folder: Path, files: int, rows: int = 200, row_group: int = 40) -> s
 
 
 def _run(corpus: str, where: Path, encoder: Encoder) -> Layout:
-    layout = Layout(str(where / "work"), str(where / "out"), Buckets(0.2, 3, 1), LENGTH)
-    units = plan_units(corpus, 0)
+    layout = Layout(str(where / "work"), str(where / "out"), {"web": Buckets(0.2, 3, 1)}, LENGTH)
+    units = plan_units(corpus, 0, "web")
     for unit in reversed(units):
         encode_unit(unit, encoder, layout)
     for split in ("train", "heldout"):
-        wanted = [b for b in range(4) if layout.buckets.split(b) == split]
-        packed = [pack_bucket(units, b, encoder, layout) for b in wanted]
+        wanted = [b for b in range(4) if layout.buckets["web"].split(b) == split]
+        packed = [pack_bucket(units, "web", b, encoder, layout) for b in wanted]
         shards = [p.shard for p in packed if p.shard]
         documents, size = sum(p.documents for p in packed), sum(p.text_bytes for p in packed)
-        write_index(str(where / "out" / split), LENGTH, encoder.vocab_size, shards, documents, size)
+        sources = [describe_source("web", 0, shards, documents, size)]
+        write_index(str(where / "out" / split), LENGTH, encoder.vocab_size, shards, sources)
     return layout
 
 
@@ -80,7 +81,7 @@ def test_all_text_is_there_once(tmp_path: Path, encoder: Encoder) -> None:
 
 def test_row_groups_of_a_large_file_are_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("modelyard.tokens.units.MIN_UNIT_BYTES", 1)
-    units = plan_units(_corpus(tmp_path / "data", 2), 0)
+    units = plan_units(_corpus(tmp_path / "data", 2), 0, "web")
     assert [(u.uri[-9:], u.first, u.last) for u in units][:4] == [
         ("0.parquet", 0, 1),
         ("0.parquet", 1, 2),
@@ -94,21 +95,21 @@ def test_row_groups_of_a_large_file_are_units(tmp_path: Path, monkeypatch: pytes
 def test_a_packed_bucket_is_not_packed_again(tmp_path: Path, encoder: Encoder) -> None:
     corpus = _corpus(tmp_path / "data", 2)
     layout = _run(corpus, tmp_path, encoder)
-    units = plan_units(corpus, 0)
+    units = plan_units(corpus, 0, "web")
     for unit in units:
         Path(layout.encoded(unit)).unlink()
-    first = pack_bucket(units, 1, encoder, layout)
+    first = pack_bucket(units, "web", 1, encoder, layout)
     assert first.documents > 0 and first.counts.sum() == first.shard.tokens  # type: ignore[union-attr]
     # Without its shard the bucket must be packed again, which needs the encoded documents.
     (tmp_path / "out" / "train" / "shard-00001.bin").unlink()
     with pytest.raises(DataError, match="encoded documents cannot be read"):
-        pack_bucket(units, 1, encoder, layout)
+        pack_bucket(units, "web", 1, encoder, layout)
 
 
 def test_damaged_intermediate_is_named(tmp_path: Path, encoder: Encoder) -> None:
     corpus = _corpus(tmp_path / "data", 1)
     layout = _run(corpus, tmp_path, encoder)
-    unit = plan_units(corpus, 0)[0]
+    unit = plan_units(corpus, 0, "web")[0]
     Path(layout.encoded(unit)).write_bytes(b"short")
     with pytest.raises(DataError, match="cannot be read") as caught:
         read_bucket([unit], 0, layout)
@@ -118,7 +119,7 @@ def test_damaged_intermediate_is_named(tmp_path: Path, encoder: Encoder) -> None
 def test_sample_leaves_held_out_documents_out(tmp_path: Path, encoder: Encoder) -> None:
     corpus = _corpus(tmp_path / "data", 1)
     layout = _run(corpus, tmp_path, encoder)
-    unit = plan_units(corpus, 0)[0]
+    unit = plan_units(corpus, 0, "web")[0]
     held = set(read_bucket([unit], 3, layout)["id"].to_pylist())
     sample = set(sample_unit(unit, 1.0, 0.2)["id"].to_pylist())
     assert held and not held & sample and len(held | sample) == 200
@@ -127,15 +128,15 @@ def test_sample_leaves_held_out_documents_out(tmp_path: Path, encoder: Encoder) 
 
 def test_bad_corpora_are_named(tmp_path: Path, encoder: Encoder) -> None:
     with pytest.raises(DataError, match="no Parquet files"):
-        plan_units(str(tmp_path / "absent"), 0)
+        plan_units(str(tmp_path / "absent"), 0, "web")
     corpus = _corpus(tmp_path / "data", 1)
-    unit = plan_units(corpus, 0)[0]
+    unit = plan_units(corpus, 0, "web")[0]
     (tmp_path / "data" / "part-00000.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match="cannot be read"):
-        plan_units(corpus, 0)
+        plan_units(corpus, 0, "web")
     pq.write_table(pa.table({"id": ["a"], "body": ["x"]}), tmp_path / "data" / "part-00000.parquet")
     with pytest.raises(DataError, match="no column text"):
-        plan_units(corpus, 0)
+        plan_units(corpus, 0, "web")
     pq.write_table(pa.table({"id": pa.array([], "string"), "text": pa.array([], "string")}), unit.uri)
     with pytest.raises(DataError, match="no documents"):
-        plan_units(corpus, 0)
+        plan_units(corpus, 0, "web")

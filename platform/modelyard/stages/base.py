@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -106,6 +106,13 @@ class Stage(Generic[O]):
     version: ClassVar[int] = 1
     Options: ClassVar[type[StageOptions]]
     inputs: ClassVar[Mapping[str, InputSpec]] = {}
+    more: ClassVar[InputSpec | None] = None
+    """What inputs of any other name are, for a kind that takes several of a sort; at least one is needed."""
+
+    def input_specs(self, given: Iterable[str]) -> dict[str, InputSpec]:
+        """The inputs the kind has by name, those of `given` that `more` allows among them."""
+        more = self.more
+        return dict(self.inputs) | ({name: more for name in given if name not in self.inputs} if more else {})
 
     def check(self, ctx: PlanContext[O]) -> None:
         """Raises a ModelyardError for a mistake that can be seen before any work. Must be cheap."""

@@ -73,15 +73,19 @@ def _cycle(nodes: Mapping[str, Node], done: set[str]) -> str:
 def _node(recipe: Recipe, name: str) -> Node:
     options = recipe.stages[name]
     stage = registry.stage(options.kind)
+    specs = stage.input_specs(options.inputs)
     for given in options.inputs:
-        if given not in stage.inputs:
+        if given not in specs:
             raise RecipeError(
                 f"{options.kind} has no input {given!r}",
                 place=f"stages.{name}.inputs.{given}",
                 mend=f"its inputs: {', '.join(stage.inputs)}",
             )
+    if stage.more is not None and len(specs) == len(stage.inputs):
+        mend = f"add `<name>: <stage>`; stages of the kinds {', '.join(stage.more.kinds)} are taken"
+        raise RecipeError(f"{options.kind} needs an input", place=f"stages.{name}.inputs", mend=mend)
     after: dict[str, str] = {}
-    for key, spec in stage.inputs.items():
+    for key, spec in specs.items():
         value = options.inputs.get(key)
         if value is None and spec.required:
             raise RecipeError(
@@ -158,7 +162,7 @@ def plan_graph(recipe: Recipe, force: frozenset[str] = frozenset()) -> list[Plan
 
 
 def _outside(store: ArtifactStore, node: Node, key: str, value: InputValue) -> Files | Artifact:
-    spec = node.stage.inputs[key]
+    spec = node.stage.input_specs([key])[key]
     place = f"stages.{node.name}.inputs.{key}"
     if isinstance(value, str) and exists(f"{value.rstrip('/')}/manifest.json"):
         artifact = store.open(value)

@@ -1,4 +1,7 @@
-"""Stage `tokenize`: a curated corpus becomes a tokenizer and packed token shards.
+"""Stage `tokenize`: one or several curated corpora become a tokenizer and packed token shards.
+
+Each input is a source under the name it is given: its documents are packed apart from the others', and the
+index says which sequences are its own.
 
 Ray Data maps work units (row groups of the corpus, then buckets of documents) over worker
 processes. A unit's result is written under the stage's scratch folder, so a rerun after a crash
@@ -12,13 +15,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import lru_cache, partial
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from modelyard.errors import DataError
 from modelyard.planner.estimate import Estimate
-from modelyard.recipe.schema import Resources, StageOptions
+from modelyard.recipe.schema import NAME, Resources, StageOptions
 from modelyard.stages.base import InputSpec, PlanContext, Stage, StageContext, StageResult
 from modelyard.stages.remote import plain_errors, quiet_ray_data
 from modelyard.storage import Artifact, download, exists, is_remote, join, list_files, remove, upload, write_bytes
@@ -27,6 +30,7 @@ from modelyard.tokens.options import TokenizerOptions, TrainTokenizerOptions
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from modelyard.tokens.shards import Index
     from modelyard.tokens.tokenizer import Encoder
     from modelyard.tokens.units import Layout, Packed, Unit
 
@@ -36,7 +40,7 @@ _SECONDS_PER_BYTE = 0.5e-6
 
 
 class TokenizeOptions(StageOptions):
-    """Trains or opens a tokenizer and packs the corpus into fixed-length sequences."""
+    """Trains or opens a tokenizer and packs corpora into fixed-length sequences, each input a source."""
 
     kind: Literal["tokenize"] = Field(description="stage kind")
     tokenizer: TokenizerOptions = Field(
@@ -47,26 +51,36 @@ class TokenizeOptions(StageOptions):
         0.01, gt=0, lt=1, description="share of documents held out for evaluation, by a hash of their id; own choice"
     )
 
+    @model_validator(mode="after")
+    def _source_names(self) -> TokenizeOptions:
+        for name in self.inputs:
+            if not NAME.match(name):
+                raise ValueError(f"input {name!r} names a source: use lower-case letters, digits, - and _, at most 48")
+        return self
+
 
 class TokenizeStage(Stage[TokenizeOptions]):
     """See the module."""
 
     kind = "tokenize"
+    version = 2
     Options = TokenizeOptions
-    inputs: ClassVar[Mapping[str, InputSpec]] = {"corpus": InputSpec(kinds=("curate",))}
+    more = InputSpec(kinds=("curate",))
 
     def check(self, ctx: PlanContext[TokenizeOptions]) -> None:
-        """Raises DataError when the corpus is already known to hold no documents."""
-        corpus = ctx.inputs.get("corpus")
-        if isinstance(corpus, Artifact) and not corpus.manifest.counts.get("documents", 1):
-            raise DataError("the corpus holds no documents", place=corpus.uri, mend="give more input or looser rules")
+        """Raises DataError when a corpus is already known to hold no documents."""
+        for corpus in ctx.inputs.values():
+            if isinstance(corpus, Artifact) and not corpus.manifest.counts.get("documents", 1):
+                mend = "give more input or looser rules"
+                raise DataError("the corpus holds no documents", place=corpus.uri, mend=mend)
 
     def estimate(self, ctx: PlanContext[TokenizeOptions]) -> Estimate:
         """Tokens from the corpus' bytes; time at 2 MB of text a core-second for training and for encoding."""
-        corpus = ctx.inputs.get("corpus")
-        if not isinstance(corpus, Artifact):
-            return Estimate(notes=("tokens are known once the corpus is",))
-        size, resources, train = corpus.manifest.counts["bytes"], ctx.options.resources, ctx.options.tokenizer.train
+        corpora = [value for value in ctx.inputs.values() if isinstance(value, Artifact)]
+        if not corpora or len(corpora) < len(ctx.options.inputs):
+            return Estimate(notes=("tokens are known once the corpora are",))
+        size = sum(corpus.manifest.counts["bytes"] for corpus in corpora)
+        resources, train = ctx.options.resources, ctx.options.tokenizer.train
         sample = min(size, train.sample_bytes) if train else 0
         cores = resources.cpus_per_worker
         seconds = 10 + _SECONDS_PER_BYTE * (sample / cores + size / (cores * resources.workers))
@@ -77,13 +91,14 @@ class TokenizeStage(Stage[TokenizeOptions]):
         from modelyard.tokens.pack import Buckets
         from modelyard.tokens.units import Layout, plan_units
 
-        corpus = ctx.artifact("corpus")
-        size = corpus.manifest.counts["bytes"]
-        units = plan_units(corpus.join("data"), size)
-        buckets = Buckets.plan(size, ctx.options.heldout)
+        # Sorted: the order of a mapping's keys decides no result.
+        corpora = {name: ctx.artifact(name) for name in sorted(ctx.inputs)}
+        sizes = {name: corpus.manifest.counts["bytes"] for name, corpus in corpora.items()}
+        units = [u for name, corpus in corpora.items() for u in plan_units(corpus.join("data"), sizes[name], name)]
+        buckets = {name: Buckets.plan(size, ctx.options.heldout) for name, size in sizes.items()}
         layout = Layout(ctx.work, ctx.output, buckets, ctx.options.sequence_length)
         with plain_errors():
-            tokenizer = _tokenizer(ctx, units, size)
+            tokenizer = _tokenizer(ctx, units, sum(sizes.values()))
             _encode(ctx, units, tokenizer, layout)
             packed = _pack(ctx, units, tokenizer, layout)
         return _finish(ctx, tokenizer, layout, packed)
@@ -141,14 +156,18 @@ def _pack(ctx: StageContext[TokenizeOptions], units: list[Unit], tokenizer: str,
 
     from modelyard.tokens.units import load_packed
 
-    rows = [{"bucket": bucket} for bucket in range(layout.buckets.total)]
+    rows = [
+        {"source": name, "bucket": bucket}
+        for name, buckets in layout.buckets.items()
+        for bucket in range(buckets.total)
+    ]
     work = partial(_pack_bucket, units=ray.put(units), tokenizer=tokenizer, layout=layout)
     packed = []
     with ctx.progress.task("pack", len(rows), "shards") as bar:
         for row in _map(rows, work, ctx.options.resources).iter_rows():
             packed.append(load_packed(row["packed"]))
             bar.advance(1)
-    return sorted(packed, key=lambda p: p.bucket)
+    return sorted(packed, key=lambda p: (p.source, p.bucket))
 
 
 def _map(rows: list[dict[str, Any]], work: Callable[[pa.Table], pa.Table], resources: Resources) -> Any:
@@ -210,7 +229,8 @@ def _pack_bucket(row: pa.Table, units: Any, tokenizer: str, layout: Layout) -> p
 
     from modelyard.tokens.units import dump_packed, pack_bucket
 
-    packed = pack_bucket(ray.get(units), row["bucket"][0].as_py(), _encoder(tokenizer), layout)
+    source, bucket = row["source"][0].as_py(), row["bucket"][0].as_py()
+    packed = pack_bucket(ray.get(units), source, bucket, _encoder(tokenizer), layout)
     return pa.table({"packed": [dump_packed(packed)]})
 
 
@@ -225,32 +245,45 @@ def _encoder(folder: str) -> Encoder:
 
 
 def _finish(ctx: StageContext[TokenizeOptions], tokenizer: str, layout: Layout, packed: list[Packed]) -> StageResult:
-    """Checks that both sides hold something, then writes indexes, tokenizer and tokens.json."""
+    """Checks that both sides of every source hold something, then writes indexes, tokenizer and tokens.json."""
+    import numpy as np
+
+    from modelyard.tokens.statistics import unigram_entropy
+
     encoder = _encoder(tokenizer)
-    sides = {side: [p for p in packed if layout.buckets.split(p.bucket) == side] for side in ("train", "heldout")}
-    for side, parts in sides.items():
-        _require(side, parts, ctx.options)
-    facts = _facts(sides, encoder.vocab_size, ctx.options.sequence_length)
+    sides = {
+        side: {name: [p for p in packed if p.source == name and own.split(p.bucket) == side]
+               for name, own in layout.buckets.items()}
+        for side in ("train", "heldout")
+    }  # fmt: skip
+    for side, sources in sides.items():
+        for name, parts in sources.items():
+            _require(side, name, parts, ctx.options)
+    counts = {side: np.sum([p.counts for parts in own.values() for p in parts], axis=0) for side, own in sides.items()}
     _remove_leftovers(ctx.output, packed, layout)
     with TemporaryDirectory() as local:
         upload(download(tokenizer, local), join(ctx.output, "tokenizer"))
-    for side, parts in sides.items():
-        _write_index(join(ctx.output, side), ctx.options.sequence_length, encoder.vocab_size, parts)
+    length, size = ctx.options.sequence_length, encoder.vocab_size
+    indexes = {side: _write_index(join(ctx.output, side), length, size, own) for side, own in sides.items()}
+    facts = _facts(indexes, unigram_entropy(counts["train"], counts["heldout"]))
     write_bytes(join(ctx.output, "tokens.json"), (json.dumps(facts, indent=1) + "\n").encode())
     return _result(facts)
 
 
-def _write_index(folder: str, sequence_length: int, vocab_size: int, parts: list[Packed]) -> None:
-    from modelyard.tokens.shards import write_index
+def _write_index(folder: str, sequence_length: int, vocab_size: int, parts: Mapping[str, list[Packed]]) -> Index:
+    from modelyard.tokens.shards import describe_source, write_index
 
-    shards = [p.shard for p in parts if p.shard]
-    documents, text_bytes = sum(p.documents for p in parts), sum(p.text_bytes for p in parts)
-    write_index(folder, sequence_length, vocab_size, shards, documents, text_bytes)
+    shards = [p.shard for own in parts.values() for p in own if p.shard]
+    sources = [
+        describe_source(name, i, shards, sum(p.documents for p in own), sum(p.text_bytes for p in own))
+        for i, (name, own) in enumerate(parts.items())
+    ]
+    return write_index(folder, sequence_length, vocab_size, shards, sources)
 
 
-def _require(side: str, parts: list[Packed], options: TokenizeOptions) -> None:
+def _require(side: str, source: str, parts: list[Packed], options: TokenizeOptions) -> None:
     documents = sum(p.documents for p in parts)
-    place = f"{side} side of the split"
+    place = f"inputs.{source}, {side} side of the split"
     if not documents:
         mend = "give more documents, or a larger heldout share" if side == "heldout" else "give more documents"
         raise DataError(f"heldout {options.heldout:g} leaves no document there", place=place, mend=mend)
@@ -261,31 +294,24 @@ def _require(side: str, parts: list[Packed], options: TokenizeOptions) -> None:
         )
 
 
-def _facts(sides: Mapping[str, list[Packed]], vocab_size: int, sequence_length: int) -> dict[str, Any]:
+def _facts(indexes: Mapping[str, Index], entropy: float) -> dict[str, Any]:
     """The content of tokens.json."""
-    import numpy as np
-
-    from modelyard.tokens.shards import token_dtype
-    from modelyard.tokens.statistics import unigram_entropy
-
+    one = indexes["train"]
     facts: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "sequence_length": sequence_length,
-        "dtype": token_dtype(vocab_size),
-    }
-    for side, parts in sides.items():
-        shards = [p.shard for p in parts if p.shard]
-        facts[f"{side}_tokens"] = sum(s.tokens for s in shards)
-        facts[f"{side}_sequences"] = sum(s.sequences for s in shards)
-        facts[f"{side}_documents"] = sum(p.documents for p in parts)
-        facts[f"{side}_bytes"] = sum(p.text_bytes for p in parts)
-    counts = {side: np.sum([p.counts for p in parts], axis=0) for side, parts in sides.items()}
-    return facts | {"unigram_entropy": unigram_entropy(counts["train"], counts["heldout"])}
+        "vocab_size": one.vocab_size, "sequence_length": one.sequence_length, "dtype": one.dtype,
+    }  # fmt: skip
+    for side, index in indexes.items():
+        facts[f"{side}_tokens"] = index.tokens
+        facts[f"{side}_sequences"] = index.sequences
+        facts[f"{side}_documents"] = index.documents
+        facts[f"{side}_bytes"] = index.text_bytes
+    sources = {side: {s.name: s.model_dump(exclude={"name"}) for s in index.sources} for side, index in indexes.items()}
+    return facts | {"unigram_entropy": entropy, "sources": sources}
 
 
 def _remove_leftovers(output: str, packed: list[Packed], layout: Layout) -> None:
     """Removes what an interrupted try by other code may have left in the artifact's folder."""
-    ours = {f"{layout.buckets.split(p.bucket)}/{p.shard.file}" for p in packed if p.shard}
+    ours = {f"{layout.buckets[p.source].split(p.bucket)}/{p.shard.file}" for p in packed if p.shard}
     for name, _ in list(list_files(output)):
         if name not in ours:
             remove(join(output, name))

@@ -5,6 +5,6 @@ reader of shards, `global_batch_indices` the only order, so training resumes on 
 """
 
 from modelyard.tokens.order import global_batch_indices, permute, rank_slice
-from modelyard.tokens.shards import Sequences, TokenDataset, TokenWriter
+from modelyard.tokens.shards import Sequences, Source, TokenDataset, TokenWriter
 
-__all__ = ["Sequences", "TokenDataset", "TokenWriter", "global_batch_indices", "permute", "rank_slice"]
+__all__ = ["Sequences", "Source", "TokenDataset", "TokenWriter", "global_batch_indices", "permute", "rank_slice"]

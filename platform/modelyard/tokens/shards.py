@@ -3,6 +3,10 @@
     index.json             what the folder holds: see `Index`
     shard-00000.bin ...    records, one a sequence, no header
 
+A shard holds sequences of one source (a corpus of the tokenize stage), and the shards of a source follow
+each other: a source is a range of global sequence indices, so losses by source and mixtures of sources
+need no column in the records.
+
 A record of a sequence of L tokens is, little endian and without padding between fields:
 
     tokens  L x uint16 or uint32    uint16 when the vocabulary has at most 65,536 entries
@@ -16,6 +20,7 @@ the data; the boundaries cost one bit a token (6 % of uint16).
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,7 +28,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from modelyard.errors import DataError
 from modelyard.storage import join, write_bytes
@@ -34,12 +39,26 @@ SHARD_BYTES = 256 << 20
 """A shard is closed before it would pass this size: large enough for object stores, small enough to move."""
 _MEND = "remove the token artifact and run the tokenize stage again"
 _CHUNK = 1 << 24
+ONE_SOURCE = "corpus"
+"""Name of the source of a folder that was written without naming one."""
 
 DType = Literal["uint16", "uint32"]
 
 
+class Source(BaseModel):
+    """One source of a token folder: its name, and what its shards hold together."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1)
+    sequences: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    documents: int = Field(ge=0)
+    text_bytes: int = Field(ge=0)
+
+
 class Shard(BaseModel):
-    """One shard file: its sequences, tokens without padding, size and xxh3-128 digest."""
+    """One shard file: its sequences, tokens without padding, size, xxh3-128 digest, and the source's position."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -48,15 +67,19 @@ class Shard(BaseModel):
     tokens: int = Field(ge=1)
     bytes: int
     checksum: str
+    source: int = Field(0, ge=0)
 
 
 class Index(BaseModel):
-    """What `index.json` holds. `text_bytes` are the UTF-8 bytes of text the tokens stand for."""
+    """What `index.json` holds. `text_bytes` are the UTF-8 bytes of text the tokens stand for.
+
+    Version 1 knew no sources: it is read as one source named `corpus`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["modelyard-tokens"] = FORMAT
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
     sequence_length: int = Field(ge=1)
     vocab_size: int = Field(ge=1)
     dtype: DType
@@ -64,7 +87,22 @@ class Index(BaseModel):
     tokens: int
     documents: int
     text_bytes: int
+    sources: tuple[Source, ...] = ()
     shards: tuple[Shard, ...]
+
+    @model_validator(mode="after")
+    def _sources_match(self) -> Index:
+        if self.version == 2:
+            held = [0] * len(self.sources)
+            for shard in self.shards:
+                if shard.source >= len(held):
+                    raise ValueError(f"{shard.file} belongs to a source that is not listed")
+                held[shard.source] += shard.sequences
+            if held != [source.sequences for source in self.sources]:
+                raise ValueError("the sequences of sources and shards do not add up")
+            if [s.source for s in self.shards] != sorted(s.source for s in self.shards):
+                raise ValueError("the shards of a source do not follow each other")
+        return self
 
 
 @dataclass(frozen=True)
@@ -100,8 +138,8 @@ def file_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_shard(path: Path, sequences: Sequences, dtype: DType) -> Shard:
-    """Writes one shard file and describes it."""
+def write_shard(path: Path, sequences: Sequences, dtype: DType, source: int = 0) -> Shard:
+    """Writes one shard file and describes it; `source` is the position of its source in the index."""
     records = np.zeros(len(sequences), dtype=record_dtype(sequences.tokens.shape[1], dtype))
     records["tokens"] = sequences.tokens
     records["starts"] = np.packbits(sequences.starts, axis=1)
@@ -114,22 +152,40 @@ def write_shard(path: Path, sequences: Sequences, dtype: DType) -> Shard:
         tokens=int(sequences.lengths.sum()),
         bytes=records.nbytes,
         checksum=file_checksum(path),
+        source=source,
+    )
+
+
+def describe_source(name: str, position: int, shards: Iterable[Shard], documents: int, text_bytes: int) -> Source:
+    """The index's entry of the source at `position`, from all shards of the folder and what was packed."""
+    own = [shard for shard in shards if shard.source == position]
+    return Source(
+        name=name,
+        sequences=sum(s.sequences for s in own),
+        tokens=sum(s.tokens for s in own),
+        documents=documents,
+        text_bytes=text_bytes,
     )
 
 
 def write_index(
-    folder: str, sequence_length: int, vocab_size: int, shards: list[Shard], documents: int, text_bytes: int
+    folder: str, sequence_length: int, vocab_size: int, shards: Iterable[Shard], sources: Sequence[Source]
 ) -> Index:
-    """Writes `index.json` below a local or remote folder, last: it is what makes a folder readable."""
+    """Writes `index.json` below a local or remote folder, last: it is what makes a folder readable.
+
+    The shards are listed source by source, otherwise in the order given.
+    """
+    ordered = sorted(shards, key=lambda shard: shard.source)
     index = Index(
         sequence_length=sequence_length,
         vocab_size=vocab_size,
         dtype=token_dtype(vocab_size),
-        sequences=sum(s.sequences for s in shards),
-        tokens=sum(s.tokens for s in shards),
-        documents=documents,
-        text_bytes=text_bytes,
-        shards=tuple(shards),
+        sequences=sum(s.sequences for s in sources),
+        tokens=sum(s.tokens for s in sources),
+        documents=sum(s.documents for s in sources),
+        text_bytes=sum(s.text_bytes for s in sources),
+        sources=tuple(sources),
+        shards=tuple(ordered),
     )
     write_bytes(join(folder, INDEX), (index.model_dump_json(indent=1) + "\n").encode())
     return index
@@ -152,18 +208,33 @@ class TokenWriter:
         self.dtype = token_dtype(vocab_size)
         self._rows = max(1, shard_bytes // record_dtype(sequence_length, self.dtype).itemsize)
         self._shards: list[Shard] = []
+        self._counts: dict[str, tuple[int, int]] = {}
 
-    def add(self, sequences: Sequences) -> None:
-        """Writes sequences as one shard, or several where they pass the size limit."""
+    def add(self, sequences: Sequences, source: str = ONE_SOURCE, documents: int = 0, text_bytes: int = 0) -> None:
+        """Writes sequences of one source as one shard, or several where they pass the size limit.
+
+        `documents` and `text_bytes` are what the sequences stand for; they add up by source.
+        """
+        before = self._counts.setdefault(source, (0, 0))
+        self._counts[source] = (before[0] + documents, before[1] + text_bytes)
+        position = list(self._counts).index(source)
         for start in range(0, len(sequences), self._rows):
             rows = slice(start, start + self._rows)
             part = Sequences(sequences.tokens[rows], sequences.starts[rows], sequences.lengths[rows])
             name = f"shard-{len(self._shards):05d}.bin"
-            self._shards.append(write_shard(self.folder / name, part, self.dtype))
+            self._shards.append(write_shard(self.folder / name, part, self.dtype, position))
 
-    def close(self, documents: int, text_bytes: int) -> Index:
-        """Writes the index. Without it no reader accepts the folder."""
-        return write_index(str(self.folder), self.sequence_length, self.vocab_size, self._shards, documents, text_bytes)
+    def close(self, documents: int = 0, text_bytes: int = 0) -> Index:
+        """Writes the index. Without it no reader accepts the folder.
+
+        `documents` and `text_bytes` are added to the first source's: all there is to say about a folder
+        of one source.
+        """
+        counts = dict(self._counts) or {ONE_SOURCE: (0, 0)}
+        first = next(iter(counts))
+        counts[first] = (counts[first][0] + documents, counts[first][1] + text_bytes)
+        sources = [describe_source(name, i, self._shards, *counts[name]) for i, name in enumerate(counts)]
+        return write_index(str(self.folder), self.sequence_length, self.vocab_size, self._shards, sources)
 
 
 def _read_index(folder: Path) -> Index:
@@ -201,6 +272,7 @@ class TokenDataset:
         tokens: tokens in all sequences, without padding.
         documents: documents they come from.
         text_bytes: UTF-8 bytes of text they stand for.
+        sources: what each source holds, in the order of their sequences.
     """
 
     def __init__(self, folder: Path, index: Index) -> None:
@@ -208,6 +280,8 @@ class TokenDataset:
         self.sequence_length, self.vocab_size = index.sequence_length, index.vocab_size
         self.tokens, self.documents, self.text_bytes = index.tokens, index.documents, index.text_bytes
         self._dtype = record_dtype(index.sequence_length, index.dtype)
+        self.sources = index.sources or (describe_source(ONE_SOURCE, 0, index.shards, self.documents, self.text_bytes),)
+        self._source_ends = np.cumsum([s.sequences for s in self.sources])
         self._ends = np.cumsum([s.sequences for s in index.shards])
         self._maps: dict[int, npt.NDArray[np.void]] = {}
 
@@ -238,6 +312,17 @@ class TokenDataset:
     def __reduce__(self) -> tuple[object, ...]:
         # Memory maps do not travel between processes; the folder does.
         return _reopen, (str(self.folder),)
+
+    def source_range(self, name: str) -> range:
+        """The global indices of a source's sequences. Raises KeyError for a name that is not in `sources`."""
+        for source, end in zip(self.sources, self._source_ends.tolist(), strict=True):
+            if source.name == name:
+                return range(end - source.sequences, end)
+        raise KeyError(f"no source {name!r}; there are {', '.join(s.name for s in self.sources)}")
+
+    def source_of(self, indices: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """Position in `sources` of each sequence's source, int64, the shape of `indices` (0..len-1)."""
+        return np.searchsorted(self._source_ends, np.asarray(indices, dtype=np.int64), side="right").astype(np.int64)
 
     def batch(self, indices: npt.ArrayLike) -> dict[str, npt.NDArray[np.int64] | npt.NDArray[np.int32]]:
         """Reads sequences by their global index.
