@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from modelyard.recipe.schema import Bytes, Options
 
@@ -71,6 +71,39 @@ class NormalizeOptions(Options):
         "inside a line; null = as it is",
     )
     max_blank_lines: int | None = Field(2, ge=0, description="longest run of blank lines kept; null = any")
+
+
+_CODES = (
+    "ace af am an ar ary arz as az ba bcl be bg bn br bs ca crh cs cy da de dz el en eo es et eu ext fa fi fo fr fuv "
+    "fy ga gcf gcr gd gl gom grc gu gug guw ha hbo he hi hr ht hu hy id ig is it ja jv ka kab kik kk km kn ko ku ky la "
+    "lb lg lij ln lo lt ltg lv mg mk ml mn mr ms mt my ne nl nn no nso oc om or pa pcm pl ps pt qu ro ru rw sa sdh se "
+    "si sk sl sn so sq sr st sv sw ta te tg th tk tl tr tt ug uk ur uz uzs vec vi vo wa wuu xh yo yue zh zu zxx"
+)
+LANGUAGES = tuple(_CODES.split(" "))
+
+
+class LanguageOptions(Options):
+    """Language identification by the model that py3langid brings; nothing is downloaded."""
+
+    languages: tuple[str, ...] | None = Field(
+        None, description="ISO 639 codes of the languages to keep, such as [en, de]; null = any"
+    )
+    threshold: float = Field(
+        0.65, ge=0, le=1, description="smallest score of the best language; 0.65 as FineWeb (arXiv:2406.17557)"
+    )
+    mode: Literal["drop", "annotate"] = Field(
+        "drop", description="annotate adds the columns language and language_score and drops nothing"
+    )
+    bytes: int = Field(
+        2048, ge=64, description="bytes of a longer document that are looked at, in four places; own choice"
+    )
+
+    @field_validator("languages")
+    @classmethod
+    def _known(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if unknown := [code for code in value or () if code not in LANGUAGES]:
+            raise ValueError(f"{unknown[0]!r} is no language of the model; there are: {' '.join(LANGUAGES)}")
+        return value
 
 
 class GopherOptions(Options):
@@ -232,6 +265,7 @@ class StepOptions(Options):
 
     extract: HtmlOptions | None = Field(None, description="turn HTML in the text column into text")
     normalize: NormalizeOptions | None = Field(None, description="clean up characters and white space")
+    language: LanguageOptions | None = Field(None, description="tell the language, and keep only some")
     quality: QualityOptions | None = Field(None, description="drop or tag by heuristic rules")
     dedup: DedupOptions | None = Field(None, description="remove equal or similar documents")
     scrub: ScrubOptions | None = Field(None, description="remove personal data and secrets")

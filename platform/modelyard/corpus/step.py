@@ -15,7 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from modelyard.corpus.options import HtmlOptions, NormalizeOptions, QualityOptions, ScrubOptions, StepOptions
+from modelyard.corpus.options import (
+    HtmlOptions,
+    LanguageOptions,
+    NormalizeOptions,
+    QualityOptions,
+    ScrubOptions,
+    StepOptions,
+)
 
 REASON = "reason"
 
@@ -42,6 +49,7 @@ class Step(ABC):
 def build(options: StepOptions) -> Step:
     """The step of its options. Raises ValueError for `dedup`, which sees documents together."""
     from modelyard.corpus.steps.extract import Extract
+    from modelyard.corpus.steps.language import Language
     from modelyard.corpus.steps.normalize import Normalize
     from modelyard.corpus.steps.quality import Quality
     from modelyard.corpus.steps.scrub import Scrub
@@ -49,6 +57,8 @@ def build(options: StepOptions) -> Step:
     own = options.options
     if isinstance(own, HtmlOptions):
         return Extract(own)
+    if isinstance(own, LanguageOptions):
+        return Language(own)
     if isinstance(own, NormalizeOptions):
         return Normalize(own)
     if isinstance(own, QualityOptions):
