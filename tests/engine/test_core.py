@@ -190,7 +190,7 @@ def test_remote_code_is_refused_by_name(tiny_model: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"architectures": ["BloomForCausalLM"]}, "BloomForCausalLM"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
         ({"hidden_size": None}, "config.json"),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from modelyard.engine.native import NativeEngine
     from modelyard.engine.options import EngineOptions
     from modelyard.engine.protocol import Engine
-    from modelyard.engine.request import EngineStats, Request, Sampling, StepOutput, TokenLogprob
+    from modelyard.engine.request import EngineStats, Grammar, Request, Sampling, Scored, StepOutput, TokenLogprob
     from modelyard.engine.tokenizer import Tokenizer
 
 _HOME = {
@@ -29,9 +29,11 @@ _HOME = {
     "EngineCore": "core",
     "EngineOptions": "options",
     "EngineStats": "request",
+    "Grammar": "request",
     "NativeEngine": "native",
     "Request": "request",
     "Sampling": "request",
+    "Scored": "request",
     "StepOutput": "request",
     "TokenLogprob": "request",
     "Tokenizer": "tokenizer",
@@ -44,9 +46,11 @@ __all__ = [
     "EngineCore",
     "EngineOptions",
     "EngineStats",
+    "Grammar",
     "NativeEngine",
     "Request",
     "Sampling",
+    "Scored",
     "StepOutput",
     "TokenLogprob",
     "Tokenizer",

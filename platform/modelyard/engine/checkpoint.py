@@ -21,15 +21,35 @@ FAMILIES = {
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "SmolLM3ForCausalLM": "smollm3",
+    "MixtralForCausalLM": "mixtral",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "GPT2LMHeadModel": "gpt2",
 }
 _UNSAFE = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".py", ".so")
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
-    """The numbers that shape a decoder-only transformer of the Llama family.
+class Experts:
+    """A mixture of experts in place of the MLP: `used` of `count` experts a token, each `width` wide.
 
-    `window` is the sliding-window width in tokens, None for full attention.
+    `normalized`: the used experts' weights sum to one. `shared`: width of the expert every token uses, 0 = none.
+    """
+
+    count: int
+    used: int
+    width: int
+    normalized: bool
+    shared: int
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The numbers that shape a decoder-only transformer.
+
+    `rope` is None for learned positions, `rotated` says which layers rotate. `windows` holds a layer's sliding
+    window in tokens, 0 for full attention. `sparse` says which layers have `experts` in place of an MLP.
     """
 
     family: str
@@ -42,21 +62,21 @@ class DecoderConfig:
     head_dim: int
     positions: int
     norm_epsilon: float
-    rope: Mapping[str, Any]
+    rope: Mapping[str, Any] | None
+    rotated: tuple[bool, ...]
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
     qk_norm: bool
     tied: bool
-    window: int | None
+    windows: tuple[int, ...]
+    experts: Experts | None
+    sparse: tuple[bool, ...]
     end_tokens: tuple[int, ...]
 
     def length(self, wanted: int | None) -> int:
-        """Tokens a prompt and its answer may have together when `wanted` are asked for.
-
-        A model with a sliding window is bounded to one window, inside which the window makes no difference.
-        """
-        return min(self.positions, wanted or self.positions, self.window or self.positions)
+        """Tokens a prompt and its answer may have together when `wanted` are asked for."""
+        return min(self.positions, wanted or self.positions)
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -72,19 +92,24 @@ def check_folder(folder: Path) -> None:
             place=str(folder),
             mend="give a Hugging Face folder with config.json, *.safetensors and tokenizer.json",
         )
-    for file in sorted(folder.iterdir()):
-        if file.suffix in _UNSAFE:
-            raise DataError(
-                f"{file.name} could execute code when loaded; only safetensors are read",
-                place=str(file),
-                mend="convert the weights to safetensors and remove the file",
-            )
+    check_unsafe(folder)
     for name in ("config.json", "tokenizer_config.json"):
         if "auto_map" in read_json(folder / name, missing={}):
             raise DataError(
                 f"{name} asks for remote code (auto_map)",
                 place=str(folder / name),
                 mend="use a checkpoint of a supported architecture: " + ", ".join(FAMILIES),
+            )
+
+
+def check_unsafe(folder: Path) -> None:
+    """Raises DataError naming the first file that could execute code when loaded."""
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _UNSAFE:
+            raise DataError(
+                f"{file.name} could execute code when loaded; only safetensors are read",
+                place=str(file),
+                mend="convert the weights to safetensors and remove the file",
             )
 
 
@@ -113,43 +138,99 @@ def read_config(folder: Path) -> DecoderConfig:
             place=place,
             mend="use one of " + ", ".join(FAMILIES),
         )
-    if raw.get("hidden_act", "silu") != "silu":
-        raise DataError(f"activation {raw['hidden_act']!r} is not supported", place=place, mend="use a silu model")
+    activation = raw.get("activation_function", "gelu_new") if family == "gpt2" else raw.get("hidden_act", "silu")
+    if activation not in (("gelu_new", "gelu_pytorch_tanh") if family == "gpt2" else ("silu",)):
+        raise DataError(f"activation {activation!r} is not supported", place=place, mend="use a silu model")
     if raw.get("quantization_config"):
         raise DataError("quantized checkpoints are not supported", place=place, mend="use the unquantized weights")
     try:
-        return _decoder_config(raw, family, _end_tokens(folder, raw))
+        shape = _gpt2_config if family == "gpt2" else _llama_config
+        return shape(raw, family, _end_tokens(folder, raw))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"config.json lacks or garbles {error}", place=place, mend="restore the file") from error
 
 
-def _decoder_config(raw: dict[str, Any], family: str, end_tokens: tuple[int, ...]) -> DecoderConfig:
+def _llama_config(raw: dict[str, Any], family: str, end_tokens: tuple[int, ...]) -> DecoderConfig:
     heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
+    layers = int(raw["num_hidden_layers"])
     bias = bool(raw.get("attention_bias", False))
+    qkv_bias = bool(raw.get("qkv_bias", True)) if family == "qwen2_moe" else family == "qwen2" or bias
+    experts = _experts(raw, family)
     return DecoderConfig(
         family=family,
         vocabulary=int(raw["vocab_size"]),
         hidden=hidden,
         intermediate=int(raw["intermediate_size"]),
-        layers=int(raw["num_hidden_layers"]),
+        layers=layers,
         heads=heads,
         kv_heads=int(raw.get("num_key_value_heads") or heads),
         head_dim=int(raw.get("head_dim") or hidden // heads),
         positions=int(raw["max_position_embeddings"]),
         norm_epsilon=float(raw.get("rms_norm_eps", 1e-6)),
         rope=_rope(raw),
-        qkv_bias=family == "qwen2" or bias,
-        out_bias=family != "qwen2" and bias,
+        rotated=tuple(bool(r) for r in raw.get("no_rope_layers") or [True] * layers),
+        qkv_bias=qkv_bias,
+        out_bias=family not in ("qwen2", "qwen2_moe") and bias,
         mlp_bias=bool(raw.get("mlp_bias", False)),
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         tied=bool(raw.get("tie_word_embeddings", False)),
-        window=_window(raw, family),
+        windows=_windows(raw, family, layers),
+        experts=experts,
+        sparse=_sparse(raw, layers) if experts else (False,) * layers,
         end_tokens=end_tokens,
     )
 
 
+def _gpt2_config(raw: dict[str, Any], family: str, end_tokens: tuple[int, ...]) -> DecoderConfig:
+    if raw.get("scale_attn_by_inverse_layer_idx") or not raw.get("scale_attn_weights", True):
+        raise DataError("this scaling of attention is not supported", place="config.json", mend="use a plain GPT-2")
+    hidden, layers, heads = int(raw["n_embd"]), int(raw["n_layer"]), int(raw["n_head"])
+    return DecoderConfig(
+        family=family,
+        vocabulary=int(raw["vocab_size"]),
+        hidden=hidden,
+        intermediate=int(raw.get("n_inner") or 4 * hidden),
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=hidden // heads,
+        positions=int(raw["n_positions"]),
+        norm_epsilon=float(raw.get("layer_norm_epsilon", 1e-5)),
+        rope=None,
+        rotated=(False,) * layers,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        qk_norm=False,
+        tied=bool(raw.get("tie_word_embeddings", True)),
+        windows=(0,) * layers,
+        experts=None,
+        sparse=(False,) * layers,
+        end_tokens=end_tokens,
+    )
+
+
+def _experts(raw: dict[str, Any], family: str) -> Experts | None:
+    if family == "mixtral":
+        count, used = int(raw["num_local_experts"]), int(raw["num_experts_per_tok"])
+        return Experts(count, used, int(raw["intermediate_size"]), normalized=True, shared=0)
+    if family not in ("qwen2_moe", "qwen3_moe"):
+        return None
+    count = int(raw["num_experts"] if "num_experts" in raw else raw["num_local_experts"])
+    shared = int(raw["shared_expert_intermediate_size"]) if family == "qwen2_moe" else 0
+    normalized = bool(raw.get("norm_topk_prob", False))
+    return Experts(count, int(raw["num_experts_per_tok"]), int(raw["moe_intermediate_size"]), normalized, shared)
+
+
+def _sparse(raw: dict[str, Any], layers: int) -> tuple[bool, ...]:
+    step, plain = int(raw.get("decoder_sparse_step", 1)), set(raw.get("mlp_only_layers") or [])
+    return tuple(i not in plain and (i + 1) % step == 0 for i in range(layers))
+
+
 def _rope(raw: dict[str, Any]) -> dict[str, Any]:
     """Both spellings: `rope_parameters` of transformers 5, `rope_theta` with `rope_scaling` before it."""
+    if float((raw.get("rope_parameters") or raw).get("partial_rotary_factor") or 1.0) != 1.0:
+        raise DataError("partial rotation is not supported", place="config.json", mend="use another checkpoint")
     if raw.get("rope_parameters"):
         return {"rope_theta": 10000.0} | dict(raw["rope_parameters"])
     scaling = dict(raw.get("rope_scaling") or {})
@@ -157,12 +238,17 @@ def _rope(raw: dict[str, Any]) -> dict[str, Any]:
     return {"rope_theta": raw.get("rope_theta", 10000.0), "rope_type": kind} | scaling
 
 
-def _window(raw: dict[str, Any], family: str) -> int | None:
-    if family.startswith("qwen") and not raw.get("use_sliding_window", False):
-        return None
-    if family == "llama" or raw.get("sliding_window") is None:
-        return None
-    return int(raw["sliding_window"])
+def _windows(raw: dict[str, Any], family: str, layers: int) -> tuple[int, ...]:
+    """Each layer's sliding window, 0 = full attention."""
+    window = int(raw.get("sliding_window") or 0)
+    if family in ("mistral", "mixtral"):
+        return (window,) * layers
+    if family == "llama" or not window or not raw.get("use_sliding_window", False):
+        return (0,) * layers
+    kinds = raw.get("layer_types")
+    if kinds:
+        return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+    return tuple(window if i >= int(raw.get("max_window_layers", 0)) else 0 for i in range(layers))
 
 
 def _end_tokens(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from modelyard.engine.checkpoint import check_folder, read_config, read_tensors
-from modelyard.engine.decoder import Decoder
+from modelyard.engine.adapters import Adapter, read_adapter
+from modelyard.engine.batch import Span, StepBatch, lay_out
+from modelyard.engine.blocks import Blocks
+from modelyard.engine.build import build
 from modelyard.engine.detokenize import Detokenizer
+from modelyard.engine.grammar import Grammars
 from modelyard.engine.options import EngineOptions
 from modelyard.engine.request import EngineStats, Finish, Request, StepOutput
-from modelyard.engine.sampler import Choice, sample
+from modelyard.engine.sampler import Choice, prompt_logprobs, sample
 from modelyard.engine.scheduler import Scheduler, Sequence
-from modelyard.engine.tokenizer import Tokenizer
-from modelyard.engine.weights import Weights
 from modelyard.errors import DataError, ResourceError
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class _Totals:
     finished: int = 0
     aborted: int = 0
     batch: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 class EngineCore:
@@ -46,48 +49,60 @@ class EngineCore:
 
     Raises:
         DataError: the folder is incomplete, unsafe or of another architecture.
-        ResourceError: the key/value cache does not fit in memory.
+        ResourceError: the key/value cache does not fit in memory, or int8 costs too much quality.
     """
 
     def __init__(self, folder: str | Path, options: EngineOptions | None = None) -> None:
-        self.options = options or EngineOptions()
-        path = Path(folder)
-        check_folder(path)
-        self.config = read_config(path)
-        self.max_length = self.config.length(self.options.max_length)
-        _check_cache(self.config.cache_bytes_per_token * self.max_length * self.options.max_sequences, self.options)
-        self.tokenizer = Tokenizer(path) if (path / "tokenizer.json").exists() else None
-        torch.set_num_threads(self.options.threads or len(os.sched_getaffinity(0)))
-        weights = Weights(self.config, self.options.precision)
-        weights.load(read_tensors(path), str(path))
-        self.decoder = Decoder(weights, self.options.max_sequences, self.max_length)
-        self.scheduler = Scheduler(self.options.max_sequences, self.options.step_tokens)
+        self.options = o = options or EngineOptions()
+        torch.set_num_threads(o.threads or len(os.sched_getaffinity(0)))
+        parts = build(Path(folder), o)
+        self.config, self.max_length, self.tokenizer = parts.config, parts.max_length, parts.tokenizer
+        self.decoder, self.guesser = parts.decoder, parts.guesser
+        blocks = Blocks(parts.blocks, o.block_tokens)
+        self.scheduler = Scheduler(o.max_sequences, o.step_tokens, blocks, prefix_cache=o.prefix_cache)
         self.version = 0
+        self.paused = False
+        self.adapters: dict[str, Adapter] = {}
+        self._grammars = (
+            Grammars(self.tokenizer, self.config.vocabulary, self.config.end_tokens) if self.tokenizer else None
+        )
         self._sequences: dict[str, Sequence] = {}
         self._text: dict[str, Detokenizer] = {}
-        self._arrivals = 0
+        self._arrivals = self._adapters_read = 0
         self._totals = _Totals()
 
     @property
     def busy(self) -> bool:
         """Whether a step would do something."""
-        return bool(self._sequences)
+        return bool(self._sequences) and not self.paused
 
     def check(self, request: Request) -> None:
         """Raises DataError for a request that can never run."""
         request.sampling.check(self.config.vocabulary)
+        length, answer = len(request.prompt), request.task == "generate"
         if not request.prompt:
             raise DataError("the prompt is empty", place="prompt", mend="send at least one token")
-        if len(request.prompt) >= self.max_length:
+        if length + int(answer) > self.max_length:
             raise DataError(
-                f"the prompt has {len(request.prompt)} tokens, the model takes {self.max_length} with the answer",
+                f"the prompt has {length} tokens, the model takes {self.max_length} with the answer",
                 place="prompt",
                 mend="shorten the prompt",
             )
         if not all(0 <= t < self.config.vocabulary for t in request.prompt):
             raise DataError("a token id is outside the vocabulary", place="prompt", mend="use the model's tokenizer")
-        if self.tokenizer is None and (request.detokenize or request.sampling.stop):
+        needs_text = answer and (request.detokenize or request.sampling.stop or request.sampling.grammar)
+        if self.tokenizer is None and needs_text:
             raise DataError("the model folder has no tokenizer", place="detokenize", mend="ask for tokens only")
+        if request.adapter is not None and request.adapter not in self.adapters:
+            raise DataError(
+                f"adapter {request.adapter!r} is not loaded",
+                place="adapter",
+                mend="load it first; loaded: " + (", ".join(sorted(self.adapters)) or "none"),
+            )
+        if request.task == "score" and request.prompt_logprobs is None:
+            raise DataError("a score needs prompt_logprobs", place="prompt_logprobs", mend="set it to 0 or more")
+        if request.logprobs_from < 1:
+            raise DataError("the first token has no probability", place="logprobs_from", mend="begin at 1 or later")
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises DataError when it can never run, ResourceError when too many wait."""
@@ -97,19 +112,23 @@ class EngineCore:
         free = self.scheduler.slots.count - self.scheduler.slots.used
         if self.scheduler.waiting >= self.options.max_waiting + free:
             raise ResourceError("too many requests are waiting", place="engine", mend="try again later")
+        p, adapter = request.sampling, self.adapters[request.adapter] if request.adapter else None
+        matcher = self._grammars.compile(p.grammar) if p.grammar and self._grammars else None
         self._arrivals += 1
-        seed = request.sampling.seed
         sequence = Sequence(
             request=request,
             arrival=self._arrivals,
             arrived=time.monotonic(),
             tokens=list(request.prompt),
-            seed=secrets.randbits(63) if seed is None else seed,
-            limit=min(request.sampling.max_tokens, self.max_length - len(request.prompt)),
+            seed=secrets.randbits(63) if p.seed is None else p.seed,
+            limit=min(p.max_tokens, self.max_length - len(request.prompt)),
+            salt=adapter.salt if adapter else b"",
+            adapter=adapter,
+            matcher=matcher,
         )
         self._sequences[request.id] = sequence
-        if self.tokenizer is not None and (request.detokenize or request.sampling.stop):
-            self._text[request.id] = Detokenizer(self.tokenizer, request.sampling.stop)
+        if self.tokenizer is not None and request.task == "generate" and (request.detokenize or p.stop):
+            self._text[request.id] = Detokenizer(self.tokenizer, p.stop)
         self.scheduler.add(sequence)
 
     def abort(self, request_id: str) -> StepOutput | None:
@@ -119,56 +138,171 @@ class EngineCore:
             return None
         self._totals.aborted += 1
         self._remove(sequence)
-        return StepOutput((), finish="abort", weights=self.version)
+        return StepOutput((), finish="abort", weights=self.version, weights_first=self.version)
 
     def step(self) -> list[tuple[str, StepOutput]]:
-        """Computes one step and returns what each advanced request gained."""
-        for source, target, tokens in self.scheduler.compact():
-            self.decoder.cache.move(source, target, tokens)
-        pieces = self.scheduler.schedule()
-        if not pieces:
+        """Computes one step and returns what each advanced request gained; nothing while paused."""
+        if self.paused:
             return []
-        batch = self.decoder.batch(pieces)
-        logits = self.decoder.forward(batch)
+        self._guess()
+        plan = self.scheduler.schedule()
+        for slot, stored in plan.loads:
+            self.decoder.cache.load(slot, stored)
+        if not plan.pieces:
+            return []
+        batch = lay_out(plan.pieces)
+        hidden = self.decoder.forward(batch)
         self._totals.steps += 1
-        self._totals.batch = len(pieces)
-        for piece in pieces:
-            before = piece.sequence.computed
-            self._totals.prompt += max(0, min(before + piece.count, piece.sequence.prompt_length) - before)
-            piece.sequence.computed += piece.count
-        choices = sample(logits, list(batch.sampled)) if batch.sampled else []
-        return [(s.request.id, self._advance(s, c)) for s, c in zip(batch.sampled, choices, strict=True)]
+        self._totals.batch = len(plan.pieces)
+        for piece in plan.pieces:
+            known = piece.count - piece.guessed
+            self._totals.prompt += max(0, min(piece.start + known, piece.sequence.prompt_length) - piece.start)
+            piece.sequence.computed += known
+        outputs = self._results(batch, hidden)
+        for piece in plan.pieces:
+            if piece.sequence.slot >= 0:
+                self._save(piece.sequence)
+        return outputs
+
+    def _guess(self) -> None:
+        """Drafts for sequences that are about to choose a token, when few enough run for it to pay."""
+        running, options = self.scheduler.running, self.options.speculation
+        if self.guesser is None or options is None:
+            return
+        for s in running:
+            s.draft = ()
+        able = [s for s in running if s.missing == 1 and s.matcher is None and not s.request.sampling.penalized]
+        if not able or len(running) > options.max_running:
+            return
+        for sequence, draft in zip(able, self.guesser.guess(able), strict=True):
+            # One token is chosen besides the guessed ones, and the answer must not outgrow its limit.
+            sequence.draft = draft[: max(0, sequence.limit - sequence.generated - 1)]
+
+    def _results(self, batch: StepBatch, hidden: Tensor) -> list[tuple[str, StepOutput]]:
+        """What the wanted rows mean for their sequences."""
+        rows: list[int] = []
+        owners: list[Sequence] = []
+        ahead: list[int] = []
+        for span in batch.spans:
+            if span.piece.last and span.piece.sequence.request.task == "generate":
+                guessed = span.piece.guessed
+                rows += range(span.last - 1 - guessed, span.last)
+                owners += [span.piece.sequence] * (guessed + 1)
+                ahead += range(guessed + 1)
+        self._gather(batch, hidden)
+        choices: list[Choice] = []
+        if rows:
+            chosen = hidden if len(rows) == len(hidden) else hidden[torch.tensor(rows)]
+            choices = sample(self.decoder.logits(chosen), owners, ahead)
+        outputs, at = [], 0
+        for span in batch.spans:
+            if not span.piece.last:
+                continue
+            sequence = span.piece.sequence
+            if sequence.request.task != "generate":
+                outputs.append((sequence.request.id, self._conclude(sequence)))
+                continue
+            mine = choices[at : at + span.piece.guessed + 1]
+            at += len(mine)
+            outputs.append((sequence.request.id, self._accept(sequence, mine)))
+        return outputs
+
+    def _gather(self, batch: StepBatch, hidden: Tensor) -> None:
+        """Log-probabilities of prompt tokens and sums of prompt vectors, kept with their sequences."""
+        for span in batch.spans:
+            sequence = span.piece.sequence
+            if sequence.request.task == "embed":
+                self._pool(span, hidden[span.first : span.last])
+            elif sequence.request.prompt_logprobs is not None:
+                self._score(span, hidden[span.first : span.last])
+
+    @staticmethod
+    def _pool(span: Span, hidden: Tensor) -> None:
+        sequence, end = span.piece.sequence, span.piece.start + span.piece.count
+        if sequence.request.pooling == "last":
+            sequence.pool = hidden[-1]
+            return
+        fresh = hidden[len(hidden) - (end - sequence.pooled) :]
+        total = fresh.sum(0)
+        sequence.pool = total if sequence.pool is None else sequence.pool + total
+        sequence.pooled = end
+
+    def _score(self, span: Span, hidden: Tensor) -> None:
+        sequence, end = span.piece.sequence, span.piece.start + span.piece.count
+        rivals = sequence.request.prompt_logprobs or 0
+        first = sequence.request.logprobs_from + len(sequence.scored)  # the next prompt token to score
+        last = min(end + 1, sequence.prompt_length)
+        if first < last:
+            offset = len(hidden) - (end - (first - 1))
+            logits = self.decoder.logits(hidden[offset : offset + last - first])
+            sequence.scored += prompt_logprobs(logits, sequence.tokens[first:last], rivals)
+
+    def _conclude(self, sequence: Sequence) -> StepOutput:
+        """The end of a request that asked for no answer."""
+        vector: tuple[float, ...] = ()
+        if sequence.request.task == "embed":
+            vector = tuple(torch.nn.functional.normalize(sequence.pool, dim=0).tolist())
+        self._save(sequence)
+        self._totals.finished += 1
+        self._remove(sequence)
+        v, cached = self.version, sequence.cached
+        return StepOutput(
+            (), "", (), "stop", v, sequence.waited, "", v, tuple(sequence.scored), vector, cached
+        )  # fmt: skip
+
+    def _accept(self, sequence: Sequence, choices: list[Choice]) -> StepOutput:
+        """Takes chosen tokens as far as the guesses they follow were right."""
+        draft, sequence.draft = sequence.draft, ()
+        output = self._advance(sequence, choices[0])
+        self._totals.drafted += len(choices) - 1
+        for guess, before, choice in zip(draft, choices, choices[1:], strict=False):
+            if output.finish is not None or before.token != guess:
+                break
+            self._totals.accepted += 1
+            sequence.computed += 1
+            output = output + self._advance(sequence, choice)
+        return output
 
     def _advance(self, sequence: Sequence, choice: Choice) -> StepOutput:
         """Appends a chosen token, finds out whether the answer ends, and makes the output."""
         if choice.token < 0:
-            self.decoder.cache.clear(sequence.slot)
             self._remove(sequence)
             error = "the model produced numbers that are not finite"
             return StepOutput((), finish="error", weights=self.version, error=error)
-        token = choice.token
+        token, first = choice.token, sequence.generated == 0
         sequence.tokens.append(token)
         sequence.output_counts[token] = sequence.output_counts.get(token, 0) + 1
         self._totals.output += 1
         text, finish = self._read(sequence, token)
         if finish is not None:
+            self._save(sequence)
             self._totals.finished += 1
             self._remove(sequence)
         logprobs = (choice.logprob,) if choice.logprob is not None else ()
-        return StepOutput((token,), text, logprobs, finish, self.version, sequence.waited)
+        scored = tuple(sequence.scored) if first else ()
+        v = self.version
+        return StepOutput((token,), text, logprobs, finish, v, sequence.waited, "", v, scored, (), sequence.cached)
 
     def _read(self, sequence: Sequence, token: int) -> tuple[str, Finish | None]:
         """Text that became certain with `token`, and why the answer ends with it, if it does."""
         p = sequence.request.sampling
         text = self._text.get(sequence.request.id)
-        if token in p.stop_tokens or (not p.ignore_eos and token in self.config.end_tokens):
+        complete = sequence.matcher is not None and sequence.matcher.accept(token)
+        ends = token in self.config.end_tokens and (sequence.matcher is not None or not p.ignore_eos)
+        if token in p.stop_tokens or ends:
             return (text.flush() if text else ""), "stop"
         piece, stopped = text.push(token) if text else ("", False)
         if stopped:
             return piece, "stop"
-        if sequence.generated >= sequence.limit:
-            return piece + (text.flush() if text else ""), "length"
+        if complete or sequence.generated >= sequence.limit:
+            return piece + (text.flush() if text else ""), "stop" if complete else "length"
         return piece, None
+
+    def _save(self, sequence: Sequence) -> None:
+        """Keeps the full blocks computed so far for requests with the same beginning."""
+        fresh = self.scheduler.publish(sequence)
+        if fresh:
+            self.decoder.cache.save(sequence.slot, fresh)
 
     def _remove(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)
@@ -177,20 +311,35 @@ class EngineCore:
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See `protocol.Engine.update_weights`."""
-        self.decoder.weights.update(weights, place="update_weights")
-        self.version = version
-        self.scheduler.recompute()
+        try:
+            self.decoder.weights.update(weights, place="update_weights")
+            self.version = version
+        finally:  # whatever was replaced before an error makes cached keys and values wrong
+            self.scheduler.recompute()
+
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """See `protocol.Engine.load_adapter`."""
+        if not name or name in self.adapters:
+            raise DataError(f"adapter name {name!r} is empty or taken", place="adapter", mend="unload it first")
+        self._adapters_read += 1
+        salt = f"{self._adapters_read}:{name}".encode()
+        self.adapters[name] = read_adapter(name, Path(folder), self.decoder.weights.modules, salt)
+
+    def unload_adapter(self, name: str) -> None:
+        """See `protocol.Engine.unload_adapter`."""
+        if self.adapters.pop(name, None) is None:
+            raise DataError(f"adapter {name!r} is not loaded", place="adapter", mend="load it first")
 
     def stats(self) -> EngineStats:
         """A snapshot; safe to call from another thread."""
-        t, running = self._totals, list(self.scheduler.running)
+        t, s, running = self._totals, self.scheduler, list(self.scheduler.running)
         return EngineStats(
-            waiting=self.scheduler.waiting,
+            waiting=s.waiting,
             running=len(running),
-            waiting_tokens=self.scheduler.waiting_tokens,
-            slots=self.scheduler.slots.count,
-            cached_tokens=sum(s.computed for s in running),
-            cache_capacity=self.scheduler.slots.count * self.max_length,
+            waiting_tokens=s.waiting_tokens,
+            slots=s.slots.count,
+            cached_tokens=sum(r.computed for r in running),
+            cache_capacity=s.slots.count * self.max_length,
             prompt_tokens_total=t.prompt,
             output_tokens_total=t.output,
             steps_total=t.steps,
@@ -198,6 +347,17 @@ class EngineCore:
             aborted_total=t.aborted,
             last_batch=t.batch,
             weights=self.version,
+            blocks=s.blocks.count,
+            blocks_used=s.blocks.used,
+            blocks_cached=s.blocks.idle,
+            block_tokens=s.blocks.size,
+            prefix_hit_tokens_total=s.hit_tokens,
+            prefix_asked_tokens_total=s.asked_tokens,
+            preempted_total=s.preempted,
+            drafted_total=t.drafted,
+            accepted_total=t.accepted,
+            paused=self.paused,
+            adapters=tuple(self.adapters),
         )
 
     def invariants(self) -> list[str]:
@@ -211,18 +371,6 @@ class EngineCore:
         return faults
 
 
-def _check_cache(needed: int, options: EngineOptions) -> None:
-    import psutil
-
-    bound = options.cache_bytes if options.cache_bytes is not None else int(0.6 * psutil.virtual_memory().available)
-    if needed > bound:
-        raise ResourceError(
-            f"the key/value cache needs {needed / 2**20:,.0f} MiB, {bound / 2**20:,.0f} MiB are allowed",
-            place="engine.max_sequences, engine.max_length",
-            mend="lower max_sequences or max_length, or raise cache_bytes",
-        )
-
-
 @dataclass(frozen=True)
 class Completion:
     """A finished answer: everything its step outputs said, as one."""
@@ -232,7 +380,12 @@ class Completion:
 
 
 def generate(core: EngineCore, requests: Iterable[Request]) -> list[Completion]:
-    """Continues all requests and returns their answers in order. For programs that need no streaming."""
+    """Continues all requests and returns their answers in order. For programs that need no streaming.
+
+    Raises DataError when the engine is paused: nobody could resume it meanwhile.
+    """
+    if core.paused:
+        raise DataError("the engine is paused", place="engine", mend="resume it first")
     wanted = list(requests)
     outputs: dict[str, StepOutput] = {}
     queue = iter(wanted)

@@ -1,198 +1,178 @@
-"""The forward pass: a Llama-family decoder over contiguous key/value slots, in plain PyTorch on a CPU."""
+"""The forward pass on a CPU: matrix products by PyTorch, what lies between them by fused kernels."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modelyard.engine.checkpoint import DecoderConfig
+from modelyard.engine import kernels
+from modelyard.engine.adapters import Adapter
+from modelyard.engine.batch import Chunk, StepBatch
+from modelyard.engine.cache import EMPTY, Cache
+from modelyard.engine.linear import Linear
 from modelyard.engine.rope import rotations
-from modelyard.engine.scheduler import Piece, Sequence
-from modelyard.engine.weights import Layer, Weights
+from modelyard.engine.weights import Layer, Mixture, Mlp, Norm, Weights
 
-BUCKET = 32
-"""Attended lengths are rounded up to this many tokens, so that shapes repeat from step to step."""
+Groups = tuple[tuple[Adapter, Tensor | None], ...]
 
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Rows `first .. first+count` of a step: `count` tokens of one slot from position `start`."""
-
-    first: int
-    count: int
-    slot: int
-    start: int
-    mask: Tensor
-
-
-@dataclass(frozen=True)
-class StepBatch:
-    """One step, flat: T tokens of which the first `singles` are one token of a sequence each, by slot.
-
-    `tokens`, `positions`, `slots`: int64 [T]. `last`: rows whose logits are wanted, `sampled` their
-    sequences. The singles attend to `height` rows of the cache and `length` positions under `mask`, float32
-    [height, 1, 1, length].
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    slots: Tensor
-    last: Tensor
-    sampled: tuple[Sequence, ...]
-    singles: int
-    height: int
-    length: int
-    mask: Tensor
-    chunks: tuple[_Chunk, ...]
-
-    @property
-    def dense(self) -> bool:
-        """Whether the singles are exactly the rows 0 .. height-1 of the cache."""
-        return self.singles == self.height
-
-
-class Cache:
-    """Keys and values of all slots: [layers, 2, slots, kv_heads, length, head_dim] float32.
-
-    Zero-filled lazily by the operating system, so memory is used only as sequences grow. Values must stay
-    finite even where masked: a weight of zero times NaN would be NaN.
-    """
-
-    def __init__(self, config: DecoderConfig, slots: int, length: int) -> None:
-        length = -(-length // BUCKET) * BUCKET
-        self.data = torch.zeros(config.layers, 2, slots, config.kv_heads, length, config.head_dim)
-
-    def move(self, source: int, target: int, tokens: int) -> None:
-        """Copies the first `tokens` positions of a slot."""
-        self.data[:, :, target, :, :tokens] = self.data[:, :, source, :, :tokens]
-
-    def clear(self, slot: int) -> None:
-        """Zeroes a slot after a sequence that produced NaN or infinity."""
-        self.data[:, :, slot] = 0
+PARALLEL_WORK = 4096
+"""Attended positions in a step from which several threads share its attention."""
 
 
 class Decoder:
-    """Computes logits for a step and keeps keys and values."""
+    """Computes the last layer's results for a step and keeps keys and values.
 
-    def __init__(self, weights: Weights, slots: int, length: int) -> None:
-        self.weights, self.config = weights, weights.config
-        self.cache = Cache(self.config, slots, length)
-        self.rotations = rotations(self.config.rope, self.config.head_dim, length)
+    Args:
+        weights: the model.
+        cache: keys and values of this model.
+        length: positions covered.
+        threads: of PyTorch, and of the attention kernel in large steps.
+    """
 
-    def batch(self, pieces: list[Piece]) -> StepBatch:
-        """Lays a scheduled step out flat, singles first by slot, then chunks in the given order."""
-        singles = sorted((p for p in pieces if p.count == 1), key=lambda p: p.sequence.slot)
-        ordered = singles + [p for p in pieces if p.count > 1]
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        last: list[int] = []
-        chunks: list[_Chunk] = []
-        for piece in ordered:
-            sequence, start, end = piece.sequence, piece.start, piece.start + piece.count
-            if piece.count > 1:
-                mask = _causal(start, piece.count)
-                chunks.append(_Chunk(len(tokens), piece.count, sequence.slot, start, mask))
-            tokens += sequence.tokens[start:end]
-            positions += range(start, end)
-            slots += [sequence.slot] * piece.count
-            if piece.last:
-                last.append(len(tokens) - 1)
-        height = max((p.sequence.slot for p in singles), default=-1) + 1
-        length = -(-(max(positions[: len(singles)], default=-1) + 1) // BUCKET) * BUCKET
-        position, slot = torch.tensor(positions), torch.tensor(slots)
-        return StepBatch(
-            tokens=torch.tensor(tokens),
-            positions=position,
-            slots=slot,
-            last=torch.tensor(last, dtype=torch.int64),
-            sampled=tuple(p.sequence for p in ordered if p.last),
-            singles=len(singles),
-            height=height,
-            length=length,
-            mask=_single_mask(position[: len(singles)], slot[: len(singles)], height, length),
-            chunks=tuple(chunks),
-        )
+    def __init__(self, weights: Weights, cache: Cache, length: int, threads: int = 1) -> None:
+        self.weights, self.config, self.cache = weights, weights.config, cache
+        self._gated = self.config.family != "gpt2"
+        self._scale = self.config.head_dim**-0.5
+        self._cos, self._sin = np.empty((0, 0), np.float32), np.empty((0, 0), np.float32)
+        if self.config.rope is not None:
+            cos, sin = rotations(self.config.rope, self.config.head_dim, length)
+            self._cos, self._sin = cos.numpy(), sin.numpy()
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> Tensor:
-        """Logits [len(batch.last), vocabulary] float32; keys and values of all T tokens enter the cache."""
-        w, eps = self.weights, self.config.norm_epsilon
+        """Normed results of the last layer for the wanted rows, float32 [wanted, hidden]."""
+        w, groups = self.weights, batch.adapters
         x = F.embedding(batch.tokens, w.embed)
-        rotation = self.rotations[batch.positions].unsqueeze(1)
+        if len(w.positions):
+            x = x + w.positions[torch.from_numpy(batch.positions)]
+        h, delta = torch.empty_like(x), EMPTY
         for index, layer in enumerate(w.layers):
-            x = x + self._attention(index, layer, _norm(x, layer.input_norm, eps), rotation, batch)
-            if index == len(w.layers) - 1 and len(batch.last) < len(batch.tokens):
-                x = x[batch.last]  # only these go on to the head: the rest of the last block is not needed
-            gate, up = layer.gate_up(_norm(x, layer.mlp_norm, eps)).chunk(2, dim=-1)
-            x = x + layer.down(F.silu(gate).mul_(up))
-        return w.head(_norm(x, w.norm, eps))
+            self._norm(x, delta, layer.input_norm, h)
+            delta = self._attention(index, layer, h, batch)
+            if index == len(w.layers) - 1 and batch.wanted is not None:
+                # Only these go on to the head: the rest of the last block is not needed.
+                x, delta = x[batch.wanted], delta[batch.wanted.numpy()]
+                h, groups = torch.empty_like(x), batch.adapters_wanted
+            self._norm(x, delta, layer.mlp_norm, h)
+            delta = self._feed_forward(index, layer, h, groups)
+        self._norm(x, delta, w.norm, h)
+        return h
 
-    def _attention(self, index: int, layer: Layer, x: Tensor, rotation: Tensor, batch: StepBatch) -> Tensor:
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of all tokens, float32 [rows, vocabulary]. hidden: [rows, hidden]."""
+        return self.weights.head(hidden)
+
+    def _norm(self, x: Tensor, delta: np.ndarray, norm: Norm, out: Tensor) -> None:
+        """x += delta; out = norm(x)."""
+        weight, bias = norm.arrays
+        if len(bias):
+            kernels.layer_norm(x.numpy(), delta, weight, bias, self.config.norm_epsilon, out.numpy())
+        else:
+            kernels.rms_norm(x.numpy(), delta, weight, self.config.norm_epsilon, out.numpy())
+
+    def _attention(self, index: int, layer: Layer, h: Tensor, batch: StepBatch) -> np.ndarray:
         c = self.config
-        qkv = layer.qkv(x).view(-1, c.heads + 2 * c.kv_heads, c.head_dim)
-        qk, v = qkv[:, : c.heads + c.kv_heads], qkv[:, c.heads + c.kv_heads :]
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q_normed = _norm(qk[:, : c.heads], layer.q_norm, c.norm_epsilon)
-            qk = torch.cat((q_normed, _norm(qk[:, c.heads :], layer.k_norm, c.norm_epsilon)), dim=1)
-        pairs = torch.view_as_complex(qk.view(*qk.shape[:-1], -1, 2))
-        qk = torch.view_as_real(pairs * rotation).flatten(-2)
-        keys, values = self.cache.data[index]
-        keys[batch.slots, :, batch.positions] = qk[:, c.heads :]
-        values[batch.slots, :, batch.positions] = v
-        parts = []
-        if batch.singles:
-            parts.append(self._singles(qk[: batch.singles, : c.heads], keys, values, batch))
-        for chunk in batch.chunks:
-            q = qk[chunk.first : chunk.first + chunk.count, : c.heads]
-            end = chunk.start + chunk.count
-            parts.append(self._chunk(q, keys[chunk.slot, :, :end], values[chunk.slot, :, :end], chunk))
-        return layer.out(parts[0] if len(parts) == 1 else torch.cat(parts))
-
-    def _singles(self, q: Tensor, keys: Tensor, values: Tensor, batch: StepBatch) -> Tensor:
-        """Attention of one token a sequence. q: [singles, heads, head_dim].
-
-        The heads that share a key head stand in for query positions, so grouped-query attention needs
-        no repeated keys. The cache rows are read in place.
-        """
-        c, n = self.config, batch.singles
-        q = q.reshape(n, c.kv_heads, c.heads // c.kv_heads, c.head_dim)
-        rows = batch.slots[:n]
-        if not batch.dense:
-            q = q.new_zeros(batch.height, *q.shape[1:]).index_copy_(0, rows, q)
-        k, v = keys[: batch.height, :, : batch.length], values[: batch.height, :, : batch.length]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=batch.mask)
-        if not batch.dense:
-            out = out[rows]
-        return out.reshape(n, -1)
-
-    def _chunk(self, q: Tensor, keys: Tensor, values: Tensor, chunk: _Chunk) -> Tensor:
-        """Attention of consecutive tokens of one sequence. q: [n, heads, head_dim]; keys: [kv_heads, end, head_dim]."""
-        c = self.config
-        out = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None],
-            keys[None],
-            values[None],
-            attn_mask=chunk.mask,
-            enable_gqa=c.heads != c.kv_heads,
+        count = len(batch.tokens)
+        qkv = _product(layer.qkv, (index, "qkv"), h, batch.adapters).view(count, -1, c.head_dim)
+        keys, values = self.cache.arrays[index]
+        q_norm, k_norm = layer.q_norm.arrays[0], layer.k_norm.arrays[0]
+        cos, sin = (self._cos, self._sin) if c.rotated[index] else (EMPTY, EMPTY)
+        array = qkv.numpy()
+        kernels.rotate_and_store(
+            array, c.heads, batch.positions, batch.slots, cos, sin, q_norm, k_norm, c.norm_epsilon, keys, values
         )
-        return out[0].transpose(0, 1).reshape(chunk.count, -1)
+        mixed = torch.empty(count, c.heads, c.head_dim)
+        if batch.short:
+            self._attend(array, batch, keys, values, c.windows[index], mixed.numpy())
+        for chunk in batch.chunks:
+            mixed[chunk.first : chunk.first + chunk.count] = self._chunk(qkv, index, chunk)
+        return _product(layer.out, (index, "out"), mixed.view(count, -1), batch.adapters).numpy()
+
+    def _attend(
+        self, qkv: np.ndarray, batch: StepBatch, keys: np.ndarray, values: np.ndarray, window: int, out: np.ndarray
+    ) -> None:
+        c, rows = self.config, batch.short
+
+        def part(first: int, last: int) -> None:
+            kernels.attend(
+                qkv, first, last, c.heads, batch.positions, batch.slots, keys, values, self._scale, window, out
+            )
+
+        if self._pool is None or rows == 1 or int(batch.positions[:rows].sum()) < PARALLEL_WORK:
+            part(0, rows)
+            return
+        edges = [rows * i // self._threads for i in range(self._threads + 1)]
+        for done in [self._pool.submit(part, a, b) for a, b in pairwise(edges) if a < b]:
+            done.result()
+
+    def _chunk(self, qkv: Tensor, index: int, chunk: Chunk) -> Tensor:
+        """Attention of consecutive tokens of one sequence: [count, heads, head_dim]."""
+        c, end = self.config, chunk.start + chunk.count
+        q = qkv[chunk.first : chunk.first + chunk.count, : c.heads].transpose(0, 1)[None]
+        keys, values = self.cache.data[index, :, chunk.slot, :, :end]
+        mask = None
+        if chunk.start or (c.windows[index] and c.windows[index] < end):
+            mask = _mask(chunk.start, chunk.count, c.windows[index])
+        out = F.scaled_dot_product_attention(
+            q, keys[None], values[None], attn_mask=mask, is_causal=mask is None, enable_gqa=c.heads != c.kv_heads
+        )
+        return out[0].transpose(0, 1)
+
+    def _feed_forward(self, index: int, layer: Layer, h: Tensor, groups: Groups) -> np.ndarray:
+        if isinstance(layer.mlp, Mixture):
+            return self._mixture(layer.mlp, h).numpy()
+        up = _product(layer.mlp.up, (index, "up"), h, groups)
+        return _product(layer.mlp.down, (index, "down"), self._activate(up), groups).numpy()
+
+    def _activate(self, up: Tensor) -> Tensor:
+        if not self._gated:
+            return F.gelu(up, approximate="tanh")
+        out = torch.empty(up.shape[0], up.shape[1] // 2)
+        kernels.gated_silu(up.numpy(), out.numpy())
+        return out
+
+    def _mlp(self, mlp: Mlp, h: Tensor) -> Tensor:
+        return mlp.down(self._activate(mlp.up(h)))
+
+    def _mixture(self, mixture: Mixture, h: Tensor) -> Tensor:
+        """Tokens grouped by expert, each expert one product over its tokens (Mixtral, arXiv:2401.04088)."""
+        e = self.config.experts
+        assert e is not None
+        weights, chosen = F.linear(h, mixture.router).softmax(-1).topk(e.used, dim=-1)
+        if e.normalized:
+            weights = weights / weights.sum(-1, keepdim=True)
+        order = chosen.flatten().argsort(stable=True)
+        counts = torch.bincount(chosen.flatten(), minlength=e.count).tolist()
+        rows, scores = order // e.used, weights.flatten()[order]
+        out, at = torch.zeros_like(h), 0
+        for expert, count in zip(mixture.experts, counts, strict=True):
+            if count:
+                mine = rows[at : at + count]
+                out.index_add_(0, mine, self._mlp(expert, h[mine]) * scores[at : at + count, None])
+                at += count
+        if mixture.shared is not None and mixture.shared_gate is not None:
+            out += torch.sigmoid(F.linear(h, mixture.shared_gate)) * self._mlp(mixture.shared, h)
+        return out
 
 
-def _norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight, epsilon)
+def _product(linear: Linear, key: tuple[int, str], x: Tensor, groups: Groups) -> Tensor:
+    y = linear(x)
+    for adapter, rows in groups:
+        adapter.apply(key, x, y, rows)
+    return y
 
 
-def _causal(start: int, count: int) -> Tensor:
-    """Additive mask [count, start + count]: token i sees everything up to position start + i."""
-    return torch.full((count, start + count), -torch.inf).triu_(start + 1)
-
-
-def _single_mask(positions: Tensor, slots: Tensor, height: int, length: int) -> Tensor:
-    """Additive mask [height, 1, 1, length]; rows without a token see position 0, to stay finite."""
-    ends = torch.zeros(height, dtype=torch.int64).index_copy_(0, slots, positions)
-    mask = torch.zeros(height, length).masked_fill_(torch.arange(length) > ends[:, None], -torch.inf)
-    return mask[:, None, None]
+def _mask(start: int, count: int, window: int) -> Tensor:
+    """Additive mask [count, start + count]: token i sees positions up to start + i, at most `window` of them."""
+    mask = torch.full((count, start + count), -torch.inf).triu_(start + 1)
+    if window:
+        mask += torch.full_like(mask, -torch.inf).tril_(start - window)
+    return mask

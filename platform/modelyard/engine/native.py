@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelyard.engine.core import EngineCore
 from modelyard.engine.options import EngineOptions
-from modelyard.engine.request import EngineStats, EngineStopped, Request, StepOutput
+from modelyard.engine.request import EngineStats, EngineStopped, Pooling, Request, Scored, StepOutput
+from modelyard.engine.tasks import embed_all, score_all
 from modelyard.engine.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -116,6 +117,39 @@ class NativeEngine:
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See `protocol.Engine.update_weights`. Blocks until the step in progress has ended."""
         self._call(lambda: self._core.update_weights(weights, version)).result()
+
+    async def score(
+        self, prompts: Sequence[Sequence[int]], *, start: int = 1, adapter: str | None = None, priority: int = 0
+    ) -> list[Scored]:
+        """See `protocol.Engine.score`."""
+        return await score_all(self.submit, prompts, start, adapter, priority)
+
+    async def embed(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        pooling: Pooling = "mean",
+        adapter: str | None = None,
+        priority: int = 0,
+    ) -> list[tuple[float, ...]]:
+        """See `protocol.Engine.embed`."""
+        return await embed_all(self.submit, prompts, pooling, adapter, priority)
+
+    def pause(self) -> None:
+        """See `protocol.Engine.pause`. Blocks until the step in progress has ended."""
+        self._call(lambda: setattr(self._core, "paused", True)).result()
+
+    def resume(self) -> None:
+        """See `protocol.Engine.resume`."""
+        self._call(lambda: setattr(self._core, "paused", False)).result()
+
+    def load_adapter(self, name: str, folder: str) -> None:
+        """See `protocol.Engine.load_adapter`. Blocks until the step in progress has ended."""
+        self._call(lambda: self._core.load_adapter(name, folder)).result()
+
+    def unload_adapter(self, name: str) -> None:
+        """See `protocol.Engine.unload_adapter`."""
+        self._call(lambda: self._core.unload_adapter(name)).result()
 
     def invariants(self) -> list[str]:
         """What is wrong with the bookkeeping, checked between two steps; an empty list when nothing is."""

@@ -8,7 +8,22 @@ from pydantic import Field
 
 from modelyard.recipe.schema import Bytes, Options
 
-Precision = Literal["float32", "float16_packed"]
+Precision = Literal["float32", "float16_packed", "int8"]
+
+
+class Speculation(Options):
+    """Guessing tokens ahead and checking them in one step; answers stay what they would be without it."""
+
+    method: Literal["prompt_lookup", "draft_model"] = Field(
+        "prompt_lookup",
+        description="where guesses come from: what followed the last words earlier in the text, or a small model",
+    )
+    tokens: int = Field(4, ge=1, le=11, description="tokens guessed a step at most")
+    ngram: int = Field(3, ge=1, le=8, description="last tokens that must have occurred before (prompt_lookup)")
+    model: str | None = Field(None, description="folder of the small model, of the same vocabulary (draft_model)")
+    max_running: int = Field(
+        4, ge=1, description="requests in a step up to which guessing pays; above, the batch itself fills the step"
+    )
 
 
 class EngineOptions(Options):
@@ -26,8 +41,18 @@ class EngineOptions(Options):
     max_waiting: int = Field(1024, ge=0, description="requests that may wait for a slot; more are refused")
     precision: Precision = Field(
         "float32",
-        description="float32, or float16_packed: weights packed to half precision (half the memory, error 2e-4)",
+        description="float32; float16_packed: weights packed to half precision (half the memory, error 2e-4); "
+        "int8: a quarter of the memory, checked at load against max_loss_increase",
     )
+    max_loss_increase: float = Field(
+        0.02, ge=0, description="int8 is refused when it raises the loss on a built-in text by more nats a token"
+    )
+    prefix_cache: bool = Field(True, description="whether requests with the same beginning share its computation")
+    block_tokens: int = Field(16, ge=1, le=1024, description="tokens in a block of the prefix cache")
+    cache_tokens: int | None = Field(
+        None, ge=1, description="tokens the prefix cache holds; null = as many as all slots, if memory allows"
+    )
+    speculation: Speculation | None = Field(None, description="guess tokens ahead; null = off")
     threads: int | None = Field(None, ge=1, description="torch threads; null = the cores this process may use")
     cache_bytes: Bytes | None = Field(
         None, description="bound on the key/value cache in bytes; null = 60 % of the memory available at start"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from modelyard.engine.request import EngineStats, Request, StepOutput
+from modelyard.engine.request import EngineStats, Pooling, Request, Scored, StepOutput
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Engine(Protocol):
-    """Continues many prompts at once."""
+    """Continues, scores and embeds many prompts at once."""
 
     @property
     def vocabulary(self) -> int:
@@ -42,12 +42,54 @@ class Engine(Protocol):
         """A snapshot, at no cost to running requests."""
         ...
 
+    async def score(
+        self, prompts: Sequence[Sequence[int]], *, start: int = 1, adapter: str | None = None, priority: int = 0
+    ) -> list[Scored]:
+        """Log-probabilities of the tokens from position `start` on, for each prompt.
+
+        What lies before `start` may come from the prefix cache, so many endings of one beginning cost little.
+        Raises as `submit`.
+        """
+        ...
+
+    async def embed(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        pooling: Pooling = "mean",
+        adapter: str | None = None,
+        priority: int = 0,
+    ) -> list[tuple[float, ...]]:
+        """A vector of length one for each prompt, made of the last layer's. Raises as `submit`."""
+        ...
+
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Replaces tensors by their Hugging Face names between two steps.
 
         Running requests keep their tokens and go on under the new weights; their cached keys and values
-        are computed again. Raises DataError for an unknown name or another shape.
+        are computed again. Outputs say which version chose their tokens. Raises DataError for an unknown name or
+        another shape; tensors before it are replaced then, and the version stays.
         """
+        ...
+
+    def pause(self) -> None:
+        """Stops computing after the step in progress; requests wait where they are and new ones queue."""
+        ...
+
+    def resume(self) -> None:
+        """Goes on after `pause`."""
+        ...
+
+    def load_adapter(self, name: str, folder: str) -> None:
+        """Makes a PEFT LoRA folder available to requests under `name`.
+
+        Raises DataError for a taken name, a folder that is no LoRA adapter or holds what could execute, or an
+        adapter of another base.
+        """
+        ...
+
+    def unload_adapter(self, name: str) -> None:
+        """Takes an adapter away from new requests; running ones keep it. Raises DataError when it is not loaded."""
         ...
 
     def close(self) -> None:

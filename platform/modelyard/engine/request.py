@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from modelyard.errors import DataError, ModelyardError
 
 Finish = Literal["stop", "length", "abort", "error"]
+Task = Literal["generate", "score", "embed"]
+Pooling = Literal["mean", "last"]
+GrammarKind = Literal["json_schema", "json_object", "regex", "lark"]
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
+MAX_GRAMMAR_CHARACTERS = 200_000
 
 
 class EngineStopped(ModelyardError):
     """The engine was closed or has failed; another one may answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must match, whatever the model would rather say.
+
+    `text` is a JSON schema as JSON, a regular expression, or a Lark grammar; unused for `json_object`,
+    which asks for any JSON object. Needs the `grammar` extra.
+    """
+
+    kind: GrammarKind
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +56,7 @@ class Sampling:
         stop_tokens: token ids that end the answer besides the model's own end tokens.
         ignore_eos: go on past the model's end tokens.
         logprobs: None = off, else how many alternatives to report beside the chosen token.
+        grammar: None = off, else what the answer must match.
     """
 
     max_tokens: int = 128
@@ -56,6 +73,7 @@ class Sampling:
     stop_tokens: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
     @property
     def greedy(self) -> bool:
@@ -75,7 +93,9 @@ class Sampling:
         """Raises DataError naming the first parameter out of range."""
         for name, good, rule in self._rules(vocabulary):
             if not good:
-                raise DataError(f"{name} is {getattr(self, name)!r}", place=name, mend=f"{name} must be {rule}")
+                value = repr(getattr(self, name))
+                shown = value if len(value) <= 100 else value[:100] + "..."
+                raise DataError(f"{name} is {shown}", place=name, mend=f"{name} must be {rule}")
 
     def _rules(self, vocabulary: int) -> Iterable[tuple[str, bool, str]]:
         yield "max_tokens", self.max_tokens >= 1, "at least 1"
@@ -91,6 +111,8 @@ class Sampling:
         stops = len(self.stop) <= MAX_STOPS and all(0 < len(s) <= MAX_STOP_CHARACTERS for s in self.stop)
         yield "stop", stops, f"at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARACTERS} characters"
         yield "logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}"
+        size = 0 if self.grammar is None else len(self.grammar.text)
+        yield "grammar", size <= MAX_GRAMMAR_CHARACTERS, f"at most {MAX_GRAMMAR_CHARACTERS} characters"
 
 
 def _within(value: float, low: float, high: float) -> bool:
@@ -99,7 +121,7 @@ def _within(value: float, low: float, high: float) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt to continue.
+    """One prompt to continue, to score or to embed.
 
     Attributes:
         id: unique among the requests an engine holds.
@@ -107,6 +129,12 @@ class Request:
         sampling: how to continue it.
         priority: smaller runs first; equal priorities run in order of arrival.
         detokenize: whether step outputs carry text; stop strings need it.
+        adapter: name of a loaded LoRA adapter; None = the base model.
+        task: `generate` an answer; `score` the prompt, or `embed` it, and end without an answer.
+        prompt_logprobs: None = off, else how many alternatives to report for every prompt token.
+        logprobs_from: first prompt position whose log-probability is reported. Position 0 has none. What
+            lies before may come from the prefix cache.
+        pooling: how `embed` makes one vector of the last layer's: `mean` of all tokens, or the `last`.
     """
 
     id: str
@@ -114,11 +142,31 @@ class Request:
     sampling: Sampling = Sampling()
     priority: int = 0
     detokenize: bool = True
+    adapter: str | None = None
+    task: Task = "generate"
+    prompt_logprobs: int | None = None
+    logprobs_from: int = 1
+    pooling: Pooling = "mean"
+
+    def samples(self, count: int) -> list[Request]:
+        """`count` requests for as many answers to this prompt: ids `id-0 ..`, seeds one apart.
+
+        Queued together they compute the prompt once: the later ones wait for the first one's blocks.
+        """
+        seed = self.sampling.seed
+        return [
+            replace(
+                self,
+                id=f"{self.id}-{i}",
+                sampling=self.sampling if seed is None else replace(self.sampling, seed=seed + i),
+            )
+            for i in range(count)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Natural-log probability of a chosen token under the model, before temperature, and its rivals."""
+    """Natural-log probability of a token under the model, before temperature, and its rivals."""
 
     token: int
     logprob: float
@@ -129,9 +177,20 @@ class TokenLogprob:
 class StepOutput:
     """What one request gained since the last output: tokens, text, and perhaps its end.
 
-    `text` lags behind `tokens` while a character or a possible stop string is incomplete. `weights` is
-    the version of the weights that chose the last of these tokens, `waited` the seconds from arrival to the
-    request's first step.
+    Attributes:
+        tokens: new tokens of the answer.
+        text: text that became certain; it lags behind `tokens` while a character or a possible stop
+            string is incomplete.
+        logprobs: one entry a token, when asked for.
+        finish: why the answer ended, None while it goes on.
+        weights: version of the weights that chose the last of these tokens.
+        waited: seconds from arrival to the request's first step.
+        error: what went wrong when `finish` is `error`.
+        weights_first: version of the weights that chose the first of these tokens.
+        prompt_logprobs: prompt tokens from `logprobs_from` on, when asked for; they come whole, before or
+            with the first token.
+        embedding: the prompt's vector, of length one, for `embed`.
+        cached: prompt tokens that came from the prefix cache.
     """
 
     tokens: tuple[int, ...]
@@ -141,6 +200,10 @@ class StepOutput:
     weights: int = 0
     waited: float = 0.0
     error: str = ""
+    weights_first: int = 0
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    embedding: tuple[float, ...] = ()
+    cached: int = 0
 
     def __add__(self, later: StepOutput) -> StepOutput:
         """This output and the next of the same request as one."""
@@ -150,14 +213,36 @@ class StepOutput:
             self.logprobs + later.logprobs,
             later.finish,
             later.weights,
-            later.waited,
+            later.waited or self.waited,
             later.error,
+            self.weights_first if self.tokens else later.weights_first,
+            self.prompt_logprobs + later.prompt_logprobs,
+            self.embedding or later.embedding,
+            max(self.cached, later.cached),
         )
 
 
 @dataclass(frozen=True, slots=True)
+class Scored:
+    """Log-probabilities of given tokens: `logprobs[i]` is that of token `start + i` after all before it."""
+
+    logprobs: tuple[float, ...]
+    weights: int
+
+    @property
+    def total(self) -> float:
+        """Natural-log probability of all scored tokens together."""
+        return math.fsum(self.logprobs)
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot of an engine. Totals count since the engine started."""
+    """A snapshot of an engine. Totals count since the engine started.
+
+    `blocks` hold `block_tokens` tokens each; `blocks_used` belong to running requests, `blocks_cached` to
+    no one but can be reused. `prefix_hit_tokens_total` of `prefix_asked_tokens_total` prompt tokens came
+    from the prefix cache. `drafted_total` tokens were guessed by speculation, `accepted_total` kept.
+    """
 
     waiting: int
     running: int
@@ -172,3 +257,14 @@ class EngineStats:
     aborted_total: int
     last_batch: int
     weights: int
+    blocks: int = 0
+    blocks_used: int = 0
+    blocks_cached: int = 0
+    block_tokens: int = 0
+    prefix_hit_tokens_total: int = 0
+    prefix_asked_tokens_total: int = 0
+    preempted_total: int = 0
+    drafted_total: int = 0
+    accepted_total: int = 0
+    paused: bool = False
+    adapters: tuple[str, ...] = ()

@@ -14,8 +14,8 @@ from modelyard.errors import DataError
 VARIANTS = ("default", "linear", "llama3", "yarn")
 
 
-def rotations(parameters: Mapping[str, Any], head_dim: int, length: int) -> Tensor:
-    """Unit complex numbers to multiply query and key pairs with (RoFormer, arXiv:2104.09864).
+def rotations(parameters: Mapping[str, Any], head_dim: int, length: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines that rotate the halves of queries and keys (RoFormer, arXiv:2104.09864).
 
     Args:
         parameters: `rope_parameters` of a Hugging Face config.
@@ -23,7 +23,7 @@ def rotations(parameters: Mapping[str, Any], head_dim: int, length: int) -> Tens
         length: positions to cover.
 
     Returns:
-        complex64 [length, head_dim / 2], scaled by the variant's attention factor.
+        float32 [length, head_dim / 2] each, scaled by the variant's attention factor.
 
     Raises:
         DataError: a variant this engine does not know.
@@ -43,7 +43,7 @@ def rotations(parameters: Mapping[str, Any], head_dim: int, length: int) -> Tens
     elif variant == "yarn":
         frequencies, scale = _yarn(frequencies, parameters, base, head_dim)
     angles = torch.arange(length).float()[:, None] * frequencies
-    return torch.complex(angles.cos() * scale, angles.sin() * scale)
+    return angles.cos() * scale, angles.sin() * scale
 
 
 def _llama3(frequencies: Tensor, p: Mapping[str, Any]) -> Tensor:

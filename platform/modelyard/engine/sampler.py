@@ -31,12 +31,13 @@ class Choice:
 
 
 @torch.inference_mode()
-def sample(logits: Tensor, sequences: list[Sequence]) -> list[Choice]:
+def sample(logits: Tensor, sequences: list[Sequence], ahead: list[int] | None = None) -> list[Choice]:
     """Chooses one token a row.
 
     Args:
         logits: float32 [rows, vocabulary]; may be changed in place.
         sequences: the sequence of each row.
+        ahead: how many guessed tokens lie between the sequence's last one and the row's choice; None = none.
 
     Returns:
         One choice a row, in order.
@@ -45,16 +46,31 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[Choice]:
     for row, sequence in enumerate(sequences):
         if sequence.request.sampling.penalized:
             _penalize(logits[row], sequence)
+        if sequence.matcher is not None:
+            sequence.matcher.restrict(logits[row])
+    ahead = ahead or [0] * len(sequences)
     best, tokens = logits.max(dim=-1)
     chosen: list[int] = tokens.tolist()
     rows = [i for i, s in enumerate(sequences) if not s.request.sampling.greedy]
     finite = best.isfinite().tolist()
     rows = [i for i in rows if finite[i]]
     if rows:
-        drawn = _draw(logits[rows], [sequences[i] for i in rows])
+        places = [len(sequences[i].tokens) + ahead[i] for i in rows]
+        drawn = _draw(logits[rows], [sequences[i] for i in rows], places)
         for row, token in zip(rows, drawn, strict=True):
             chosen[row] = token
     return [Choice(token, reports.of(row, token)) if finite[row] else Choice(-1) for row, token in enumerate(chosen)]
+
+
+def prompt_logprobs(logits: Tensor, tokens: list[int], rivals: int) -> list[TokenLogprob]:
+    """Log-probabilities of given next tokens. logits: [rows, vocabulary], tokens: one a row."""
+    values = logits.log_softmax(-1)
+    chosen = values.gather(1, torch.tensor(tokens)[:, None]).squeeze(1).tolist()
+    if not rivals:
+        return [TokenLogprob(t, v) for t, v in zip(tokens, chosen, strict=True)]
+    top = values.topk(min(rivals, values.shape[1]))
+    pairs = zip(tokens, chosen, top.indices.tolist(), top.values.tolist(), strict=True)
+    return [TokenLogprob(t, v, tuple(zip(ids, ps, strict=True))) for t, v, ids, ps in pairs]
 
 
 class _Reports:
@@ -88,13 +104,16 @@ def _penalize(row: Tensor, sequence: Sequence) -> None:
         row[torch.tensor(list(p.logit_bias))] += torch.tensor(list(p.logit_bias.values()), dtype=torch.float32)
 
 
-def _draw(logits: Tensor, sequences: list[Sequence]) -> list[int]:
-    """Draws from each row's tempered and filtered distribution by inverting its cumulative sum."""
+def _draw(logits: Tensor, sequences: list[Sequence], places: list[int]) -> list[int]:
+    """Draws from each row's tempered and filtered distribution by inverting its cumulative sum.
+
+    `places` are the positions the chosen tokens will have.
+    """
     parameters = [s.request.sampling for s in sequences]
     temperature = torch.tensor([p.temperature for p in parameters])
     # Shifted by the maximum first: a tiny temperature must not overflow.
     scaled = (logits - logits.max(dim=-1, keepdim=True).values) / temperature[:, None]
-    uniform = [_uniform(s.seed, len(s.tokens)) for s in sequences]
+    uniform = [_uniform(s.seed, place) for s, place in zip(sequences, places, strict=True)]
     filtered = [i for i, p in enumerate(parameters) if p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0]
     plain = [i for i in range(len(parameters)) if i not in set(filtered)]
     drawn = [0] * len(parameters)

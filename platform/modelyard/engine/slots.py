@@ -1,4 +1,4 @@
-"""Key/value slots: which row of the cache belongs to which sequence."""
+"""Key/value slots: which row of the working cache belongs to which sequence."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ import heapq
 
 
 class Slots:
-    """Hands out the lowest free slot, so that occupied slots stay at the front of the cache.
-
-    A decode step attends over rows `0 .. height-1` as one view without copying; holes in that range
-    are wasted work, and :meth:`move` closes them.
-    """
+    """Hands out the lowest free slot, so that memory the operating system has given is used again first."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -20,11 +16,6 @@ class Slots:
     @property
     def used(self) -> int:
         return len(self._used)
-
-    @property
-    def height(self) -> int:
-        """One more than the highest occupied slot."""
-        return max(self._used, default=-1) + 1
 
     def can_allocate(self) -> bool:
         return bool(self._free)
@@ -39,11 +30,6 @@ class Slots:
         """Gives a slot back. Raises KeyError when it was not taken."""
         self._used.remove(slot)
         heapq.heappush(self._free, slot)
-
-    def hole(self) -> tuple[int, int] | None:
-        """(highest occupied slot, lowest free slot below it), or None when the front is dense."""
-        top = self.height - 1
-        return (top, self._free[0]) if self._free and self._free[0] < top else None
 
     def occupied(self) -> frozenset[int]:
         """All occupied slots."""

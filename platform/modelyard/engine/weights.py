@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,21 +14,57 @@ from modelyard.engine.linear import Linear
 from modelyard.engine.options import Precision
 from modelyard.errors import DataError
 
-_LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
+
+class Norm:
+    """Weight and bias of a normalization; `bias` is empty where the family has none (RMS norm)."""
+
+    def __init__(self, width: int, *, bias: bool = False) -> None:
+        self.weight = torch.empty(width)
+        self.bias = torch.empty(width if bias else 0)
+        self.arrays: tuple[np.ndarray, np.ndarray] = (self.weight.numpy(), self.bias.numpy())
+
+
+@dataclass
+class Mlp:
+    """One feed-forward network. `up` holds gate and up stacked in gated families."""
+
+    up: Linear
+    down: Linear
+
+
+@dataclass
+class Mixture:
+    """Experts, the router that chooses them, and perhaps one that every token uses, with its gate."""
+
+    router: Tensor
+    experts: list[Mlp]
+    shared: Mlp | None
+    shared_gate: Tensor | None
 
 
 @dataclass
 class Layer:
     """Tensors of one block. Query, key and value share a matrix, gate and up another."""
 
-    input_norm: Tensor
-    mlp_norm: Tensor
+    input_norm: Norm
+    mlp_norm: Norm
     qkv: Linear
     out: Linear
-    gate_up: Linear
-    down: Linear
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    mlp: Mlp | Mixture
+    q_norm: Norm
+    k_norm: Norm
+
+
+@dataclass(frozen=True)
+class Module:
+    """A checkpoint's linear module: rows `start .. start+rows` of one of ours, known to adapters as `key`."""
+
+    key: tuple[int, str]
+    linear: Linear
+    start: int
+    rows: int
+    columns: int
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,75 +73,143 @@ class _Place:
 
     shape: tuple[int, ...]
     store: Callable[[Tensor], None]
-    linear: Linear | None = None
 
 
 class Weights:
-    """All tensors of a decoder in float32 (or packed), addressed by Hugging Face names."""
+    """All tensors of a decoder, addressed by Hugging Face names. `modules` are those LoRA may adapt."""
 
     def __init__(self, config: DecoderConfig, precision: Precision) -> None:
         c = self.config = config
         self.precision = precision
         self.embed = torch.empty(c.vocabulary, c.hidden)
-        self.norm = torch.empty(c.hidden)
-        self.layers = [self._layer() for _ in range(c.layers)]
+        self.positions = torch.empty(c.positions if c.rope is None else 0, c.hidden)
+        self.norm = Norm(c.hidden, bias=c.family == "gpt2")
+        self.layers = [self._layer(sparse) for sparse in c.sparse]
         self.head = Linear(c.vocabulary, c.hidden, bias=False)
-        if c.tied and precision == "float32":
-            self.head.weight = self.embed  # one copy serves both ends
-        self._places = self._index()
+        self.modules: dict[str, Module] = {}
+        self._places = dict(self._gpt2_index() if c.family == "gpt2" else self._llama_index())
 
-    def _layer(self) -> Layer:
+    def _layer(self, sparse: bool) -> Layer:
         c = self.config
         qkv_rows = (c.heads + 2 * c.kv_heads) * c.head_dim
+        bias = c.family == "gpt2"
         return Layer(
-            input_norm=torch.empty(c.hidden),
-            mlp_norm=torch.empty(c.hidden),
+            input_norm=Norm(c.hidden, bias=bias),
+            mlp_norm=Norm(c.hidden, bias=bias),
             qkv=Linear(qkv_rows, c.hidden, c.qkv_bias),
             out=Linear(c.hidden, c.heads * c.head_dim, c.out_bias),
-            gate_up=Linear(2 * c.intermediate, c.hidden, c.mlp_bias),
-            down=Linear(c.hidden, c.intermediate, c.mlp_bias),
-            q_norm=torch.empty(c.head_dim) if c.qk_norm else None,
-            k_norm=torch.empty(c.head_dim) if c.qk_norm else None,
+            mlp=self._mixture() if sparse else self._mlp(c.intermediate, c.mlp_bias),
+            q_norm=Norm(c.head_dim if c.qk_norm else 0),
+            k_norm=Norm(c.head_dim if c.qk_norm else 0),
         )
 
-    def _index(self) -> dict[str, _Place]:
+    def _mlp(self, width: int, bias: bool = False) -> Mlp:
         c = self.config
-        places = {"model.norm.weight": _vector(self.norm)}
+        stacked = 1 if c.family == "gpt2" else 2
+        return Mlp(Linear(stacked * width, c.hidden, bias), Linear(c.hidden, width, bias))
 
-        def store_embedding(value: Tensor) -> None:
+    def _mixture(self) -> Mixture:
+        c, e = self.config, self.config.experts
+        assert e is not None
+        return Mixture(
+            router=torch.empty(e.count, c.hidden),
+            experts=[self._mlp(e.width) for _ in range(e.count)],
+            shared=self._mlp(e.shared) if e.shared else None,
+            shared_gate=torch.empty(1, c.hidden) if e.shared else None,
+        )
+
+    def _ends(self, embed: str) -> Iterator[tuple[str, _Place]]:
+        """Both ends of the model: embedding and head, which a tied checkpoint stores once."""
+        c = self.config
+
+        def store(value: Tensor) -> None:
             self.embed.copy_(value)
-            if c.tied and self.precision != "float32":
+            if c.tied:
                 self.head.set_rows(0, value, bias=False)
 
-        places["model.embed_tokens.weight"] = _Place(
-            (c.vocabulary, c.hidden), store_embedding, self.head if c.tied else None
-        )
+        yield embed, _Place((c.vocabulary, c.hidden), store)
         if not c.tied:
-            places |= _rows("lm_head", self.head, 0, c.vocabulary, c.hidden, bias=False)
-        for i, layer in enumerate(self.layers):
-            places |= self._layer_index(f"model.layers.{i}.", layer)
-        return places
+            yield from self._rows("lm_head", self.head, 0, c.vocabulary, (-1, "head"))
 
-    def _layer_index(self, prefix: str, layer: Layer) -> dict[str, _Place]:
+    def _llama_index(self) -> Iterator[tuple[str, _Place]]:
+        yield from self._ends("model.embed_tokens.weight")
+        yield from _norm("model.norm", self.norm)
+        for i, layer in enumerate(self.layers):
+            yield from self._llama_layer(i, f"model.layers.{i}.", layer)
+
+    def _llama_layer(self, i: int, prefix: str, layer: Layer) -> Iterator[tuple[str, _Place]]:
         c = self.config
         q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        pair = _pair_up(c.head_dim)
-        attention, mlp = prefix + "self_attn.", prefix + "mlp."
-        places = {
-            prefix + "input_layernorm.weight": _vector(layer.input_norm),
-            prefix + "post_attention_layernorm.weight": _vector(layer.mlp_norm),
-        }
-        places |= _rows(attention + "q_proj", layer.qkv, 0, q, c.hidden, bias=c.qkv_bias, reorder=pair)
-        places |= _rows(attention + "k_proj", layer.qkv, q, kv, c.hidden, bias=c.qkv_bias, reorder=pair)
-        places |= _rows(attention + "v_proj", layer.qkv, q + kv, kv, c.hidden, bias=c.qkv_bias)
-        places |= _rows(attention + "o_proj", layer.out, 0, c.hidden, q, bias=c.out_bias)
-        places |= _rows(mlp + "gate_proj", layer.gate_up, 0, c.intermediate, c.hidden, bias=c.mlp_bias)
-        places |= _rows(mlp + "up_proj", layer.gate_up, c.intermediate, c.intermediate, c.hidden, bias=c.mlp_bias)
-        places |= _rows(mlp + "down_proj", layer.down, 0, c.hidden, c.intermediate, bias=c.mlp_bias)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            places[attention + "q_norm.weight"] = _vector(layer.q_norm, pair)
-            places[attention + "k_norm.weight"] = _vector(layer.k_norm, pair)
-        return places
+        attention = prefix + "self_attn."
+        yield from _norm(prefix + "input_layernorm", layer.input_norm)
+        yield from _norm(prefix + "post_attention_layernorm", layer.mlp_norm)
+        yield from self._rows(attention + "q_proj", layer.qkv, 0, q, (i, "qkv"))
+        yield from self._rows(attention + "k_proj", layer.qkv, q, kv, (i, "qkv"))
+        yield from self._rows(attention + "v_proj", layer.qkv, q + kv, kv, (i, "qkv"))
+        yield from self._rows(attention + "o_proj", layer.out, 0, c.hidden, (i, "out"))
+        if c.qk_norm:
+            yield from _norm(attention + "q_norm", layer.q_norm)
+            yield from _norm(attention + "k_norm", layer.k_norm)
+        if isinstance(layer.mlp, Mlp):
+            yield from self._gated(prefix + "mlp.", layer.mlp, (i, "up"), (i, "down"))
+        elif c.family == "mixtral":
+            yield from self._mixture_index(prefix + "block_sparse_moe.", layer.mlp, ("w1", "w3", "w2"))
+        else:
+            yield from self._mixture_index(prefix + "mlp.", layer.mlp, ("gate_proj", "up_proj", "down_proj"))
+
+    def _mixture_index(
+        self, prefix: str, mixture: Mixture, names: tuple[str, str, str]
+    ) -> Iterator[tuple[str, _Place]]:
+        yield prefix + "gate.weight", _tensor(mixture.router)
+        for index, expert in enumerate(mixture.experts):
+            yield from self._gated(f"{prefix}experts.{index}.", expert, None, None, names)
+        if mixture.shared is not None and mixture.shared_gate is not None:
+            yield from self._gated(prefix + "shared_expert.", mixture.shared, None, None)
+            yield prefix + "shared_expert_gate.weight", _tensor(mixture.shared_gate)
+
+    def _gated(
+        self,
+        prefix: str,
+        mlp: Mlp,
+        up_key: tuple[int, str] | None,
+        down_key: tuple[int, str] | None,
+        names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    ) -> Iterator[tuple[str, _Place]]:
+        width = mlp.down.columns
+        yield from self._rows(prefix + names[0], mlp.up, 0, width, up_key)
+        yield from self._rows(prefix + names[1], mlp.up, width, width, up_key)
+        yield from self._rows(prefix + names[2], mlp.down, 0, mlp.down.rows, down_key)
+
+    def _gpt2_index(self) -> Iterator[tuple[str, _Place]]:
+        yield from self._ends("transformer.wte.weight")
+        yield "transformer.wpe.weight", _tensor(self.positions)
+        yield from _norm("transformer.ln_f", self.norm)
+        for i, layer in enumerate(self.layers):
+            prefix = f"transformer.h.{i}."
+            assert isinstance(layer.mlp, Mlp)
+            yield from _norm(prefix + "ln_1", layer.input_norm)
+            yield from _norm(prefix + "ln_2", layer.mlp_norm)
+            for name, linear, key in (
+                ("attn.c_attn", layer.qkv, "qkv"),
+                ("attn.c_proj", layer.out, "out"),
+                ("mlp.c_fc", layer.mlp.up, "up"),
+                ("mlp.c_proj", layer.mlp.down, "down"),
+            ):
+                yield from self._rows(prefix + name, linear, 0, linear.rows, (i, key), transposed=True)
+
+    def _rows(
+        self, name: str, linear: Linear, start: int, rows: int, key: tuple[int, str] | None, *, transposed: bool = False
+    ) -> Iterator[tuple[str, _Place]]:
+        """A linear module that fills rows of `linear`; GPT-2 stores its matrices transposed."""
+        if key is not None:
+            self.modules[name] = Module(key, linear, start, rows, linear.columns, transposed)
+        shape = (linear.columns, rows) if transposed else (rows, linear.columns)
+        yield (
+            f"{name}.weight",
+            _Place(shape, lambda v: linear.set_rows(start, v.T if transposed else v, bias=False)),
+        )
+        if linear.bias is not None:
+            yield f"{name}.bias", _Place((rows,), lambda v: linear.set_rows(start, v, bias=True))
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], place: str) -> None:
         """Fills every tensor. Raises DataError for a missing, unknown or misshapen one."""
@@ -119,65 +223,56 @@ class Weights:
     def update(self, tensors: Iterable[tuple[str, Tensor]], place: str) -> set[str]:
         """Replaces the named tensors and returns their names. Raises DataError for an unknown or misshapen one."""
         done: set[str] = set()
-        for name, value in tensors:
-            target = self._places.get(name)
-            if target is None:
-                if self._ignorable(name):
-                    continue
-                raise DataError(f"tensor {name} has no place in this model", place=place, mend="check config.json")
-            if tuple(value.shape) != target.shape:
-                raise DataError(
-                    f"tensor {name} has shape {tuple(value.shape)}, the config says {target.shape}",
-                    place=place,
-                    mend="check config.json",
-                )
-            target.store(value.detach().to("cpu", torch.float32))
-            done.add(name)
-        for linear in self._linears():
-            linear.pack(self.precision)
+        try:
+            for name, value in tensors:
+                target = self._target(name, value, place)
+                if target is not None:
+                    target.store(value.detach().to("cpu", torch.float32))
+                    done.add(name)
+        finally:
+            self.pack(self.precision)
         return done
 
+    def _target(self, name: str, value: Tensor, place: str) -> _Place | None:
+        target = self._places.get(name) or self._places.get(f"transformer.{name}")  # the first GPT-2 files
+        if target is None:
+            if self._ignorable(name):
+                return None
+            raise DataError(f"tensor {name} has no place in this model", place=place, mend="check config.json")
+        if tuple(value.shape) != target.shape:
+            raise DataError(
+                f"tensor {name} has shape {tuple(value.shape)}, the config says {target.shape}",
+                place=place,
+                mend="check config.json",
+            )
+        return target
+
+    def pack(self, precision: Precision) -> None:
+        """Brings all matrices into the form `precision` computes with."""
+        self.precision = precision
+        for linear in self._linears():
+            linear.pack(precision)
+
     def _ignorable(self, name: str) -> bool:
-        # Old checkpoints store RoPE tables, and some a copy of the tied head.
-        return name.endswith("rotary_emb.inv_freq") or (self.config.tied and name == "lm_head.weight")
+        # Old checkpoints store RoPE tables and causal masks, and some a copy of the tied head.
+        buffers = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+        return name.endswith(buffers) or (self.config.tied and name == "lm_head.weight")
 
     def _linears(self) -> Iterable[Linear]:
         for layer in self.layers:
-            yield from (layer.qkv, layer.out, layer.gate_up, layer.down)
+            yield from (layer.qkv, layer.out)
+            mlps = [layer.mlp] if isinstance(layer.mlp, Mlp) else [*layer.mlp.experts, layer.mlp.shared]
+            for mlp in mlps:
+                if mlp is not None:
+                    yield from (mlp.up, mlp.down)
         yield self.head
 
 
-def _vector(target: Tensor, reorder: Callable[[Tensor], Tensor] = lambda t: t) -> _Place:
-    return _Place(tuple(target.shape), lambda value: (target.copy_(reorder(value)), None)[1])
+def _tensor(target: Tensor) -> _Place:
+    return _Place(tuple(target.shape), lambda value: (target.copy_(value), None)[1])
 
 
-def _rows(
-    name: str,
-    linear: Linear,
-    start: int,
-    rows: int,
-    columns: int,
-    *,
-    bias: bool,
-    reorder: Callable[[Tensor], Tensor] = lambda t: t,
-) -> dict[str, _Place]:
-    places = {
-        f"{name}.weight": _Place((rows, columns), lambda v: linear.set_rows(start, reorder(v), bias=False), linear)
-    }
-    if bias:
-        places[f"{name}.bias"] = _Place((rows,), lambda v: linear.set_rows(start, reorder(v), bias=True), linear)
-    return places
-
-
-def _pair_up(head_dim: int) -> Callable[[Tensor], Tensor]:
-    """Reorders the rows of every head so that the two halves RoPE rotates together lie side by side.
-
-    Queries and keys are reordered alike, so their products do not change, and the rotation becomes one
-    complex multiplication (4x fewer operations on a CPU than rotating halves).
-    """
-
-    def reorder(value: Tensor) -> Tensor:
-        halves = value.view(-1, 2, head_dim // 2, *value.shape[1:])
-        return halves.transpose(1, 2).reshape(value.shape)
-
-    return reorder
+def _norm(name: str, norm: Norm) -> Iterator[tuple[str, _Place]]:
+    yield f"{name}.weight", _tensor(norm.weight)
+    if norm.bias.numel():
+        yield f"{name}.bias", _tensor(norm.bias)

@@ -1,0 +1,90 @@
+"""From a model folder and options to the parts an engine core steps with, within the memory allowed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from modelyard.engine.cache import Cache
+from modelyard.engine.calibrate import pack_int8
+from modelyard.engine.checkpoint import DecoderConfig, check_folder, read_config, read_tensors
+from modelyard.engine.decoder import Decoder
+from modelyard.engine.options import EngineOptions
+from modelyard.engine.speculate import DraftModel, Guesser, PromptLookup
+from modelyard.engine.tokenizer import Tokenizer
+from modelyard.engine.weights import Weights
+from modelyard.errors import ResourceError
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What `EngineCore` is made of. `blocks` of key/value blocks in all."""
+
+    config: DecoderConfig
+    max_length: int
+    tokenizer: Tokenizer | None
+    decoder: Decoder
+    guesser: Guesser | None
+    blocks: int
+
+
+def build(folder: Path, options: EngineOptions) -> Parts:
+    """Checks, sizes and loads.
+
+    Raises:
+        DataError: the folder is incomplete, unsafe or of another architecture.
+        ResourceError: the key/value cache does not fit, or int8 costs too much quality.
+    """
+    check_folder(folder)
+    config = read_config(folder)
+    length = config.length(options.max_length)
+    blocks = _blocks(config, length, options)
+    tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").exists() else None
+    gated = options.precision == "int8"
+    weights = Weights(config, "float32" if gated else options.precision)
+    weights.load(read_tensors(folder), str(folder))
+    stored = blocks if options.prefix_cache else 0
+    cache = Cache(config, options.max_sequences, length, stored, options.block_tokens)
+    decoder = Decoder(weights, cache, length, torch.get_num_threads())
+    if gated:
+        pack_int8(weights, decoder, tokenizer, options.max_loss_increase)
+    return Parts(config, length, tokenizer, decoder, _guesser(config, length, options), blocks)
+
+
+def _guesser(config: DecoderConfig, length: int, options: EngineOptions) -> Guesser | None:
+    s = options.speculation
+    if s is None:
+        return None
+    if s.method == "prompt_lookup":
+        return PromptLookup(s)
+    return DraftModel(
+        s, config.vocabulary, options.max_sequences, length, options.precision, torch.get_num_threads()
+    )  # fmt: skip
+
+
+def _blocks(config: DecoderConfig, length: int, options: EngineOptions) -> int:
+    """Blocks of the prefix cache: as many as wanted, else as fill all slots, else as memory allows."""
+    import psutil
+
+    bound = options.cache_bytes if options.cache_bytes is not None else int(0.6 * psutil.virtual_memory().available)
+    size, token = options.block_tokens, config.cache_bytes_per_token
+    slot = -(-length // size)
+    slots = slot * options.max_sequences * size * token
+    # One sequence of the greatest length must always fit, or it could never run.
+    least, whole = slot + 1, (slot + 1) * options.max_sequences
+    if not options.prefix_cache:
+        stored, blocks = 0, whole
+    else:
+        wanted = whole if options.cache_tokens is None else -(-options.cache_tokens // size)
+        fitting = max(0, bound - slots) // (size * token)
+        blocks = max(least, wanted if options.cache_tokens is not None else min(wanted, fitting))
+        stored = blocks * size * token
+    if slots + stored > bound:
+        raise ResourceError(
+            f"the key/value cache needs {(slots + stored) / 2**20:,.0f} MiB, {bound / 2**20:,.0f} MiB are allowed",
+            place="engine.max_sequences, engine.max_length, engine.cache_tokens",
+            mend="lower max_sequences or max_length, or raise cache_bytes",
+        )
+    return blocks

@@ -1,0 +1,53 @@
+"""Keys and values on a CPU: contiguous working slots, and the block store that prefixes are kept in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from modelyard.engine.checkpoint import DecoderConfig
+
+
+class Cache:
+    """Working slots [layers, 2, slots, kv_heads, length, head_dim] and a block store, float32.
+
+    Attention reads a sequence's keys and values in one contiguous run, which a CPU does several times as fast
+    as through a block table; the price is that a full block is copied to the store once, and from it when another
+    request begins with it. Copying 512 tokens costs a hundredth of computing them. Both are zero-filled lazily by
+    the operating system, so memory is used only as sequences grow.
+
+    Args:
+        config: the decoder's shape.
+        slots: sequences computed at once.
+        length: tokens a slot holds.
+        blocks: blocks of the store, 0 = no prefix cache.
+        size: tokens of a block.
+    """
+
+    def __init__(self, config: DecoderConfig, slots: int, length: int, blocks: int = 0, size: int = 16) -> None:
+        length = -(-length // size) * size
+        self.size = size
+        self.data = torch.zeros(config.layers, 2, slots, config.kv_heads, length, config.head_dim)
+        self.arrays = [(layer[0].numpy(), layer[1].numpy()) for layer in self.data]
+        self._store = torch.zeros(blocks, config.layers, 2, config.kv_heads, size, config.head_dim)
+        self._slots, self._blocks = self.data.numpy(), self._store.numpy()
+
+    def load(self, slot: int, blocks: Sequence[int]) -> None:
+        """Copies stored blocks to the front of a slot, in order."""
+        for index, block in enumerate(blocks):
+            self._slots[:, :, slot, :, index * self.size : (index + 1) * self.size] = self._blocks[block]
+
+    def save(self, slot: int, blocks: Sequence[tuple[int, int]]) -> None:
+        """Copies blocks of a slot to the store: (index in the slot, stored block)."""
+        for index, block in blocks:
+            self._blocks[block] = self._slots[:, :, slot, :, index * self.size : (index + 1) * self.size]
+
+    def move(self, source: int, target: int, tokens: int) -> None:
+        """Copies the first `tokens` positions of a slot to another slot."""
+        self._slots[:, :, target, :, :tokens] = self._slots[:, :, source, :, :tokens]
+
+
+EMPTY = np.empty((0, 0), np.float32)
+"""Stands for "none" where a kernel takes an optional matrix."""
