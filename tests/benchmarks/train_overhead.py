@@ -13,7 +13,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -52,33 +51,23 @@ def without_ray(tokens: Path, folder: Path) -> float:
     return settled(trained(job, 2, folder / "out.json")["history"])
 
 
-def with_ray(tokens: Path, folder: Path) -> tuple[float, float]:
-    """Seconds a step of two Ray Train workers, and seconds until the first step was done."""
+def with_ray(tokens: Path, folder: Path) -> tuple[float, dict[str, float]]:
+    """Seconds a step of two Ray Train workers, and seconds until workers ran, had imported, and had done a step."""
     from training_stage import artifact, run_stage
 
-    from modelyard.stages import workers
+    from modelyard.stages import live
     from modelyard.stages.pretrain import PretrainOptions
 
     found: dict[str, Any] = {}
-    handler, fit = workers._handler, workers._fit
+    handle = live.Live.handle
 
-    def watched(ctx: Any, bar: Any, post: Any) -> Any:
-        handle = handler(ctx, bar, post)
+    def seen(self: live.Live, kind: str, value: Any) -> None:
+        handle(self, kind, value)
+        found["start"] = self.post.start
+        if kind == "outcome":
+            found["history"] = value.history
 
-        def seen(kind: str, value: Any) -> None:
-            if kind == "metrics":
-                found.setdefault("first", time.monotonic())
-            if kind == "outcome":
-                found["history"] = value.history
-            handle(kind, value)
-
-        return seen
-
-    def timed(trainer: Any) -> Any:
-        found["start"] = time.monotonic()
-        return fit(trainer)
-
-    workers._handler, workers._fit = watched, timed
+    live.Live.handle = seen  # type: ignore[method-assign]
     options = PretrainOptions.model_validate(
         {
             "kind": "pretrain", "model": {"preset": MODEL}, "steps": STEPS, "global_batch": BATCH,
@@ -88,8 +77,8 @@ def with_ray(tokens: Path, folder: Path) -> tuple[float, float]:
     try:
         run_stage(options, {"tokens": artifact(tokens, "tokenize")}, folder)
     finally:
-        workers._handler, workers._fit = handler, fit
-    return settled(found["history"]), found["first"] - found["start"]
+        live.Live.handle = handle  # type: ignore[method-assign]
+    return settled(found["history"]), found["start"]
 
 
 def main() -> None:
@@ -108,10 +97,11 @@ def main() -> None:
         for turn in range(REPEATS):
             seconds, start = with_ray(tokens, Path(name) / f"ray{turn}")
             ray.append(seconds)
-            first.append(start)
+            first.append(start["first_step"])
             (Path(name) / f"bare{turn}").mkdir()
             bare.append(without_ray(tokens, Path(name) / f"bare{turn}"))
-            say(f"turn {turn}: Ray {ray[-1]:.3f} s a step (first after {start:.1f} s), bare {bare[-1]:.3f} s")
+            parts = ", ".join(f"{name} {at:.1f} s" for name, at in start.items())
+            say(f"turn {turn}: Ray {ray[-1]:.3f} s a step ({parts}), bare {bare[-1]:.3f} s")
     session.stop()
     ratio = statistics.median(r / b for r, b in zip(ray, bare, strict=True))
     result = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
 NAME = re.compile(r"^[a-z][a-z0-9_-]{0,47}$")
 _SIZE = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*([kmgt]?)(i?)b?\s*$", re.IGNORECASE)
@@ -45,7 +45,12 @@ Bytes = Annotated[
 class Resources(Options):
     """What a stage may use. Never part of a fingerprint: the result does not depend on it."""
 
-    workers: int = Field(1, ge=1, description="worker processes (Ray Train workers, Ray Data parallelism)")
+    workers: int = Field(
+        1, ge=1, description="worker processes (Ray Train workers, Ray Data parallelism); [1, 4] sets min_workers too"
+    )
+    min_workers: int | None = Field(
+        None, ge=1, description="training goes on with as few workers as this, and grows again; null = all or none"
+    )
     cpus_per_worker: float = Field(1.0, gt=0, description="CPU cores a worker holds")
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs a worker holds")
     memory_per_worker: Bytes | None = Field(None, description="bytes of RAM a worker may use; null = the node's")
@@ -53,6 +58,28 @@ class Resources(Options):
         None, description="hardware name for predictions (`modelyard plan`); null = this machine"
     )
     region: str = Field("world", description="electricity grid for emissions, such as france; world = the mean")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _range(cls, value: Any) -> Any:
+        """Reads `workers: [fewest, most]`."""
+        given = value.get("workers") if isinstance(value, dict) else None
+        if not isinstance(given, list | tuple):
+            return value
+        if len(given) != 2 or "min_workers" in value:
+            raise ValueError("write workers: [fewest, most], or workers and min_workers")
+        return {**value, "min_workers": given[0], "workers": given[1]}
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Resources:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers {self.min_workers} is above workers {self.workers}")
+        return self
+
+    @property
+    def fewest(self) -> int:
+        """The fewest workers the stage runs on."""
+        return self.workers if self.min_workers is None else self.min_workers
 
 
 class FileInput(Options):

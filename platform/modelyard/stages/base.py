@@ -124,8 +124,8 @@ class Stage(Generic[O]):
     def demand(self, options: O) -> dict[str, float]:
         """Ray resources the stage holds while it runs, so that the runner knows what fits side by side."""
         r = options.resources
-        demand = {"CPU": r.workers * r.cpus_per_worker}
-        return demand | ({"GPU": r.workers * r.gpus_per_worker} if r.gpus_per_worker else {})
+        demand = {"CPU": r.fewest * r.cpus_per_worker}
+        return demand | ({"GPU": r.fewest * r.gpus_per_worker} if r.gpus_per_worker else {})
 
     def run(self, ctx: StageContext[O]) -> StageResult:
         """Does the work: reads `ctx.inputs`, writes under `ctx.output`, returns what came out."""

@@ -19,15 +19,15 @@ from modelyard.stages.training import (
     TrainingStageOptions,
     check_training,
     clear,
-    curves,
     lora_parameters,
     model_config,
     model_place,
     predict,
+    predicted,
     speed_metrics,
     warnings,
-    write_results,
 )
+from modelyard.stages.training_report import RESULTS, curves, write_results
 from modelyard.storage import (
     Artifact,
     Files,
@@ -96,7 +96,7 @@ class FinetuneStage(Stage[FinetuneOptions]):
         options = ctx.options
         for warning in warnings(options):
             ctx.progress.say(f"[yellow]warning[/]: {warning}")
-        clear(ctx, "model", "adapter", "loss.csv", "report.html", "heldout.jsonl")
+        clear(ctx, "model", "adapter", "heldout.jsonl", *RESULTS)
         facts = _prepare(ctx)
         place = model_place(ctx.inputs["model"], "model")
         job = FinetuneJob(
@@ -106,15 +106,23 @@ class FinetuneStage(Stage[FinetuneOptions]):
             train=options.training(),
             lora=options.adapter.lora,
             checkpoints=join(ctx.work, "checkpoints"),
+            reports=ctx.output,
         )
         places: dict[str, tuple[Artifact, str] | str] = {"model": place, "data": join(ctx.work, "pairs")}
         steps = options.total_steps(facts["sequences"], options.sequence_length)
-        outcome = run_workers(
-            ctx, Assignment("modelyard.train.programs:finetune", job, places), steps, options.restarts
-        )
+        estimate = _prediction(ctx, steps)
+        outcome = run_workers(ctx, Assignment("modelyard.train.programs:finetune", job, places), steps, estimate)
         write_bytes(join(ctx.output, "heldout.jsonl"), read_bytes(join(ctx.work, "pairs", "heldout.jsonl")))
-        write_results(ctx, outcome, _page(ctx, outcome, facts))
+        write_results(ctx, outcome, _page(ctx, outcome, facts), estimate)
         return _result(outcome, facts)
+
+
+def _prediction(ctx: StageContext[FinetuneOptions], steps: int) -> Estimate | None:
+    options, config = ctx.options, model_config(ctx.inputs.get("model"), "model")
+    lora = options.adapter.lora
+    trainable = lora_parameters(config, lora.r) if lora and config else None
+    length = options.sequence_length
+    return predicted(options, config, steps * options.global_batch * length, length, trainable, ctx.root)
 
 
 def _prepare(ctx: StageContext[FinetuneOptions]) -> dict[str, Any]:
@@ -264,5 +272,6 @@ def _page(ctx: StageContext[FinetuneOptions], outcome: Outcome, facts: Mapping[s
         ("last training loss", f"{outcome.loss:.4f}"),
         ("throughput", f"{outcome.tokens_per_second:,.0f} tokens a second on {ctx.options.resources.workers} workers"),
         ("time", f"{outcome.seconds:.0f} s"),
+        *([("ended early", outcome.stopped)] if outcome.stopped else []),
     ]
     return Page(f"Fine-tuning: {ctx.name}", rows, curves(outcome.history))

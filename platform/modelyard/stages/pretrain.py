@@ -17,15 +17,15 @@ from modelyard.stages.training import (
     TrainingStageOptions,
     check_training,
     clear,
-    curves,
     model_config,
     model_place,
     planned_config,
     predict,
+    predicted,
     speed_metrics,
     warnings,
-    write_results,
 )
+from modelyard.stages.training_report import RESULTS, curves, write_results
 from modelyard.storage import Artifact, join, read_bytes
 
 if TYPE_CHECKING:
@@ -60,11 +60,11 @@ class PretrainStage(Stage[PretrainOptions]):
                 place="model",
                 mend="give either model (preset or config) or the input model",
             )
-        check_training(options, _config(ctx), *_shape(ctx))
+        check_training(options, _config(ctx), *token_shape(ctx))
 
     def estimate(self, ctx: PlanContext[PretrainOptions]) -> Estimate:
         """By the planner; tokens need a budget in steps or tokens, or the tokens themselves."""
-        config, (length, _) = _config(ctx), _shape(ctx)
+        config, (length, _) = _config(ctx), token_shape(ctx)
         tokens = _tokens(ctx, length)
         if config is None or length is None or tokens is None:
             notes = ("size and time are known once its inputs are", *warnings(ctx.options))
@@ -77,7 +77,7 @@ class PretrainStage(Stage[PretrainOptions]):
         from modelyard.train.programs import PretrainJob
 
         tokens, options = ctx.artifact("tokens"), ctx.options
-        facts = _facts(tokens)
+        facts = token_facts(tokens)
         for warning in warnings(options):
             ctx.progress.say(f"[yellow]warning[/]: {warning}")
         places: dict[str, tuple[Artifact, str] | str] = {"tokens": (tokens, "")}
@@ -90,17 +90,18 @@ class PretrainStage(Stage[PretrainOptions]):
             train=options.training(),
             model=options.model,
             checkpoints=join(ctx.work, "checkpoints"),
+            reports=ctx.output,
         )
-        clear(ctx, "model", "loss.csv", "report.html")
-        outcome = run_workers(
-            ctx, Assignment("modelyard.train.programs:pretrain", job, places), steps, options.restarts
-        )
+        clear(ctx, "model", *RESULTS)
+        estimate = _prediction(ctx, steps, facts)
+        assignment = Assignment("modelyard.train.programs:pretrain", job, places)
+        outcome = run_workers(ctx, assignment, steps, estimate)
         unigram = float(facts["unigram_entropy"])
-        write_results(ctx, outcome, _page(ctx, outcome, unigram))
+        write_results(ctx, outcome, _page(ctx, outcome, unigram), estimate)
         return _result(outcome, unigram)
 
 
-def _facts(tokens: Artifact) -> dict[str, Any]:
+def token_facts(tokens: Artifact) -> dict[str, Any]:
     """The token artifact's own description."""
     facts: dict[str, Any] = json.loads(read_bytes(tokens.join("tokens.json")))
     return facts
@@ -108,22 +109,33 @@ def _facts(tokens: Artifact) -> dict[str, Any]:
 
 def known_shape(ctx: PlanContext[Any]) -> tuple[Config | None, int | None, int | None]:
     """The model's configuration, the sequence length and the tokens of the budget, each None while unknown."""
-    length = _shape(ctx)[0]
+    length = token_shape(ctx)[0]
     return _config(ctx), length, _tokens(ctx, length)
+
+
+def _prediction(ctx: StageContext[PretrainOptions], steps: int, facts: Mapping[str, Any]) -> Estimate | None:
+    """What the planner says of this run, now that its tokens are there."""
+    length = int(facts["sequence_length"])
+    options = ctx.options
+    if options.model is not None:
+        config: Config | None = planned_config(options.model, int(facts["vocab_size"]))
+    else:
+        config = model_config(ctx.inputs.get("model"), "model")
+    return predicted(options, config, steps * options.global_batch * length, length, root=ctx.root)
 
 
 def _config(ctx: PlanContext[PretrainOptions]) -> Config | None:
     """The model's configuration, if it can be known yet."""
     if ctx.options.model is None:
         return model_config(ctx.inputs.get("model"), "model")
-    return planned_config(ctx.options.model, _shape(ctx)[1] or 1)
+    return planned_config(ctx.options.model, token_shape(ctx)[1] or 1)
 
 
-def _shape(ctx: PlanContext[PretrainOptions]) -> tuple[int | None, int | None]:
+def token_shape(ctx: PlanContext[Any]) -> tuple[int | None, int | None]:
     """Sequence length and vocabulary of the tokens, from the artifact or from the options that will make it."""
     tokens = ctx.inputs.get("tokens")
     if isinstance(tokens, Artifact):
-        facts = _facts(tokens)
+        facts = token_facts(tokens)
         return int(facts["sequence_length"]), int(facts["vocab_size"])
     before = ctx.upstream.get("tokens")
     train = getattr(getattr(before, "tokenizer", None), "train", None)
@@ -136,7 +148,7 @@ def _tokens(ctx: PlanContext[PretrainOptions], length: int | None) -> int | None
     if length is None:
         return options.tokens
     if isinstance(tokens, Artifact):
-        return options.total_steps(int(_facts(tokens)["train_sequences"]), length) * options.global_batch * length
+        return options.total_steps(int(token_facts(tokens)["train_sequences"]), length) * options.global_batch * length
     if options.steps is None and options.tokens is None:
         return None
     return options.total_steps(1, length) * options.global_batch * length
@@ -173,6 +185,7 @@ def _page(ctx: StageContext[PretrainOptions], outcome: Outcome, unigram: float) 
         ("throughput", f"{outcome.tokens_per_second:,.0f} tokens a second on {ctx.options.resources.workers} workers"),
         ("time", f"{outcome.seconds:.0f} s"),
         ("skipped updates", str(outcome.skipped)),
+        *([("ended early", outcome.stopped)] if outcome.stopped else []),
     ]
     notes = [
         "A model that knew only how often each token occurs would have the unigram entropy as its loss.",

@@ -29,7 +29,9 @@ class Task:
         elif time.monotonic() - self._last > self._owner.interval:
             self._last = time.monotonic()
             total = f"/{self._total:,}" if self._total else ""
-            self._owner.console.print(f"  {self._title}: {self._done:,}{total} {self._unit}  {detail}", highlight=False)
+            self._owner.console.print(
+                f"  {self._title}: {self._done:,}{total} {self._unit}  {detail}", highlight=False, soft_wrap=True
+            )
 
     def close(self) -> None:
         if self._owner.rich and self._bar is not None:

@@ -18,6 +18,7 @@ BUILT_IN = {
     "curate": "modelyard.stages.curate:CurateStage",
     "tokenize": "modelyard.stages.tokenize:TokenizeStage",
     "pretrain": "modelyard.stages.pretrain:PretrainStage",
+    "scaling": "modelyard.stages.scaling:ScalingStage",
     "finetune": "modelyard.stages.finetune:FinetuneStage",
     "evaluate": "modelyard.stages.evaluate:EvaluateStage",
     "register": "modelyard.stages.register:RegisterStage",

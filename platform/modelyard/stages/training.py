@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from modelyard.errors import DataError, RecipeError, ResourceError
+from modelyard.errors import DataError, ModelyardError, RecipeError, ResourceError
 from modelyard.models.options import ModelOptions
 from modelyard.planner.estimate import Estimate
 from modelyard.recipe.schema import Resources, StageOptions, runtime
 from modelyard.stages.base import StageContext
-from modelyard.storage import Artifact, Files, exists, join, read_bytes, write_bytes
+from modelyard.storage import Artifact, Files, exists, join, read_bytes
 from modelyard.train.options import TrainOptions
 
 if TYPE_CHECKING:
     from modelyard.train.loop import Outcome
-    from modelyard.train.report import Page
 
 Config = dict[str, Any]
 
@@ -31,6 +30,12 @@ class TrainingStageOptions(StageOptions, TrainOptions):
     """Fields every training stage has: resources, inputs, and how to train."""
 
     restarts: int = runtime(3, "how often failed workers are started again before the stage fails", ge=0)
+    restart_backoff: float = runtime(
+        1.0, "seconds before a restart that follows a start without one step; doubles each time, at most 60", ge=0
+    )
+    workers_timeout: float = runtime(
+        600.0, "seconds to wait for the fewest workers on a cluster before the stage fails", gt=0
+    )
 
     def training(self) -> TrainOptions:
         """The part the training core reads."""
@@ -108,6 +113,12 @@ def check_training(
 
 def _check_layout(options: TrainingStageOptions) -> None:
     workers, parallel = options.resources.workers, options.parallel
+    if options.resources.min_workers is not None and (parallel.data != 1 or parallel.shard is not None):
+        raise ResourceError(
+            "an elastic number of workers leaves the degrees of the mesh open, but parallel fixes them",
+            place="parallel",
+            mend="leave parallel.data and parallel.shard out, or give one number of workers",
+        )
     shard = parallel.shard or max(1, workers // parallel.data)
     if parallel.data * shard != workers:
         raise ResourceError(
@@ -197,6 +208,23 @@ def predict(
     return _with_notes(estimate, warnings(options))
 
 
+def predicted(
+    options: TrainingStageOptions,
+    config: Config | None,
+    tokens: float,
+    length: int,
+    trainable: int | None = None,
+    root: str | None = None,
+) -> Estimate | None:
+    """The same for a run that begins now; None where the planner has no answer: `plan` refuses what does not fit."""
+    if config is None:
+        return None
+    try:
+        return predict(options, config, tokens, length, trainable, root)
+    except ModelyardError:
+        return None
+
+
 def _with_notes(estimate: Estimate, notes: Sequence[str]) -> Estimate:
     from dataclasses import replace
 
@@ -215,41 +243,6 @@ def lora_parameters(config: Config, rank: int) -> int:
     return rank * ends
 
 
-def write_results(ctx: StageContext[Any], outcome: Outcome, page: Page) -> None:
-    """`loss.csv` and `report.html` in the stage's output, the report in its run too.
-
-    The report shows predicted against measured.
-    """
-    import tempfile
-    from dataclasses import replace
-    from pathlib import Path
-
-    from modelyard.train.checkpoint import write_history
-
-    measured = comparison(ctx, outcome)
-    page = replace(page, tables=(*page.tables, ("Predicted against measured", measured)) if measured else page.tables)
-
-    with tempfile.TemporaryDirectory() as folder:
-        write_history(Path(folder) / "loss.csv", outcome.history)
-        write_bytes(join(ctx.output, "loss.csv"), (Path(folder) / "loss.csv").read_bytes())
-    html = page.html()
-    write_bytes(join(ctx.output, "report.html"), html.encode())
-    ctx.run.log_text("report.html", html)
-
-
-def comparison(ctx: StageContext[Any], outcome: Outcome) -> list[tuple[str, ...]]:
-    """Rows of predicted against measured, a head first; empty without a prediction."""
-    from modelyard.planner.measured import compare
-
-    rows = compare(
-        ctx.estimate,
-        seconds=outcome.seconds,
-        memory_bytes=outcome.peak_bytes,
-        tokens_per_second=outcome.tokens_per_second,
-    )
-    return [("", "predicted", "measured", "difference"), *(row.row() for row in rows)] if rows else []
-
-
 def speed_metrics(outcome: Outcome) -> dict[str, float]:
     """What a run's speed and memory came to: what predictions are compared with and calibrated from."""
     figures = {"tokens_per_second": outcome.tokens_per_second, "train_seconds": outcome.seconds}
@@ -260,27 +253,6 @@ def speed_metrics(outcome: Outcome) -> dict[str, float]:
     if outcome.peak_bytes:
         figures["peak_memory_bytes"] = float(outcome.peak_bytes)
     return figures
-
-
-def curves(history: Sequence[Mapping[str, float]], floor: tuple[str, float] | None = None) -> Sequence[Any]:
-    """Plots of loss (with held-out points and a level to fall under), throughput, rate and gradient norm."""
-    from modelyard.train.report import Line
-
-    def points(name: str) -> list[tuple[float, float]]:
-        return [(row["step"], row[name]) for row in history if name in row]
-
-    loss = [Line("training loss", points("loss"))]
-    if points("heldout_loss"):
-        loss.append(Line("held-out loss", points("heldout_loss"), "#c2410c"))
-    if floor is not None and history:
-        ends = [(history[0]["step"], floor[1]), (history[-1]["step"], floor[1])]
-        loss.append(Line(floor[0], ends, "#5a6472", dashed=True))
-    return (
-        ("Loss, nats a token, by step", loss),
-        ("Tokens a second, by step", [Line("tokens a second", points("tokens_per_second"), "#15803d")]),
-        ("Learning rate, by step", [Line("learning rate", points("learning_rate"), "#7c3aed")]),
-        ("Gradient norm before clipping, by step", [Line("gradient norm", points("grad_norm"), "#b45309")]),
-    )
 
 
 def clear(ctx: StageContext[Any], *names: str) -> None:

@@ -33,7 +33,9 @@ from modelyard.tokens import TokenDataset
 from modelyard.train.checkpoint import Checkpoints
 from modelyard.train.data import Sequences
 from modelyard.train.heldout import heldout_loss
+from modelyard.train.hooks import Chain, Hooks
 from modelyard.train.loop import Job, Outcome, fit
+from modelyard.train.memory import memory_named
 from modelyard.train.metrics import Say, Sink, no_say, no_sink
 from modelyard.train.objective import Objective, causal_lm, causal_lm_by_document, completion_lm
 from modelyard.train.optimizer import make_optimizer
@@ -41,6 +43,9 @@ from modelyard.train.options import TrainOptions
 from modelyard.train.pairs import PackedPairs
 from modelyard.train.parallel.parallelize import parallelize
 from modelyard.train.parallel.strategy import Strategy
+from modelyard.train.profile import Profiler
+from modelyard.train.samples import Sampler
+from modelyard.train.watchdog import Watchdog
 from modelyard.train.world import World
 
 
@@ -53,6 +58,9 @@ class PretrainJob(Options):
     model: ModelOptions | None = Field(None, description="the model to build; null = continue from start")
     start: str | None = Field(None, description="local model folder to start from; null = fresh weights")
     checkpoints: str | None = Field(None, description="URI for checkpoints; null = none")
+    reports: str | None = Field(
+        None, description="URI of a folder for profiles, samples of text and the stacks of a hang; null = none"
+    )
 
 
 class FinetuneJob(Options):
@@ -64,10 +72,15 @@ class FinetuneJob(Options):
     train: TrainOptions = Field(description="how to train")
     lora: LoraOptions | None = Field(None, description="adapter; null = all parameters")
     checkpoints: str | None = Field(None, description="URI for checkpoints; null = none")
+    reports: str | None = Field(
+        None, description="URI of a folder for profiles, samples of text and the stacks of a hang; null = none"
+    )
 
 
-def pretrain(job: PretrainJob, world: World, sink: Sink = no_sink, say: Say = no_say) -> Outcome:
-    """Pre-trains and writes the model folder.
+def pretrain(
+    job: PretrainJob, world: World, sink: Sink = no_sink, say: Say = no_say, hooks: Hooks | None = None
+) -> Outcome:
+    """Pre-trains and writes the model folder. `hooks` are called by the loop beside those the options ask for.
 
     Raises:
         DataError: tokens are missing or damaged, or do not fit the model.
@@ -82,8 +95,10 @@ def pretrain(job: PretrainJob, world: World, sink: Sink = no_sink, say: Say = no
     model, config = _pretraining_model(job, train, world)
     objective = causal_lm_by_document if job.train.document_mask else causal_lm
     identity = f"{_architecture(config)}, {objective.__name__}"
-    setup = _Setup(job.train, objective, identity, job.checkpoints, train.sequence_length)
-    outcome = _fit(setup, model, train, heldout, world, sink, say)
+    setup = _Setup(
+        job.train, objective, identity, job.checkpoints, train.sequence_length, job.reports, folder / "tokenizer"
+    )
+    outcome = _fit(setup, model, train, heldout, world, sink, say, hooks)
     state = full_state(model, world)
     if world.leads:
         with _written(job.output) as target:
@@ -92,7 +107,9 @@ def pretrain(job: PretrainJob, world: World, sink: Sink = no_sink, say: Say = no
     return outcome
 
 
-def finetune(job: FinetuneJob, world: World, sink: Sink = no_sink, say: Say = no_say) -> Outcome:
+def finetune(
+    job: FinetuneJob, world: World, sink: Sink = no_sink, say: Say = no_say, hooks: Hooks | None = None
+) -> Outcome:
     """Fine-tunes and writes `model/` (merged) and, with LoRA, `adapter/`. Raises as :func:`pretrain`."""
     source = Path(job.model)
     data = PackedPairs.load(Path(job.data) / "train.npz")
@@ -104,8 +121,8 @@ def finetune(job: FinetuneJob, world: World, sink: Sink = no_sink, say: Say = no
     config = read_config(source)
     identity = f"{_architecture(config)}, completion_lm, lora {job.lora.model_dump() if job.lora else None}"
     model = parallelize(model.to(world.device), job.train, world)
-    setup = _Setup(job.train, completion_lm, identity, job.checkpoints, data.sequence_length)
-    outcome = _fit(setup, model, data, heldout, world, sink, say)
+    setup = _Setup(job.train, completion_lm, identity, job.checkpoints, data.sequence_length, job.reports, source)
+    outcome = _fit(setup, model, data, heldout, world, sink, say, hooks)
     state = full_state(model, world, trainable_only=job.lora is not None)
     if world.leads:
         with _written(job.output) as target:
@@ -123,10 +140,19 @@ class _Setup:
     identity: str
     checkpoints: str | None
     sequence_length: int
+    reports: str | None
+    tokenizer: Path
 
 
 def _fit(
-    setup: _Setup, model: nn.Module, data: Sequences, heldout: Sequences | None, world: World, sink: Sink, say: Say
+    setup: _Setup,
+    model: nn.Module,
+    data: Sequences,
+    heldout: Sequences | None,
+    world: World,
+    sink: Sink,
+    say: Say,
+    hooks: Hooks | None,
 ) -> Outcome:
     options, objective = setup.options, setup.objective
     strategy = Strategy(model, world)
@@ -138,7 +164,21 @@ def _fit(
         evaluate = partial(heldout_loss, strategy, objective, heldout, batch=options.micro_batch or 16)
     optimizer = make_optimizer(model, options)
     job = Job(model, optimizer, objective, data, setup.sequence_length, options, keeper, evaluate, sink, say, strategy)
-    return fit(job, world)
+    job.hooks = _hooks(setup, world, say, hooks)
+    if options.samples is not None and setup.reports is not None:
+        job.sample = Sampler(model, setup.tokenizer, options.samples, world, setup.reports)
+    with memory_named(world.device):
+        return fit(job, world)
+
+
+def _hooks(setup: _Setup, world: World, say: Say, outer: Hooks | None) -> Hooks:
+    """What the options ask for: a watch over steps, a profile; and what the caller adds."""
+    options, found = setup.options, [outer] if outer is not None else []
+    if options.step_timeout:
+        found.append(Watchdog(options.step_timeout, world.rank, setup.reports, say))
+    if options.profile is not None and setup.reports is not None:
+        found.append(Profiler(options.profile, world, setup.reports, say))
+    return Chain(found)
 
 
 def _optional_tokens(folder: Path, world: World) -> TokenDataset | None:

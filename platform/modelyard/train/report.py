@@ -1,4 +1,4 @@
-"""The report of a training run: one HTML page without scripts or outside files, and the table as CSV."""
+"""The report of a training run: one HTML page without scripts or outside files, and the same as Markdown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 260, 56, 28
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:760px;color:#1c2430;padding:0 1em}
 h1{font-size:1.5em}h2{font-size:1.1em;margin-top:2em}table{border-collapse:collapse}
-td{padding:.15em 1.2em .15em 0}td:last-child{font-variant-numeric:tabular-nums}svg{width:100%;height:auto}
+td,th{padding:.15em 1.2em .15em 0;text-align:left;vertical-align:top;overflow-wrap:anywhere}th{font-weight:500}
+td{font-variant-numeric:tabular-nums}svg{width:100%;height:auto}.wide{overflow-x:auto}
 text{font:11px system-ui,sans-serif;fill:#5a6472}.note{color:#5a6472}
 @media(prefers-color-scheme:dark){body{background:#14181d;color:#dde3ea}text,.note{fill:#98a3b0;color:#98a3b0}}
 """
@@ -30,33 +31,63 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Table:
+    """Rows of text under a title."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def html(self) -> str:
+        """The title and the table."""
+        head = "".join(f"<th>{escape(cell)}</th>" for cell in self.header)
+        rows = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in self.rows)
+        return f'<h2>{escape(self.title)}</h2><div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
+
+    def markdown(self) -> str:
+        """The same as a Markdown section."""
+        lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in (self.header, *self.rows)]
+        lines.insert(1, "|" + "---|" * len(self.header))
+        return f"## {self.title}\n\n" + "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text that cannot end a Markdown cell, its row, or become markup."""
+    return escape(" ".join(text.split()), quote=False).replace("|", "\\|") or " "
+
+
+@dataclass(frozen=True)
 class Page:
-    """What a report shows: facts as (name, value), tables, plots as (title, lines), and notes."""
+    """What a report shows: facts as (name, value), plots as (title, lines), tables, and notes."""
 
     title: str
     facts: Sequence[tuple[str, str]]
     plots: Sequence[tuple[str, Sequence[Line]]] = ()
     notes: Sequence[str] = field(default_factory=tuple)
-    tables: Sequence[tuple[str, Sequence[Sequence[str]]]] = ()
-    """(title, rows), the first row a head."""
+    tables: Sequence[Table] = ()
 
     def html(self) -> str:
         """The whole page."""
         rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in self.facts)
-        tables = "".join(f"<h2>{escape(title)}</h2>{_table(rows)}" for title, rows in self.tables)
         plots = "".join(f"<h2>{escape(title)}</h2>{plot(lines)}" for title, lines in self.plots)
+        tables = "".join(table.html() for table in self.tables)
         notes = "".join(f'<p class="note">{escape(note)}</p>' for note in self.notes)
         return (
             f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(self.title)}</title>'
             f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style>'
-            f"<h1>{escape(self.title)}</h1><table>{rows}</table>{tables}{plots}{notes}</html>\n"
+            f"<h1>{escape(self.title)}</h1><table>{rows}</table>{plots}{tables}{notes}</html>\n"
         )
 
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    return "<table>" + "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    ) + "</table>"  # fmt: skip
+    def markdown(self) -> str:
+        """The same for a terminal or a merge request; of each plot its first and last values."""
+        facts = Table("Facts", ("", ""), self.facts).markdown()
+        ends = [(title, line) for title, lines in self.plots for line in lines if line.points]
+        plots = [
+            (f"{title}: {line.name}", _short(line.points[0][1]), _short(line.points[-1][1])) for title, line in ends
+        ]
+        parts = [f"# {self.title}\n", facts, Table("Curves", ("", "first", "last"), plots).markdown() if plots else ""]
+        parts += [table.markdown() for table in self.tables]
+        return "\n".join(filter(None, [*parts, *(f"{note}\n" for note in self.notes)]))
 
 
 def thin(points: Points, most: int = 600) -> list[tuple[float, float]]:
