@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from hypothesis import strategies as st
 from stdnum import iban, luhn
 
 from modelyard.corpus.entities import find
+from modelyard.corpus.filter_options import ENTITIES, ScrubOptions
+from modelyard.corpus.identities import IDENTITIES
+from modelyard.corpus.kernels.context import IDENTITY, WORDS
 from modelyard.corpus.kernels.entities import TYPES
-from modelyard.corpus.options import ScrubOptions
 from modelyard.corpus.pseudonym import VARIABLE, Pseudonyms
 from modelyard.corpus.step import split
 from modelyard.corpus.steps.scrub import Scrub
@@ -39,6 +42,34 @@ PLANTED = {
 FRAMES = ["Write to {} please.", "({})", "see {}, or not", "{}", "value: {}\nnext line", "é {} ü"]
 
 
+IN_CONTEXT = [
+    ("birth_date", "12 March 1985", "He was born on {} in Rome."), ("birth_date", "1985-03-12", "Date of birth: {}."),
+    ("birth_date", "3/4/85", "DOB {}"), ("birth_date", "12. März 1985", "geboren am {} in Ulm"),
+    ("birth_date", "March 12, 1985", "was born {}, they say"),
+    ("birth_date", "11/3/1995", "your date of birth. It's {}"),
+    ("coordinates", "40.71280, -74.00600", "located at {} exactly"), ("coordinates", "40.7128", "lat: {};"),
+    ("coordinates", "40.7128° N, 74.0060° W", "found {} today"), ("coordinates", "40°26′46″N 79°58′56″W", "at {}"),
+    ("coordinates", "40.7128,-74.0060", "https://maps.google.com/?q={}"),
+    ("coordinates", "-120.650175, 41.850385", '"coordinates": [{}]'),
+    ("address", "221 Baker Street, London NW1 6XE", "She lives at {}."), ("address", "Via Roma 10", "abita in {}."),
+    ("address", "1600 Pennsylvania Avenue NW, Washington, DC 20500", "ship to {} now"),
+    ("address", "5 rue de la Paix, 75002 Paris", "habite {}"), ("address", "Hauptstraße 5, 10115 Berlin", "wohnt {}."),
+    ("address", "12 Elm St. Apt 4", "see {}"), ("national_id", "RSSMRA85T10A562S", "codice fiscale {}."),
+    ("national_id", "390.533.447-05", "number {} here"), ("national_id", "X2482300W", "NIE: {}"),
+    ("national_id", "54362315K", "mi DNI es {}"), ("national_id", "533380006", "passport no. {}"),
+    ("national_id", "2 95 10 99 126 111 93", "Sécu {}"), ("national_id", "943 476 5870", "NHS number {}"),
+    ("national_id", "111222333", "BSN {},"), ("national_id", "131052-308T", "hetu {}"),
+    ("national_id", "ABCPV1234D", "PAN {}"), ("national_id", "AB 12 34 56 C", "national insurance no {}"),
+    ("national_id", "F162823540116", "my driver's license number is {}"), ("phone", "416 60 039", "{} office"),
+    ("phone", "085 175 7641", "{}-Office"), ("phone", "21 284 698 2548", "Phone:\n{}"),
+    ("iban", "gb42nawi04454264788619", "my iban is {}"),
+    ("key", "wJalrXUtnFEMI/K7MDENG/bPxRfiCYzzzzKEY9q", "aws_secret_access_key={}"),
+    ("key", "q8Zt3LkPw0aB7cXyR5mN", "Authorization: Bearer {}"),
+    ("key", "9f86d081884c7d659a2feaa0c55ad015", "token={}\n"),
+    ("key", "hooks.slack.com/services/T01ABCDEF/B02GHIJKL/q8Zt3LkPw0aB7cXyR5mN2vQs", "https://{}"),
+]  # fmt: skip
+
+
 def planted(kind: str, value: str, frame: str) -> str:
     return frame.format(f"https://{value}@host.net/x" if kind == "url_credentials" else value)
 
@@ -54,6 +85,16 @@ def test_every_planted_entity_is_found_and_nothing_else(kind: str, value: str, f
     assert found(planted(kind, value, frame)) == [(kind, value)]
 
 
+def test_what_is_personal_only_in_its_context_is_found_there() -> None:
+    wrong = {f: found(f.format(v)) for k, v, f in IN_CONTEXT if found(f.format(v)) != [(k, v)]}
+    assert wrong == {}
+    # The same values behind a word that tells nothing are left alone, where only the context told.
+    told = {"birth_date", "national_id"}
+    alone = {"RSSMRA85T10A562S", "390.533.447-05", "2 95 10 99 126 111 93", "131052-308T"}
+    plain = [v for k, v, _ in IN_CONTEXT if k in told and v not in alone]
+    assert {v: found(f"see {v} .") for v in plain if any(k in told for k, _ in found(f"see {v} ."))} == {}
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -64,6 +105,9 @@ def test_every_planted_entity_is_found_and_nothing_else(kind: str, value: str, f
         "icon@2x.png", "user@example.com", "password = os.environ['PASSWORD']", 'password="changeme123"',
         'token = "<your-token-here>"', "sk-learn and ghp_short", "http://host:8080/path", "ISBN 978-3-16-148410-0",
         "1 2 3 4 5 6 7 8 9 10", "00:00:00:00:00:00", "6.5.4.3.2.1", "3.14159265358979", "(555) 555-0123",
+        "In 2010 Main Street was", "Chapter 3 The Long Way", "[0.1234, 0.5678]", "1.0000 2.0000", "see 3 Drive A",
+        "token = request.headers.get_value", "password: correct-horse-battery", "born 1985-99-99", "at 91.123, 181.456",
+        "The licence 1234567 of version 2", "commit 9f86d081884c7d659a2feaa0c55ad015", "DNI 54362315A", "BSN 111222334",
     ],
 )  # fmt: skip
 def test_look_alikes_stay(text: str) -> None:
@@ -113,6 +157,42 @@ def test_mask_keeps_the_length() -> None:
     assert scrub(["Call (212) 555-2368 now"], phone="mask")[0] == ["Call ************** now"]
 
 
+def test_meta_stays_json_and_source_is_scrubbed_when_asked_for(documents: Any) -> None:
+    meta = {"by": "é\njohn@acme-corp.com", "card": 4111111111111111, "gps": {"lat": 40.7128}, "n": 7, "q": 'a"b'}
+    table = documents("x").set_column(3, "meta", [[json.dumps(meta)]])
+    table = table.set_column(2, "source", [["s3://b/jane@acme-corp.com/1.txt"]])
+    step = Scrub(ScrubOptions(columns=("text", "meta", "source")))
+    result = step(table)
+    cleaned = json.loads(result["meta"][0].as_py())
+    assert cleaned == {
+        "by": "é\n[EMAIL]", "card": "[CARD]", "gps": {"lat": "[COORDINATES]"}, "n": 7, "q": 'a"b'
+    }  # fmt: skip
+    assert result["source"][0].as_py() == "s3://b/[EMAIL]/1.txt"
+    assert step.leaks(result) == [] and len(step.leaks(table)) == 4
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.recursive(
+        st.text(alphabet='a"\\\n é', max_size=6) | st.integers() | st.sampled_from(["j@acme.com", 4111111111111111]),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+        max_leaves=8,
+    ),
+    st.booleans(),
+)
+def test_scrubbed_meta_always_parses(value: Any, ascii_only: bool) -> None:
+    step = Scrub(ScrubOptions(columns=("meta",)))
+    result = step.rewrite(pa.array([json.dumps(value, ensure_ascii=ascii_only)]), column="meta")[0].as_py()
+    json.loads(result)
+    assert "acme" not in result and "4111111111111111" not in result and not step.counts["meta/cleared"]
+
+
+def test_every_word_that_an_identity_wants_wakes_the_kernel() -> None:
+    known = set(WORDS[IDENTITY].split())
+    plain = {w for i in IDENTITIES for w in i.words.split() if not set("\\(") & set(w)}
+    assert plain <= known
+
+
 def test_null_leaves_a_type_alone() -> None:
     assert scrub(["john.smith@acme-corp.com at 8.8.4.4"], email=None)[0] == ["john.smith@acme-corp.com at [IP]"]
 
@@ -147,6 +227,15 @@ def test_a_substitute_is_not_taken_for_personal_data_again(kind: str, monkeypatc
     assert once != texts
     twice, again = scrub(once, **actions)
     assert twice == once and not again.counts
+    table = pa.table({"id": [str(n) for n in range(len(once))], "text": once})
+    assert step.leaks(table) == []
+
+
+def test_substitutes_of_what_context_tells_are_not_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, KEY)
+    texts = [frame.format(value) for _, value, frame in IN_CONTEXT]
+    once, step = scrub(texts, **dict.fromkeys(ENTITIES, "pseudonymize"))
+    assert all(a != b for a, b in zip(once, texts, strict=True))
     table = pa.table({"id": [str(n) for n in range(len(once))], "text": once})
     assert step.leaks(table) == []
 

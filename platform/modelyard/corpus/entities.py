@@ -16,8 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import phonenumbers
 
+from modelyard.corpus import identities, places
 from modelyard.corpus.arrow import buffers
 from modelyard.corpus.kernels import entities as kernels
+from modelyard.corpus.kernels.context import REACH
 from modelyard.corpus.kernels.keys import PREFIXES
 
 # Reserved for documentation (RFC 2606, RFC 6761) and for our substitutes: nobody's address.
@@ -34,7 +36,8 @@ _IBAN_LENGTHS = {
     "XK": 20,
 }  # fmt: skip
 _VERSION = re.compile(r"(?:\bv|version|release|ver\.?|rev\.?|[=<>~^]=?)\s*$", re.IGNORECASE)
-_BEFORE = 40  # bytes before a candidate that its check may look at
+_BEFORE = REACH  # bytes before a candidate that its check may look at
+_AFTER = 64
 _PLACEHOLDER = re.compile(
     r"your|example|placeholder|change_?me|xxx|\*\*\*|<|>|\$\{|\{\{|%\(|dummy|redacted|password|secret|\btest|foo|bar",
     re.IGNORECASE,
@@ -52,13 +55,13 @@ class Span:
     text: str
 
 
-def _email(text: str, _before: str, _region: str | None) -> int:
+def _email(text: str, _before: str, _after: str, _region: str | None) -> int:
     domain = text.rsplit("@", 1)[1].lower()
     reserved = any(domain == d or domain.endswith(d if d[0] == "." else "." + d) for d in _RESERVED_DOMAINS)
     return 0 if reserved or domain.rsplit(".", 1)[1] in _FILE_SUFFIXES or text.startswith("git@") else len(text)
 
 
-def _ip(text: str, before: str, _region: str | None) -> int:
+def _ip(text: str, before: str, _after: str, _region: str | None) -> int:
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
@@ -77,7 +80,7 @@ _BENCHMARK_NET = ipaddress.IPv4Network("198.18.0.0/15")
 _V4_NOBODY = ipaddress.IPv4Network("255.0.0.0/8")
 
 
-def _card(text: str, _before: str, _region: str | None) -> int:
+def _card(text: str, _before: str, _after: str, _region: str | None) -> int:
     digits = re.sub(r"[ -]", "", text)
     groups = [len(g) for g in re.split(r"[ -]", text)]
     if len(set(digits)) < 2 or not (len(groups) == 1 or groups in _CARD_GROUPS):
@@ -101,8 +104,8 @@ _CARD_GROUPS = ([4, 4, 4, 4], [4, 6, 5], [4, 6, 4], [4, 4, 4, 4, 3], [4, 4, 4, 1
 _MAESTRO = {5018, 5020, 5038, 6304, 6390}
 
 
-def _iban(text: str, _before: str, _region: str | None) -> int:
-    wanted = _IBAN_LENGTHS.get(text[:2])
+def _iban(text: str, _before: str, _after: str, _region: str | None) -> int:
+    wanted = _IBAN_LENGTHS.get(text[:2].upper())
     if wanted is None:
         return 0
     plain, end = "", 0
@@ -115,12 +118,12 @@ def _iban(text: str, _before: str, _region: str | None) -> int:
     return end if int(number) % 97 == 1 else 0
 
 
-def _ssn(text: str, _before: str, _region: str | None) -> int:
+def _ssn(text: str, _before: str, _after: str, _region: str | None) -> int:
     area, group, serial = int(text[:3]), int(text[4:6]), int(text[7:])
     return 0 if area in (0, 666) or area >= 900 or group == 0 or serial == 0 else len(text)
 
 
-def _mac(text: str, _before: str, _region: str | None) -> int:
+def _mac(text: str, _before: str, _after: str, _region: str | None) -> int:
     value = text.replace("-", ":").lower()
     # Locally administered 02:... is where our substitutes lie; all zeros or ones are no device.
     return 0 if value.startswith("02:") or len(set(value.split(":"))) == 1 else len(text)
@@ -132,21 +135,25 @@ def _entropy(text: str) -> float:
     return -sum(n / len(text) * math.log2(n / len(text)) for n in counts.values())
 
 
-def _key(text: str, _before: str, _region: str | None) -> int:
+def _key(text: str, before: str, _after: str, _region: str | None) -> int:
     if text.startswith("-----BEGIN"):
         return len(text) if text.count("\n") > 0 and len(text) > 120 else 0
     if _PLACEHOLDER.search(text) or _SUBSTITUTE.fullmatch(text) or _entropy(text) < 2.8:
         return 0
     if any(text.startswith(prefix.decode()) for prefix, _ in PREFIXES):
         return len(text) if any(c.isdigit() for c in text) else 0
+    if before[-1:] not in ("'", '"'):
+        return len(text) if _BARE.fullmatch(text) and _entropy(text) >= 3.5 else 0
     mixed = any(c.isdigit() for c in text) and any(c.isalpha() for c in text)
     return len(text) if mixed and not re.search(r"[(){}\[\]\s/\\]", text) and _entropy(text) >= 3.0 else 0
 
 
+# Without quotes only what looks random: all of upper case, lower case and digits, or long hexadecimal.
+_BARE = re.compile(r"(?=.*[A-Z])(?=.*[a-z])(?=.*\d)[\w+/~-]+={0,2}|(?=.*\d)(?=.*[a-f])[0-9a-f]{32,}", re.ASCII)
 _SUBSTITUTE = re.compile(r"key-[0-9a-f]{32}")
 
 
-def _url(text: str, _before: str, _region: str | None) -> int:
+def _url(text: str, _before: str, _after: str, _region: str | None) -> int:
     user, _, password = text.partition(":")
     return 0 if password in ("", "...") or re.fullmatch(r"user-[0-9a-f]{8}", user) else len(text)
 
@@ -172,23 +179,40 @@ def _phone_end(text: str, region: str | None) -> int:
 _NORTH_AMERICA = {"US", "CA"}
 _NANP = re.compile(r"(?:(?:00)?1[-. ])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[-.])\d{3}[-.]\d{4}(?:x\d{1,6})?")
 _CALLS = re.compile(
-    r"\b(?:phone|tel|telephone|call|calling|fax|mobile|cell|whatsapp|sms|dial|hotline|contact|reach)\b[^\n]{0,24}$",
+    r"\b(?:phone|tel|telephone|telefono?|tel[eé]fono|t[eé]l[eé]phone|portable|m[oó]vil|handy|call|calling|fax|mobile?|"
+    r"cell|whatsapp|sms|dial|hotline|contact|reach|desk|(?:messages?|texts?) to|answering|ring|"
+    r"(?:my|his|her|their|your|our) (?:\w+ )?(?:number|registered))\b[^\n]{0,24}\n?$",
     re.IGNORECASE,
 )
+_CALLED = re.compile(r"[ -]{1,3}\(?(?:office|fax|mobile|cell|phone|tel|desk|home|work)\b", re.IGNORECASE)
+_DECIMAL = re.compile(r"\d+\.\d+")
 
 
-def _phone(text: str, before: str, region: str | None) -> int:
+def _phone(text: str, before: str, after: str, region: str | None) -> int:
     digits = re.sub(r"\D", "", text)
-    # 555-01xx is kept free for fiction by the North American plan; our substitutes use it.
-    if len(set(digits)) < 3 or digits[-7:-2] == "55501" or re.fullmatch(r"\d{4}[-/.]\d\d?[-/.]\d\d?.*", text):
+    # 555-01xx is kept free for fiction by the North American plan; our substitutes use it. 0000 begins others.
+    substitute = digits[-7:-2] == "55501" or digits.startswith("0000")
+    if len(set(digits)) < 3 or substitute or re.fullmatch(r"\d{4}[-/.]\d\d?[-/.]\d\d?.*", text):
         return 0
-    return _phone_end(text, region) or (len(text) if _CALLS.search(before) else 0)
+    told = _CALLS.search(before) or _CALLED.match(after)
+    return _phone_end(text, region) or (len(text) if told and not _DECIMAL.fullmatch(text) else 0)
 
 
-_CHECKS: dict[str, Callable[[str, str, str | None], int]] = {
+_CHECKS: dict[str, Callable[[str, str, str, str | None], int]] = {
     "url_credentials": _url, "key": _key, "email": _email, "iban": _iban, "card": _card, "mac": _mac, "ip": _ip,
-    "ssn": _ssn, "phone": _phone,
+    "ssn": _ssn, "national_id": identities.check, "birth_date": places.birth_date, "coordinates": places.coordinates,
+    "phone": _phone, "address": places.address,
 }  # fmt: skip
+
+
+_LOOKS = {"ip", "key", "national_id", "birth_date", "phone", "address"}
+
+
+def _around(data: Any, offsets: Any, document: int, start: int, end: int) -> tuple[str, str]:
+    """Text before and behind a candidate."""
+    before = data[max(offsets[document], start - _BEFORE) : start].tobytes()
+    after = data[end : min(end + _AFTER, offsets[document + 1])].tobytes()
+    return before.decode(errors="ignore"), after.decode(errors="ignore")
 
 
 def _spans(
@@ -203,9 +227,11 @@ def _spans(
         if name not in types or place % 2 or (place < len(bounds) and bounds[place] < end):
             continue
         text = data[start:end].tobytes().decode()
-        before = data[max(offsets[document], start - _BEFORE) : start].tobytes().decode(errors="ignore")
-        if length := _CHECKS[name](text, before, region):
-            kept = text[:length]
+        before, after = _around(data, offsets, document, start, end) if name in _LOOKS else ("", "")
+        if length := _CHECKS[name](text, before, after, region):
+            kept = (text + after)[:length]
+            if place < len(bounds) and bounds[place] < start + len(kept.encode()):
+                kept = text
             end = start + len(kept.encode())
             bounds[place:place] = [start, end]
             taken.append(Span(document, start, end, name, kept))

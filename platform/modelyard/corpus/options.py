@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from modelyard.corpus.filter_options import ScrubOptions
 from modelyard.recipe.schema import Bytes, Options
 
-Action = Literal["redact", "mask", "pseudonymize", "drop"]
 RuleSet = Literal["gopher", "c4", "fineweb"]
 
 
@@ -227,37 +227,6 @@ class MinHashOptions(Options):
 
 
 DedupOptions = Annotated[ExactOptions | MinHashOptions, Field(discriminator="method")]
-
-
-class ScrubOptions(Options):
-    """Structured personal data and secrets: what to do with each kind; null leaves it alone.
-
-    `redact` writes a typed placeholder, `mask` stars of the same length, `pseudonymize` a substitute
-    that is the same for the same value everywhere (HMAC-SHA256 under your key), `drop` drops the document.
-    """
-
-    email: Action | None = Field("redact", description="e-mail addresses")
-    phone: Action | None = Field("redact", description="telephone numbers (validated by phonenumbers)")
-    ip: Action | None = Field("redact", description="public IPv4 and IPv6 addresses")
-    key: Action | None = Field("redact", description="API keys, tokens, private keys and assigned passwords")
-    url_credentials: Action | None = Field("redact", description="user:password in URLs")
-    card: Action | None = Field("redact", description="payment card numbers (issuer prefix and Luhn)")
-    iban: Action | None = Field("redact", description="bank accounts (country length and mod 97)")
-    ssn: Action | None = Field("redact", description="US social security numbers (valid area and group)")
-    mac: Action | None = Field("redact", description="MAC addresses")
-    region: str | None = Field(
-        "US", min_length=2, max_length=2, description="country of phone numbers without +; null = only with +"
-    )
-    key_file: str | None = Field(
-        None, description="file with the pseudonym key; null = environment variable MODELYARD_PSEUDONYM_KEY"
-    )
-    leak_check: bool = Field(True, description="scan the finished output again and fail when anything is left")
-
-    @property
-    def actions(self) -> dict[str, Action]:
-        """Entity type -> action, of the types that are on."""
-        types = ("email", "phone", "ip", "key", "url_credentials", "card", "iban", "ssn", "mac")
-        return {name: value for name in types if (value := getattr(self, name)) is not None}
 
 
 class StepOptions(Options):

@@ -15,14 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from modelyard.corpus.options import (
-    HtmlOptions,
-    LanguageOptions,
-    NormalizeOptions,
-    QualityOptions,
-    ScrubOptions,
-    StepOptions,
-)
+from modelyard.corpus.filter_options import ScrubOptions
+from modelyard.corpus.options import HtmlOptions, LanguageOptions, NormalizeOptions, QualityOptions, StepOptions
 
 REASON = "reason"
 

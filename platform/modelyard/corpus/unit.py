@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 from modelyard.corpus import dedup
 from modelyard.corpus.audit import AUDIT_SCHEMA, EXCERPT, removed
 from modelyard.corpus.files import ParquetFile, read_parquet
-from modelyard.corpus.options import ExactOptions, MinHashOptions, ReadOptions, ScrubOptions, StepOptions
+from modelyard.corpus.filter_options import ScrubOptions
+from modelyard.corpus.options import ExactOptions, MinHashOptions, ReadOptions, StepOptions
 from modelyard.corpus.read.documents import read_unit
 from modelyard.corpus.read.units import Unit
 from modelyard.corpus.step import Step, build, split, with_reason
@@ -177,11 +178,13 @@ def _audit(gone: Any, step: str, segment: Segment) -> Any:
 
 def hide(audit: Any, options: ScrubOptions | None) -> Any:
     """Audit rows with personal data redacted in their excerpts, which come a little longer than they are kept."""
-    text = audit["text"]
     if options is not None and audit.num_rows:
-        text = Scrub(options.model_copy(update=dict.fromkeys(options.actions, "redact"))).rewrite(text)
+        hider = Scrub(options.model_copy(update={**dict.fromkeys(options.actions, "redact"), "ner": None}))
+        for column in ("text", "source") if "source" in options.columns else ("text",):
+            index = audit.column_names.index(column)
+            audit = audit.set_column(index, column, hider.rewrite(audit[column]))
     index = audit.column_names.index("text")
-    return audit.set_column(index, "text", pc.utf8_slice_codeunits(text, 0, EXCERPT))
+    return audit.set_column(index, "text", pc.utf8_slice_codeunits(audit["text"], 0, EXCERPT))
 
 
 def texts(folder: str, docs: dedup.Ints) -> Any:

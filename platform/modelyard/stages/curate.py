@@ -6,7 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from modelyard.corpus.options import ExactOptions, MinHashOptions, ReadOptions, ScrubOptions, StepOptions
+from modelyard.corpus.filter_options import ScrubOptions
+from modelyard.corpus.options import ExactOptions, MinHashOptions, ReadOptions, StepOptions
 from modelyard.errors import DataError
 from modelyard.planner.estimate import Estimate
 from modelyard.recipe.schema import Bytes, StageOptions, runtime
@@ -71,7 +72,7 @@ class CurateStage(Stage[CurateOptions]):
             RecipeError: `pseudonymize` without a usable key.
         """
         for step in ctx.options.steps:
-            if step.scrub is not None and "pseudonymize" in step.scrub.actions.values():
+            if step.scrub is not None and step.scrub.pseudonymizes:
                 from modelyard.corpus.pseudonym import load_key
 
                 load_key(step.scrub.key_file)

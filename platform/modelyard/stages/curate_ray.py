@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
-from modelyard.corpus.options import ExactOptions, MinHashOptions, ScrubOptions
+from modelyard.corpus.filter_options import ScrubOptions
+from modelyard.corpus.options import ExactOptions, MinHashOptions
 from modelyard.corpus.read.units import Piece, Unit
 from modelyard.errors import ModelyardError
 from modelyard.recipe.schema import Resources

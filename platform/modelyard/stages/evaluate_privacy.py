@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from modelyard.corpus.options import ReadOptions, ScrubOptions
+from modelyard.corpus.filter_options import ScrubOptions
+from modelyard.corpus.options import ReadOptions
 from modelyard.corpus.read.formats import records
 from modelyard.corpus.read.records import Record
 from modelyard.corpus.read.units import Piece

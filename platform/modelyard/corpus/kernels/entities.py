@@ -13,10 +13,15 @@ import numpy.typing as npt
 
 from modelyard.corpus.kernels import kernel
 from modelyard.corpus.kernels.forms import ALPHA, DIGIT, FORMS, HEX, LOCAL, TOKEN, UPPER, has, run_end
-from modelyard.corpus.kernels.keys import assigned, prefixed, private
+from modelyard.corpus.kernels.keys import PREFIXES, assigned, prefixed, private
+from modelyard.corpus.kernels.persons import address, called, coordinates, date, identity
 
-TYPES = ("url_credentials", "key", "email", "iban", "card", "mac", "ip", "ssn", "phone")
-URL, KEY, EMAIL, IBAN, CARD, MAC, IP, SSN, PHONE = range(len(TYPES))
+# In the order in which they claim a place: the more specific before the looser.
+TYPES = (
+    "url_credentials", "key", "email", "iban", "card", "mac", "ip", "ssn", "national_id", "birth_date", "coordinates",
+    "phone", "address",
+)  # fmt: skip
+URL, KEY, EMAIL, IBAN, CARD, MAC, IP, SSN, IDENTITY, BIRTH, POSITION, PHONE, ADDRESS = range(len(TYPES))
 
 # What to do at a byte that can stand in or begin an entity.
 _T_AT, _T_COLON, _T_DIGIT, _T_EQUALS, _T_DASH, _T_PREFIX = 1, 2, 3, 4, 5, 6
@@ -25,7 +30,7 @@ _T_AT, _T_COLON, _T_DIGIT, _T_EQUALS, _T_DASH, _T_PREFIX = 1, 2, 3, 4, 5, 6
 TRIGGERS = np.zeros(256, np.uint8)
 for _char, _code in ((b"@", _T_AT), (b":", _T_COLON), (b"0123456789", _T_DIGIT), (b"=", _T_EQUALS), (b"-", _T_DASH)):
     TRIGGERS[list(_char)] = _code
-TRIGGERS[list(b"AgsxehnprSd")] = _T_PREFIX
+TRIGGERS[list({prefix[0] for prefix, _ in PREFIXES})] = _T_PREFIX
 
 
 @kernel
@@ -216,7 +221,9 @@ def _phone(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
         k += 1
     if not plus and not i < paren < last:
         left = i
-    if digits < 7 or digits > 15 or not (plus or groups > 1):
+    if digits < 7 or digits > 15:
+        return 0, 0
+    if not plus and groups == 1 and not (digits >= 9 and called(data, left, last, start, end, forms)):
         return 0, 0
     if has(data, last, start, end, forms, ALPHA):
         tail = run_end(data, last + 1, end, forms, DIGIT)
@@ -229,7 +236,9 @@ def _phone(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
 @kernel
 def _iban(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
     """Span that may begin with an IBAN whose check digits are at i; (0, 0) = none."""
-    if i - 2 < start or not (forms[data[i - 1]] & UPPER and forms[data[i - 2]] & UPPER):
+    if i - 2 < start or not (forms[data[i - 1]] & ALPHA and forms[data[i - 2]] & ALPHA):
+        return 0, 0
+    if (forms[data[i - 1]] ^ forms[data[i - 2]]) & UPPER:
         return 0, 0
     if has(data, i - 3, start, end, forms, TOKEN) or not has(data, i + 1, start, end, forms, DIGIT):
         return 0, 0
@@ -258,12 +267,20 @@ def _number(data: Any, i: Any, start: Any, end: Any, forms: Any, d: Any, out: An
     """Everything that begins with a number at i, whose previous byte is no digit."""
     left, right = _iban(data, i, start, end, forms)
     used = _emit(out, used, d, left, right, IBAN)
+    left, right = identity(data, i, start, end, forms)
+    used = _emit(out, used, d, left, right, IDENTITY)
     if has(data, i - 1, start, end, forms, ALPHA | DIGIT) or (i > start and data[i - 1] == 0x5F):
         return used
     used = _emit(out, used, d, i, _ipv4(data, i, start, end, forms), IP)
     used = _emit(out, used, d, i, _card(data, i, start, end, forms), CARD)
     if not (i > start and data[i - 1] in (0x2D, 0x2E)):
         used = _emit(out, used, d, i, _ssn(data, i, start, end, forms), SSN)
+    left, right = date(data, i, start, end, forms)
+    used = _emit(out, used, d, left, right, BIRTH)
+    left, right = coordinates(data, i, start, end, forms)
+    used = _emit(out, used, d, left, right, POSITION)
+    left, right = address(data, i, start, end, forms)
+    used = _emit(out, used, d, left, right, ADDRESS)
     left, right = _phone(data, i, start, end, forms)
     return _emit(out, used, d, left, right, PHONE)
 

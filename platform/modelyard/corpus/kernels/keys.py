@@ -10,19 +10,24 @@ from modelyard.corpus.kernels import kernel
 from modelyard.corpus.kernels.forms import ALPHA, TOKEN, begins
 
 # Prefixes that providers put before their keys, and the fewest token bytes that follow.
-PREFIXES = (
+_GIVEN: tuple[tuple[bytes, int], ...] = (
     (b"AKIA", 16), (b"ASIA", 16), (b"AIza", 35), (b"ghp_", 36), (b"gho_", 36), (b"ghu_", 36), (b"ghs_", 36),
     (b"ghr_", 36), (b"github_pat_", 40), (b"glpat-", 20), (b"sk-", 20), (b"sk_live_", 16), (b"sk_test_", 16),
     (b"rk_live_", 16), (b"xoxb-", 20), (b"xoxp-", 20), (b"xoxa-", 20), (b"xoxr-", 20), (b"xoxs-", 20),
+    (b"xapp-", 30), (b"hooks.slack.com/services/", 30), (b"ya29.", 40), (b"GOCSPX-", 20), (b"whsec_", 24),
+    (b"shpat_", 32), (b"sq0atp-", 22), (b"sq0csp-", 40), (b"dapi", 32), (b"AGE-SECRET-KEY-1", 50), (b"gsk_", 40),
     (b"eyJ", 30), (b"hf_", 30), (b"npm_", 36), (b"pypi-AgEI", 40), (b"SG.", 40), (b"dop_v1_", 60),
 )  # fmt: skip
+PREFIXES = tuple(sorted(_GIVEN, key=lambda p: p[0][0]))
+# Where the prefixes with a first byte begin; those of byte b are FIRST[b] to FIRST[b + 1].
+FIRST = np.searchsorted([p[0] for p, _ in PREFIXES], np.arange(257)).astype(np.int64)
 PREFIX_BYTES = np.frombuffer(b"".join(p for p, _ in PREFIXES), np.uint8)
 PREFIX_ENDS = np.cumsum([0] + [len(p) for p, _ in PREFIXES]).astype(np.int64)
 PREFIX_LEAST = np.array([n for _, n in PREFIXES], np.int64)
 
 KEYWORDS = (
     b"password", b"passwd", b"pwd", b"secret", b"api_key", b"apikey", b"api-key", b"token", b"access_key",
-    b"secret_key", b"private_key", b"credential",
+    b"secret_key", b"private_key", b"credential", b"accountkey", b"authorization",
 )  # fmt: skip
 KEYWORD_BYTES = np.frombuffer(b"".join(KEYWORDS), np.uint8)
 KEYWORD_ENDS = np.cumsum([0] + [len(p) for p in KEYWORDS]).astype(np.int64)
@@ -34,12 +39,13 @@ _END = np.frombuffer(b"-----END ", np.uint8)
 @kernel
 def prefixed(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
     """End of a key with a provider's prefix at i; 0 = none."""
-    for p in range(len(PREFIX_LEAST)):
+    for p in range(FIRST[data[i]], FIRST[data[i] + 1]):
         phrase = PREFIX_BYTES[PREFIX_ENDS[p] : PREFIX_ENDS[p + 1]]
-        if data[i] == phrase[0] and begins(data, i, end, phrase):
+        if begins(data, i, end, phrase):
             k = i + len(phrase)
-            dots = data[i] == 0x65 or data[i] == 0x53
-            while k < end and (forms[data[k]] & TOKEN or (dots and data[k] == 0x2E)):
+            dots = data[i] == 0x65 or data[i] == 0x53  # JWT and SendGrid keys have parts
+            paths = data[k - 1] == 0x2F
+            while k < end and (forms[data[k]] & TOKEN or (dots and data[k] == 0x2E) or (paths and data[k] == 0x2F)):
                 k += 1
             if k - i - len(phrase) >= PREFIX_LEAST[p]:
                 return k
@@ -70,7 +76,10 @@ def private(data: Any, i: Any, end: Any) -> Any:
 
 @kernel
 def assigned(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
-    """Span of a quoted value behind `password =`, `"api_key":` and the like, with = or : at i; (0, 0) = none."""
+    """Span of a value behind `password =`, `"api_key":` and the like, with = or : at i; (0, 0) = none.
+
+    A value in quotes has at least 8 bytes, one without (`TOKEN=...`, `Authorization: Bearer ...`) 16.
+    """
     k = i - 1
     while k > start and data[k] in (0x20, 0x22, 0x27, 0x5D):
         k -= 1
@@ -91,7 +100,7 @@ def assigned(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
     while k < end and data[k] in (0x20, 0x3D, 0x3E):
         k += 1
     if k >= end or not (data[k] == 0x22 or data[k] == 0x27):
-        return 0, 0
+        return _bare(data, k, end, forms)
     quote, begin = data[k], k + 1
     k = begin
     while k < end and data[k] != quote and data[k] > 0x20:
@@ -99,3 +108,18 @@ def assigned(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
     if k >= end or data[k] != quote or k - begin < 8:
         return 0, 0
     return begin, k
+
+
+@kernel
+def _bare(data: Any, k: Any, end: Any, forms: Any) -> Any:
+    """Span of a value of at least 16 bytes without quotes at k, behind an authorization scheme; (0, 0) = none."""
+    word = k
+    while word < end and forms[data[word]] & ALPHA:
+        word += 1
+    scheme = word - k == 6 or word - k == 5  # Bearer, Basic, token
+    if scheme and word < end and data[word] == 0x20:
+        k = word + 1
+    begin = k
+    while k < end and (forms[data[k]] & TOKEN or data[k] in (0x2B, 0x2E, 0x2F, 0x3D, 0x7E)):
+        k += 1
+    return (begin, k) if k - begin >= 16 else (0, 0)
