@@ -23,7 +23,7 @@ from contract import in_turns, report, run_peer, say
 from corpus_minhash import documents
 
 from modelyard.corpus.entities import find
-from modelyard.corpus.options import ScrubOptions
+from modelyard.corpus.filter_options import ScrubOptions
 from modelyard.corpus.steps.scrub import Scrub
 
 TYPES = {"PHONE_NUMBER": "phone", "CREDIT_CARD": "card", "EMAIL_ADDRESS": "email", "IBAN_CODE": "iban",
