@@ -15,7 +15,7 @@ from training_parts import TINY
 
 from modelyard.errors import ResourceError
 from modelyard.models import build_config, build_on_meta
-from modelyard.train.data import Feed
+from modelyard.train.data import Feed, make_order
 from modelyard.train.guard import DivergedError, Guard, Verdict
 from modelyard.train.metrics import Meter
 from modelyard.train.optimizer import local_gradients, parameter_groups, squared_norm
@@ -151,13 +151,18 @@ class Numbers:
         return {"input_ids": rows, "document_ids": np.zeros_like(rows, dtype=np.int32)}
 
 
+def feed(seed: int, batch: int, micro: int | None, rank: int, workers: int) -> Feed:
+    order = make_order(Numbers(), TrainOptions(seed=seed, global_batch=batch))
+    return Feed(Numbers(), order, micro, rank, workers, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("batch", [3, 8, 9])
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_workers_share_a_batch_that_does_not_depend_on_their_number(batch: int, workers: int) -> None:
-    whole = Feed(Numbers(), 7, batch, 100, 0, 1, torch.device("cpu")).load(5)[0]["input_ids"][:, 0].tolist()
+    whole = feed(7, batch, 100, 0, 1).load(5)[0]["input_ids"][:, 0].tolist()
     shared, passes = [], set()
     for rank in range(workers):
-        parts = Feed(Numbers(), 7, batch, 2, rank, workers, torch.device("cpu")).load(5)
+        parts = feed(7, batch, 2, rank, workers).load(5)
         passes.add(len(parts))
         for part in parts:
             counted = part["document_ids"][:, 0] >= 0
@@ -167,12 +172,12 @@ def test_workers_share_a_batch_that_does_not_depend_on_their_number(batch: int, 
 
 
 def test_feed_reads_ahead_and_refuses_too_many_workers() -> None:
-    with Feed(Numbers(), 0, 4, None, 0, 1, torch.device("cpu")) as feed:
+    with feed(0, 4, None, 0, 1) as ahead:
         for step in range(3):
-            got = feed.take(step, more=True)[0]
-            assert torch.equal(got[0]["input_ids"], feed.load(step)[0]["input_ids"])
+            got = ahead.take(step, more=True)[0]
+            assert torch.equal(got[0]["input_ids"], ahead.load(step)[0]["input_ids"])
     with pytest.raises(ResourceError, match="cannot feed 4 workers"):
-        Feed(Numbers(), 0, 3, None, 0, 4, torch.device("cpu"))
+        feed(0, 3, None, 0, 4)
 
 
 def test_mesh_degrees_multiply_to_the_workers() -> None:

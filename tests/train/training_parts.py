@@ -73,6 +73,8 @@ def tokenizer() -> Tokenizer:
 def pretraining(tokens: Path, folder: Path, **train: Any) -> PretrainJob:
     """A small job whose checkpoints and model lie in `folder`."""
     options = {"steps": 12, "global_batch": 8, "micro_batch": 4, "learning_rate": 1e-2, "checkpoint_every": 4, **train}
+    # Tests that kill a process want to know which checkpoint is there.
+    options.setdefault("async_checkpoints", False)
     return PretrainJob(
         tokens=str(tokens),
         output=str(folder / "model"),

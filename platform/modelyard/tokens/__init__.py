@@ -4,7 +4,18 @@ A core: it may import `storage` and `errors`, never Ray, MLflow or torch. `Token
 reader of shards, `global_batch_indices` the only order, so training resumes on the exact next batch.
 """
 
-from modelyard.tokens.order import global_batch_indices, permute, rank_slice
+from modelyard.tokens.mixture import MixtureOrder
+from modelyard.tokens.order import global_batch_indices, permute, rank_slice, stream_indices
 from modelyard.tokens.shards import Sequences, Source, TokenDataset, TokenWriter
 
-__all__ = ["Sequences", "Source", "TokenDataset", "TokenWriter", "global_batch_indices", "permute", "rank_slice"]
+__all__ = [
+    "MixtureOrder",
+    "Sequences",
+    "Source",
+    "TokenDataset",
+    "TokenWriter",
+    "global_batch_indices",
+    "permute",
+    "rank_slice",
+    "stream_indices",
+]

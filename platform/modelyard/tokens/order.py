@@ -99,12 +99,22 @@ def global_batch_indices(seed: int, step: int, global_batch: int, n_sequences: i
         raise ValueError(
             f"want step >= 0, global_batch >= 1, n_sequences >= 1; got {step}, {global_batch}, {n_sequences}"
         )
-    # Python integers: step * global_batch may pass 2**63 on a long enough run, offsets may not.
-    start = step * global_batch
-    offsets = np.arange(global_batch, dtype=np.int64) + start % n_sequences
+    return stream_indices(seed, step * global_batch, global_batch, n_sequences)
+
+
+def stream_indices(seed: int, start: int, count: int, n_sequences: int) -> Indices:
+    """The sequences at positions `start` .. `start + count - 1` of the endless stream, int64 [count].
+
+    Raises:
+        ValueError: a negative start or count, or no sequences.
+    """
+    if start < 0 or count < 0 or n_sequences < 1:
+        raise ValueError(f"want start >= 0, count >= 0, n_sequences >= 1; got {start}, {count}, {n_sequences}")
+    # Python integers: a start may pass 2**63 on a long enough run, offsets may not.
+    offsets = np.arange(count, dtype=np.int64) + start % n_sequences
     epochs = offsets // n_sequences
-    result = np.empty(global_batch, dtype=np.int64)
-    for local in range(int(epochs[-1]) + 1):
+    result = np.empty(count, dtype=np.int64)
+    for local in range(int(epochs[-1]) + 1 if count else 0):
         chosen = epochs == local
         epoch = start // n_sequences + local
         result[chosen] = permute(offsets[chosen] - local * n_sequences, n_sequences, seed, epoch)

@@ -7,23 +7,27 @@
 
 A checkpoint without a readable marker, or one whose files differ from it, is passed over with a message and the one
 before is used. DCP reshards on load, so the number of workers may change. `uri` must be reachable by all workers.
-DCP's index is a pickle: load only checkpoints of your own.
+Training pauses for a copy of its state (as much memory again as the state takes); a thread writes it.
+DCP's index is a pickle: it is searched before it is read (`checkpoint_index`), and no pickle from outside is read.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import math
 import tempfile
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
@@ -31,6 +35,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from modelyard import storage
 from modelyard.errors import DataError, StorageError
 from modelyard.storage.publish import checksum
+from modelyard.train.checkpoint_index import inspect_index
 from modelyard.train.metrics import Say, no_say
 from modelyard.train.world import World
 
@@ -41,12 +46,36 @@ Row = dict[str, float]
 
 @dataclass
 class State:
-    """What a checkpoint holds. `step` is the number of steps done: data position, schedule and RNG follow from it."""
+    """What a checkpoint holds. `step` is the number of steps done: data position, schedule and RNG follow from it.
+
+    `extra` are further tensors by name (averages, loss scale), which are read back in place.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     step: int
     history: list[Row]
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Any]:
+        """Everything to save, by name; shares storage."""
+        return tensors(self.model, self.optimizer) | {f"extra.{name}": value for name, value in self.extra.items()}
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: the `last` ones, the `best` by held-out loss, and those at multiples of `every`."""
+
+    last: int = 2
+    best: int = 0
+    every: int | None = None
+
+    def chosen(self, heldout: Mapping[int, float | None]) -> set[int]:
+        """The steps to keep among those of `heldout`, which maps a step to the loss measured there, if any."""
+        steps = sorted(heldout)
+        measured = sorted((loss, step) for step, loss in heldout.items() if loss is not None)
+        kept = {*steps[-self.last :], *(step for _, step in measured[: self.best])}
+        return kept | {step for step in steps if self.every and step % self.every == 0}
 
 
 class Checkpoints:
@@ -56,29 +85,80 @@ class Checkpoints:
         uri: where they lie.
         identity: what they belong to (architecture, objective); another one's are refused.
         world: the workers, which all call every method together.
-        keep: how many to keep.
+        keep: which to keep.
         say: takes messages for people.
+        beside: write in a thread beside training.
     """
 
-    def __init__(self, uri: str, identity: str, world: World, keep: int = 2, say: Say = no_say) -> None:
+    def __init__(
+        self,
+        uri: str,
+        identity: str,
+        world: World,
+        keep: Keep = Keep(),  # frozen
+        say: Say = no_say,
+        beside: bool = False,
+    ) -> None:
         self.uri, self._identity, self._world, self._keep, self._say = uri, identity, world, keep, say
+        self._beside = beside
+        # Collectives of two threads must not meet in one group.
+        self._writers = world.apart() if beside else world
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
 
     def save(self, state: State) -> None:
-        """Writes a checkpoint, then removes those beyond `keep`."""
-        target = storage.join(self.uri, f"step-{state.step:08d}")
+        """Writes a checkpoint, then removes those not to be kept. Beside training it returns after a copy.
+
+        An error of the write before is raised here, or by `finish`.
+        """
+        self.finish()
+        step, history = state.step, list(state.history)
+        if not self._beside:
+            self._write(state.tensors(), step, history)
+            return
+        copies = {name: value.clone() for name, value in state.tensors().items()}
+        self._thread = threading.Thread(
+            target=self._write_beside, args=(copies, step, history), name=f"checkpoint-{step}", daemon=True
+        )
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Waits until what was saved is written, and raises the error if that failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _write_beside(self, copies: dict[str, Any], step: int, history: list[Row]) -> None:
+        try:
+            self._write(copies, step, history)
+        except BaseException as error:  # handed to the training thread, which raises it
+            self._failure = error
+
+    def _write(self, values: dict[str, Any], step: int, history: list[Row]) -> None:
+        target, world = storage.join(self.uri, f"step-{step:08d}"), self._writers
         with self._staging(target) as folder:
             self._clear(target, folder)
             with _quiet():
                 writer = FileSystemWriter(str(folder), single_file_per_rank=True, thread_count=1)
-                save_shards(tensors(state.model, state.optimizer), storage_writer=writer)
-            if self._world.leads:
-                write_history(folder / HISTORY, state.history)
+                save_shards(values, storage_writer=writer, process_group=world.group)
+            if world.leads:
+                write_history(folder / HISTORY, history)
             files = self._publish(folder, target)
-        if self._world.leads:
-            marker = {"step": state.step, "identity": self._identity, "workers": self._world.size, "files": files}
+        if world.leads:
+            heldout = history[-1].get("heldout_loss") if history else None
+            marker = {
+                "step": step,
+                "identity": self._identity,
+                "workers": world.size,
+                "heldout_loss": heldout if heldout is not None and math.isfinite(heldout) else None,
+                "files": files,
+            }
             storage.write_bytes(storage.join(target, MARKER), json.dumps(marker, indent=1).encode())
             self._prune()
-        self._world.barrier()
+        world.barrier()
 
     def rewind(self, state: State, step: int) -> bool:
         """Loads the newest whole checkpoint of at most `step` steps and forgets those after it; False: there is none.
@@ -86,7 +166,8 @@ class Checkpoints:
         Raises:
             DataError: it belongs to another architecture or objective.
         """
-        names = [name for name in self._names() if int(name.rsplit("-", 1)[-1]) > step]
+        self.finish()
+        names = [name for name in self._names() if _step(name) > step]
         self._world.barrier()
         if self._world.leads:
             for name in names:
@@ -121,7 +202,15 @@ class Checkpoints:
     def _load(self, place: str, marker: dict[str, Any], state: State) -> None:
         prepare(state.optimizer)
         with self._fetched(place) as folder, _quiet():
-            load_shards(tensors(state.model, state.optimizer), storage_reader=FileSystemReader(str(folder)))
+            inspect_index(folder / ".metadata")
+            try:
+                load_shards(state.tensors(), storage_reader=FileSystemReader(str(folder)))
+            except CheckpointException as error:
+                raise DataError(
+                    "the checkpoint does not hold what this run needs (another optimizer, or no averages?)",
+                    place=place,
+                    mend="train with the options it was written with, or in another folder",
+                ) from error
             state.history = read_history(folder / HISTORY)
         state.step = int(marker["step"])
 
@@ -153,9 +242,9 @@ class Checkpoints:
         return marker, problems[0] if problems else ""
 
     def _clear(self, target: str, folder: Path) -> None:
-        if self._world.leads and storage.exists(target):
+        if self._writers.leads and storage.exists(target):
             storage.remove(target)
-        self._world.barrier()
+        self._writers.barrier()
         folder.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
@@ -176,8 +265,8 @@ class Checkpoints:
 
     def _publish(self, folder: Path, target: str) -> dict[str, dict[str, Any]]:
         """Uploads this worker's files where the target is remote; sizes and checksums of everyone's."""
-        mine = [p for p in folder.iterdir() if p.name.startswith(f"__{self._world.rank}_")]
-        if self._world.leads:
+        mine = [p for p in folder.iterdir() if p.name.startswith(f"__{self._writers.rank}_")]
+        if self._writers.leads:
             mine += [p for p in (folder / ".metadata", folder / HISTORY) if p.exists()]
         if storage.is_remote(target):
             for path in mine:
@@ -185,7 +274,7 @@ class Checkpoints:
                 fs.put_file(str(path), to)
         described = {p.name: {"bytes": p.stat().st_size, "checksum": checksum(str(p))} for p in mine}
         everyone: dict[str, dict[str, Any]] = {}
-        for part in self._world.gather(described):
+        for part in self._writers.gather(described):
             everyone |= part
         return everyone
 
@@ -193,10 +282,22 @@ class Checkpoints:
         fs, path = storage.filesystem(self.uri)
         names = sorted(str(n).rstrip("/").rsplit("/", 1)[-1] for n in fs.ls(path, detail=False))
         complete = [n for n in names if n.startswith("step-") and storage.exists(storage.join(self.uri, n, MARKER))]
-        for name in complete[: -self._keep]:
-            # The marker goes first: a half-removed checkpoint must not look whole.
-            storage.remove(storage.join(self.uri, name, MARKER))
-            storage.remove(storage.join(self.uri, name))
+        kept = self._keep.chosen({_step(n): self._heldout(n) for n in complete})
+        for name in complete:
+            if _step(name) not in kept:
+                # The marker goes first: a half-removed checkpoint must not look whole.
+                storage.remove(storage.join(self.uri, name, MARKER))
+                storage.remove(storage.join(self.uri, name))
+
+    def _heldout(self, name: str) -> float | None:
+        if not self._keep.best:
+            return None
+        value = json.loads(storage.read_bytes(storage.join(self.uri, name, MARKER))).get("heldout_loss")
+        return None if value is None else float(value)
+
+
+def _step(name: str) -> int:
+    return int(name.rsplit("-", 1)[-1])
 
 
 def _differs(place: str, entry: dict[str, Any]) -> bool:

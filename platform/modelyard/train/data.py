@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from modelyard.errors import ResourceError
-from modelyard.tokens import global_batch_indices, rank_slice
+from modelyard.errors import DataError, ResourceError
+from modelyard.tokens import MixtureOrder, TokenDataset, rank_slice, stream_indices
+from modelyard.train.options import TrainOptions
 
 Indices = npt.NDArray[np.int64]
 MicroBatches = list[dict[str, torch.Tensor]]
@@ -45,49 +46,61 @@ def read(data: Sequences, indices: Indices, device: torch.device) -> dict[str, t
     return batch
 
 
+Order = Callable[[int], Indices]
+"""From a step (0-based) to the global indices its batch holds, over all workers; a pure function."""
+
+
+def make_order(data: Sequences, options: TrainOptions) -> Order:
+    """The order `options` ask for: each sequence once an epoch, or drawn from the sources by a mixture.
+
+    Raises:
+        DataError: a mixture names a source the data does not have.
+    """
+    plan, seed = options.batches, options.seed
+    if options.mixture is None:
+        return lambda step: stream_indices(seed, plan.before(step), plan.size(step), len(data))
+    if not isinstance(data, TokenDataset):
+        raise DataError("a mixture needs token shards with sources", place="mixture")
+    sources = {source.name: data.source_range(source.name) for source in data.sources}
+    return MixtureOrder(sources, options.mixture.milestones(), seed, plan.size).indices
+
+
 class Feed:
     """Reads the micro-batches of the next step in a thread while this one computes.
 
     Args:
         data: the sequences.
-        seed: of the order.
-        global_batch: sequences a step over all workers.
+        order: which of them a step reads.
         micro_batch: most sequences of one forward pass; None = 16.
         rank: this worker.
         workers: how many share the batch.
         device: where tensors go.
 
     Raises:
-        ResourceError: the global batch is smaller than the number of workers.
+        ResourceError: the first batch is smaller than the number of workers.
     """
 
     def __init__(
-        self,
-        data: Sequences,
-        seed: int,
-        global_batch: int,
-        micro_batch: int | None,
-        rank: int,
-        workers: int,
-        device: torch.device,
+        self, data: Sequences, order: Order, micro_batch: int | None, rank: int, workers: int, device: torch.device
     ) -> None:
-        if global_batch < workers:
+        batch = len(order(0))
+        if batch < workers:
             raise ResourceError(
-                f"a global batch of {global_batch} sequences cannot feed {workers} workers",
+                f"a global batch of {batch} sequences cannot feed {workers} workers",
                 place="global_batch",
                 mend=f"raise global_batch to at least {workers} or use fewer workers",
             )
-        self._data, self._seed, self._batch, self._device = data, seed, global_batch, device
+        self._data, self._order, self._micro, self._device = data, order, micro_batch or 16, device
         self._rank, self._workers = rank, workers
-        self._parts = math.ceil(math.ceil(global_batch / workers) / (micro_batch or 16))
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
         self._ahead: tuple[int, Future[MicroBatches]] | None = None
 
     def load(self, step: int) -> MicroBatches:
-        """The micro-batches of `step`, read now."""
-        everyone = global_batch_indices(self._seed, step, self._batch, len(self._data))
+        """The micro-batches of `step`, read now. Every worker makes the same number of them."""
+        everyone = self._order(step)
         mine = rank_slice(everyone, self._rank, self._workers)
-        return [read(self._data, part, self._device) for part in np.array_split(mine, self._parts)]
+        parts = math.ceil(math.ceil(len(everyone) / self._workers) / self._micro)
+        return [read(self._data, part, self._device) for part in np.array_split(mine, parts)]
 
     def take(self, step: int, more: bool) -> tuple[MicroBatches, float]:
         """The micro-batches of `step` and the seconds they were waited for; `more` starts reading the next."""
@@ -98,6 +111,57 @@ class Feed:
         return batches, time.perf_counter() - began
 
     def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class StreamFeed:
+    """The batches of one pass over a stream, such as Ray Data's `iter_torch_batches`, in the place of a `Feed`.
+
+    The stream is this worker's own share and cannot be read twice: after a restart it must begin at the first batch
+    that was not trained on, which is up to whoever makes it.
+
+    Args:
+        batches: arrays or tensors [n, L] by name, one entry a step; at least `input_ids`. Without `document_ids` a
+            sequence is one document.
+        micro_batch: most sequences of one forward pass; None = 16.
+        device: where tensors go.
+    """
+
+    def __init__(self, batches: Iterator[Mapping[str, Any]], micro_batch: int | None, device: torch.device) -> None:
+        self._batches, self._micro, self._device = batches, micro_batch or 16, device
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
+        self._ahead: Future[MicroBatches] | None = None
+
+    def take(self, step: int, more: bool) -> tuple[MicroBatches, float]:
+        """The next batch, and the seconds it was waited for; `more` starts reading the one after.
+
+        Raises:
+            DataError: the stream has ended.
+        """
+        began = time.perf_counter()
+        batches = self._ahead.result() if self._ahead is not None else self._load()
+        self._ahead = self._pool.submit(self._load) if more else None
+        if not batches:
+            raise DataError(
+                f"the stream of batches ended before step {step + 1}",
+                place="stream",
+                mend="lower steps to what one pass over the data holds",
+            )
+        return batches, time.perf_counter() - began
+
+    def _load(self) -> MicroBatches:
+        arrays = next(self._batches, None)
+        if arrays is None:
+            return []
+        whole = {name: torch.as_tensor(value).to(self._device) for name, value in arrays.items()}
+        whole.setdefault("document_ids", torch.zeros_like(whole["input_ids"], dtype=torch.int32))
+        cuts = {name: torch.split(value, self._micro) for name, value in whole.items()}
+        return [dict(zip(cuts, part, strict=True)) for part in zip(*cuts.values(), strict=True)]
+
+    def __enter__(self) -> StreamFeed:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,9 +14,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from modelyard.train.checkpoint import Checkpoints, Row, State
 from modelyard.train.clock import Timings, time_collectives
-from modelyard.train.data import Feed, Sequences
+from modelyard.train.data import Feed, Sequences, StreamFeed, make_order
+from modelyard.train.ema import Ema
 from modelyard.train.guard import DivergedError, Guard, Verdict, skipped_in_a_row
 from modelyard.train.hooks import Hooks, Pulse
+from modelyard.train.loss_scale import LossScale
 from modelyard.train.memory import peak_memory
 from modelyard.train.metrics import Meter, Say, Sink, StepMetrics, no_say, no_sink
 from modelyard.train.objective import Objective, checked
@@ -49,6 +52,7 @@ class Job:
         strategy: how gradients come about on the mesh; None = data parallelism, as the model is sharded.
         hooks: what the outside adds to every step, on all workers.
         sample: writes text with the model as it is at a step. All workers call it together.
+        stream: makes the feed of a run that reads a stream from the given step on; None = `data` by its order.
     """
 
     model: nn.Module
@@ -64,6 +68,7 @@ class Job:
     strategy: Strategy | None = None
     hooks: Hooks = field(default_factory=Hooks)
     sample: Callable[[int], None] | None = None
+    stream: Callable[[int], StreamFeed] | None = None
 
 
 @dataclass
@@ -100,34 +105,42 @@ def fit(job: Job, world: World) -> Outcome:
     began = time.perf_counter()
     options = job.options
     steps = options.total_steps(len(job.data), job.sequence_length)
-    state = State(job.model, job.optimizer, 0, [])
+    ema = Ema(job.model, options.ema.decay) if options.ema is not None else None
+    scaler = LossScale() if options.precision == "fp16" else None
+    state = State(job.model, job.optimizer, 0, [], (ema.state if ema else {}) | (scaler.state if scaler else {}))
     if job.checkpoints is not None:
         job.checkpoints.restore(state)
     meter = Meter(options.global_batch * job.sequence_length)
     job.model.train()
     strategy = job.strategy or Strategy(job.model, world)
-    run = _Run(job, world, strategy, state, steps, meter)
+    run = _Run(job, world, strategy, state, steps, meter, ema, scaler)
     try:
-        with _feed(job, world, strategy) as feed:
+        with _feed(job, world, strategy, state.step) as feed:
             while state.step < steps and not run.stopped:
                 run.step(state.step, feed)
     finally:
         job.hooks.close()
+        if job.checkpoints is not None:
+            job.checkpoints.finish()
+    if ema is not None and options.ema is not None and options.ema.export:
+        ema.adopt()
     heldout = job.evaluate(None) if job.evaluate is not None else None
-    outcome = _outcome(state, meter, state.step, options.global_batch * job.sequence_length, heldout, began)
+    outcome = _outcome(state, meter, options.batches.before(state.step) * job.sequence_length, heldout, began)
     return replace(outcome, phases=run.timings.mean(), stopped=run.stopped, peak_bytes=peak_memory(world.device))
 
 
-def _feed(job: Job, world: World, strategy: Strategy) -> Feed:
-    options, share = job.options, (strategy.reader, strategy.readers)
-    return Feed(job.data, options.seed, options.global_batch, options.micro_batch, *share, world.device)
+def _feed(job: Job, world: World, strategy: Strategy, step: int) -> Feed | StreamFeed:
+    if job.stream is not None:
+        return job.stream(step)
+    share = (strategy.reader, strategy.readers)
+    return Feed(job.data, make_order(job.data, job.options), job.options.micro_batch, *share, world.device)
 
 
-def _outcome(state: State, meter: Meter, steps: int, per_step: int, heldout: float | None, began: float) -> Outcome:
+def _outcome(state: State, meter: Meter, tokens: int, heldout: float | None, began: float) -> Outcome:
     parameters = list(state.model.parameters())
     return Outcome(
-        steps=steps,
-        tokens=steps * per_step,
+        steps=state.step,
+        tokens=tokens,
         seconds=time.perf_counter() - began,
         tokens_per_second=meter.mean_tokens_per_second,
         loss=state.history[-1]["loss"] if state.history else float("nan"),
@@ -142,9 +155,20 @@ def _outcome(state: State, meter: Meter, steps: int, per_step: int, heldout: flo
 class _Run:
     """One pass through the budget: what `fit` would keep in local variables."""
 
-    def __init__(self, job: Job, world: World, strategy: Strategy, state: State, steps: int, meter: Meter) -> None:
+    def __init__(
+        self,
+        job: Job,
+        world: World,
+        strategy: Strategy,
+        state: State,
+        steps: int,
+        meter: Meter,
+        ema: Ema | None,
+        scaler: LossScale | None,
+    ) -> None:
         self.job, self.world, self.strategy, self.state, self.steps, self.meter = (
             job, world, strategy, state, steps, meter)  # fmt: skip
+        self.ema, self.scaler = ema, scaler
         self.schedule = make_schedule(job.options, steps)
         self.guard = Guard(job.options.bad_steps, job.options.spikes)
         self.clock, self.pulse = strategy.clock, Pulse(world, job.hooks)
@@ -153,7 +177,7 @@ class _Run:
         self.stopped = stop_reason(job.options.stop, state.history)
         self.objective = checked(job.objective)
 
-    def step(self, step: int, feed: Feed) -> None:
+    def step(self, step: int, feed: Feed | StreamFeed) -> None:
         """One optimizer step: forward and backward, one reduction of everything measured, update, report."""
         options, began = self.job.options, time.perf_counter()
         self.job.hooks.begin(step, self.steps)
@@ -163,25 +187,37 @@ class _Run:
         with self.clock("data"):
             batches, wait = feed.take(step, more=step + 1 < self.steps)
         with _precision(self.job, self.world):
-            sums = self.strategy.forward_backward(self.objective, batches)
-        means, norm = self._reduce(sums)
-        verdict = self.guard.judge(self.state.history, means["loss"], norm)
+            loss_scale = self.scaler.value if self.scaler is not None else 1.0
+            sums = self.strategy.forward_backward(self.objective, batches, loss_scale)
+        means, norm = self._reduce(sums, loss_scale)
+        verdict = self._judge(means["loss"], norm)
         with self.clock("optimizer"):
             if verdict is Verdict.ACCEPT:
                 self.job.optimizer.step()
+                if self.ema is not None:
+                    self.ema.update()
             self.job.optimizer.zero_grad(set_to_none=True)
         if verdict is Verdict.REWIND:
             self._rewind(step, means["loss"])
             return
         self.state.step = step + 1
         seconds = time.perf_counter() - began
+        self.meter.tokens_per_step = options.batches.size(step) * self.job.sequence_length
         self.meter.update(seconds, wait)
         self._report(rate, means, norm, verdict is Verdict.ACCEPT, seconds)
         self._save()
         self.timings.add(self.clock.finish())
         self.job.hooks.end(step)
 
-    def _reduce(self, sums: Sums) -> tuple[dict[str, float], float]:
+    def _judge(self, loss: float, norm: float) -> Verdict:
+        """The guard's verdict; an overflow of scaled fp16 gradients is the scale's business and only skipped."""
+        if self.scaler is None:
+            return self.guard.judge(self.state.history, loss, norm)
+        overflow = math.isfinite(loss) and not math.isfinite(norm) and not self.scaler.exhausted
+        self.scaler.update(math.isfinite(norm))
+        return Verdict.SKIP if overflow else self.guard.judge(self.state.history, loss, norm)
+
+    def _reduce(self, sums: Sums, loss_scale: float) -> tuple[dict[str, float], float]:
         """Global means and the global gradient norm, by one all-reduce; scales and clips the gradients.
 
         Gradients hold the sum over this step: dividing by the global weight here, after the backward passes,
@@ -195,7 +231,7 @@ class _Run:
         self.pulse.read(totals[len(sums) + 1 :])
         values = dict(zip(sums, totals, strict=False))
         weight = values.pop("weight")
-        scale = self.strategy.gradient_scale / max(weight, 1.0)
+        scale = self.strategy.gradient_scale / max(weight, 1.0) / loss_scale
         norm = (square**0.5) * scale
         clip = self.job.options.clip
         self.strategy.scale_gradients(scale * (min(1.0, clip / (norm + 1e-6)) if clip is not None else 1.0))
@@ -215,7 +251,7 @@ class _Run:
             learning_rate=rate,
             grad_norm=norm,
             seconds=seconds,
-            tokens=done * options.global_batch * self.job.sequence_length,
+            tokens=options.batches.before(done) * self.job.sequence_length,
             tokens_per_second=self.meter.tokens_per_second,
             data_wait=self.meter.data_wait,
             eta=self.meter.eta(self.steps - done),
@@ -244,6 +280,8 @@ class _Run:
         if self.job.checkpoints is not None and (due or asked):
             with self.clock("checkpoint"):
                 self.job.checkpoints.save(self.state)
+                if asked:
+                    self.job.checkpoints.finish()
             self.job.hooks.beat()
         sampling = self.job.options.samples
         if self.job.sample is not None and sampling and (done == self.steps or done % sampling.every == 0):

@@ -65,7 +65,7 @@ class Meter:
     """Throughput and share of data wait, smoothed over about ten steps; the first step (warm-up) does not count."""
 
     def __init__(self, tokens_per_step: int) -> None:
-        self._tokens, self._step, self._wait, self._seen = tokens_per_step, 0.0, 0.0, 0
+        self.tokens_per_step, self._step, self._wait, self._seen = tokens_per_step, 0.0, 0.0, 0
         self.seconds, self.counted = 0.0, 0
 
     def update(self, seconds: float, wait: float) -> None:
@@ -79,12 +79,12 @@ class Meter:
 
     @property
     def tokens_per_second(self) -> float:
-        return self._tokens / self._step if self._step else 0.0
+        return self.tokens_per_step / self._step if self._step else 0.0
 
     @property
     def mean_tokens_per_second(self) -> float:
         """Over the whole run but its first step; the smoothed value when there was only one."""
-        return self._tokens * self.counted / self.seconds if self.seconds else self.tokens_per_second
+        return self.tokens_per_step * self.counted / self.seconds if self.seconds else self.tokens_per_second
 
     @property
     def data_wait(self) -> float:

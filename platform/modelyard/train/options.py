@@ -8,6 +8,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from modelyard.recipe.schema import Options, runtime
+from modelyard.train.batch_plan import BatchPlan
+from modelyard.train.method_options import BatchWarmupOptions, EmaOptions, MixtureOptions
 from modelyard.train.run_options import ProfileOptions, SampleOptions, SpikeOptions, StopOptions
 
 
@@ -24,28 +26,45 @@ class ParallelOptions(Options):
 
 
 class TrainOptions(Options):
-    """One budget (`steps`, `tokens` or `epochs`), one global batch, AdamW, warm-up and decay."""
+    """One budget (`steps`, `tokens` or `epochs`), one global batch, an optimizer, warm-up and decay."""
 
     steps: int | None = Field(None, ge=1, description="optimizer steps to take; one of steps, tokens, epochs")
     tokens: int | None = Field(None, ge=1, description="tokens to train on; one of steps, tokens, epochs")
     epochs: float | None = Field(None, gt=0, description="passes over the data; the default budget is 1")
     global_batch: int = Field(32, ge=1, description="sequences an optimizer step, over all workers together")
+    batch_warmup: BatchWarmupOptions | None = Field(None, description="a batch that rises at first; null = constant")
+    mixture: MixtureOptions | None = Field(None, description="how often each source is drawn; null = as they are")
+    optimizer: Literal["adamw", "adamw8bit", "lamb", "adafactor", "lion", "muon"] = Field(
+        "adamw",
+        description="lamb: very large batches; adafactor: little memory; lion: a tenth of the rate; muon: matrices by "
+        "Muon, the rest by AdamW at the same rate; adamw8bit: torchao, extra `torchao`",
+    )
     learning_rate: float = Field(1e-3, gt=0, description="peak rate (small models: 1e-3; 1 B: 3e-4; 70 B: 1.5e-4)")
     warmup: float = Field(
         0.05, ge=0, description="linear warm-up: a share of the steps when below 1, else steps (Llama 2: 2000)"
     )
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
-        "cosine", description="decay after the warm-up; wsd stays flat and decays over the last fifth"
+    schedule: Literal["cosine", "linear", "wsd", "one-cycle", "constant"] = Field(
+        "cosine",
+        description="decay after the warm-up; wsd stays flat and decays over the last fifth; one-cycle rises along a "
+        "cosine from 1/25 (give it a warmup of 0.3)",
     )
     floor: float = Field(0.1, ge=0, le=1, description="last rate as a share of the peak (Chinchilla, Llama 2: 0.1)")
-    weight_decay: float = Field(0.1, ge=0, description="AdamW decay of matrices, not of norms and embeddings (GPT-3)")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW moment decay rates (GPT-3, Llama)")
+    weight_decay: float = Field(
+        0.1, ge=0, description="decoupled decay of matrices, not of norms and embeddings (GPT-3)"
+    )
+    betas: tuple[float, float] = Field(
+        (0.9, 0.95), description="moment decay rates of AdamW (GPT-3, Llama), LAMB and Lion"
+    )
+    momentum: float = Field(0.95, ge=0, lt=1, description="decay of Muon's momentum (Jordan 2024)")
     epsilon: float = Field(1e-8, gt=0, description="AdamW denominator offset (Kingma and Ba 2015)")
     clip: float | None = Field(1.0, gt=0, description="largest global gradient norm (GPT-3); null = no clipping")
     seed: int = Field(0, ge=0, description="decides initial weights, data order and dropout")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto = bf16 compute with fp32 weights and reductions on CUDA, fp32 on a CPU"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = Field(
+        "auto",
+        description="type of products; weights, optimizer and reductions are fp32 in every case. auto = bf16 on CUDA, "
+        "fp32 on a CPU; fp16 scales the loss; fp8 needs torchao and a GPU with fp8 units",
     )
+    ema: EmaOptions | None = Field(None, description="average of the weights over steps; null = none")
     document_mask: bool = Field(
         False, description="whether attention stops at document boundaries inside a packed sequence (Llama 3: yes)"
     )
@@ -60,7 +79,10 @@ class TrainOptions(Options):
     parallel: ParallelOptions = runtime(ParallelOptions(), "degrees of the device mesh")
     compile: bool = runtime(False, "compile each block with torch.compile")
     checkpoint_every: int = runtime(100, "steps between checkpoints", ge=1)
-    keep_checkpoints: int = runtime(2, "checkpoints kept; the oldest go first", ge=1)
+    keep_checkpoints: int = runtime(2, "newest checkpoints kept", ge=1)
+    keep_best: int = runtime(0, "checkpoints kept besides, of the lowest held-out loss (needs evaluate_every)", ge=0)
+    keep_every: int | None = runtime(None, "checkpoints kept besides: those at a multiple of this step", ge=1)
+    async_checkpoints: bool = runtime(True, "write checkpoints beside training, which pauses only for the copy")
     evaluate_every: int = runtime(0, "steps between held-out evaluations; 0 = only at the end", ge=0)
     evaluate_sequences: int = runtime(256, "held-out sequences of an evaluation on the way; the last uses all", ge=1)
 
@@ -75,6 +97,8 @@ class TrainOptions(Options):
         given = [name for name in ("steps", "tokens", "epochs") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give one budget, not {' and '.join(given)}")
+        if self.batch_warmup is not None and self.batch_warmup.sequences > self.global_batch:
+            raise ValueError("batch_warmup.sequences is above global_batch: a batch warm-up rises")
         return self
 
     def total_steps(self, sequences: int, sequence_length: int) -> int:
@@ -82,8 +106,15 @@ class TrainOptions(Options):
         if self.steps is not None:
             return self.steps
         if self.tokens is not None:
-            return max(1, round(self.tokens / (self.global_batch * sequence_length)))
-        return max(1, math.ceil((self.epochs or 1.0) * sequences / self.global_batch))
+            return self.batches.steps(round(self.tokens / sequence_length))
+        return self.batches.steps((self.epochs or 1.0) * sequences)
+
+    @property
+    def batches(self) -> BatchPlan:
+        """How many sequences each step reads."""
+        if self.batch_warmup is None:
+            return BatchPlan(self.global_batch, self.global_batch)
+        return BatchPlan(self.global_batch, self.batch_warmup.sequences, self.batch_warmup.steps)
 
     def evaluation(self, done: int) -> tuple[bool, int]:
         """Whether the held-out loss is measured after `done` steps, and on how many sequences at most."""

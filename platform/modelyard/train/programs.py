@@ -30,7 +30,7 @@ from modelyard.models.export import copy_tokenizer, export_model, load_model, re
 from modelyard.models.options import LoraOptions, ModelOptions
 from modelyard.recipe.schema import Options
 from modelyard.tokens import TokenDataset
-from modelyard.train.checkpoint import Checkpoints
+from modelyard.train.checkpoint import Checkpoints, Keep
 from modelyard.train.data import Sequences
 from modelyard.train.heldout import heldout_loss
 from modelyard.train.hooks import Chain, Hooks
@@ -158,7 +158,8 @@ def _fit(
     strategy = Strategy(model, world)
     keeper = None
     if setup.checkpoints:
-        keeper = Checkpoints(setup.checkpoints, setup.identity, world, options.keep_checkpoints, say)
+        keep = Keep(options.keep_checkpoints, options.keep_best, options.keep_every)
+        keeper = Checkpoints(setup.checkpoints, setup.identity, world, keep, say, options.async_checkpoints)
     evaluate = None
     if heldout is not None:
         evaluate = partial(heldout_loss, strategy, objective, heldout, batch=options.micro_batch or 16)

@@ -13,6 +13,9 @@ Schedule = Callable[[int], float]
 _WSD_DECAY = 0.2
 """Share of the run over which warm-up-stable-decay goes down (MiniCPM, arXiv 2404.06395: 10 to 20 %)."""
 
+_LOW = 1 / 25
+"""Where one-cycle begins, as a share of the peak (torch and fastai: 1/25)."""
+
 
 def make_schedule(options: TrainOptions, steps: int) -> Schedule:
     """The schedule `options` ask for over `steps` optimizer steps.
@@ -20,6 +23,8 @@ def make_schedule(options: TrainOptions, steps: int) -> Schedule:
     The factor rises linearly to 1 at the last warm-up step and ends at `options.floor`.
     """
     warmup = options.warmup_steps(steps)
+    if options.schedule == "one-cycle":
+        return _one_cycle(warmup, steps, options.floor)
     decay = {"cosine": _cosine, "linear": _linear, "wsd": _wsd, "constant": _constant}[options.schedule]
 
     def factor(step: int) -> float:
@@ -27,6 +32,18 @@ def make_schedule(options: TrainOptions, steps: int) -> Schedule:
             return (step + 1) / (warmup + 1)
         progress = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
         return options.floor + (1 - options.floor) * decay(progress)
+
+    return factor
+
+
+def _one_cycle(warmup: int, steps: int, floor: float) -> Schedule:
+    """Up along a cosine from `_LOW`, down along one to `floor` (Smith and Topin 2017, arXiv 1708.07120)."""
+    top = max(warmup - 1, 0)
+
+    def factor(step: int) -> float:
+        if step < top:
+            return 1 - (1 - _LOW) * _cosine(step / top)
+        return floor + (1 - floor) * _cosine(min(1.0, (step - top) / max(1, steps - 1 - top)))
 
     return factor
 

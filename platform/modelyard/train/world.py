@@ -15,11 +15,12 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class World:
-    """One training process among `size`."""
+    """One training process among `size`; `group` is what it talks over, None = the default process group."""
 
     rank: int
     size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
 
     @property
     def leads(self) -> bool:
@@ -28,21 +29,27 @@ class World:
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, in order, on every rank. Small picklable values only."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group=self.group)
         return found
 
     def add(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.group)
         return values
+
+    def apart(self) -> World:
+        """The same workers over a gloo group of their own, for a thread beside training. All call it together."""
+        if self.size == 1:
+            return self
+        return World(self.rank, self.size, torch.device("cpu"), dist.new_group(backend="gloo"))
 
 
 def current() -> World:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from modelyard.train.fp8 import to_fp8
 from modelyard.train.options import TrainOptions
 from modelyard.train.parallel.mesh import build_mesh, degrees
 from modelyard.train.world import World
@@ -23,7 +24,9 @@ def compute_dtype(options: TrainOptions, device: torch.device) -> torch.dtype:
     """bf16 where it is asked for or the device is made for it. bf16 on a CPU without bf16 units is 10x slower."""
     if options.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
+    # What fp8 does not multiply (norms, attention, the output layer) is bf16.
+    known = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+    return known[options.precision]
 
 
 def parallelize(model: nn.Module, options: TrainOptions, world: World) -> nn.Module:
@@ -32,9 +35,11 @@ def parallelize(model: nn.Module, options: TrainOptions, world: World) -> nn.Mod
     Weights stay fp32 and gradients are reduced in fp32 whatever the compute dtype.
 
     Raises:
-        ResourceError: the mesh degrees do not multiply to the number of workers.
+        ResourceError: the mesh degrees do not multiply to the number of workers, or there are no fp8 units.
     """
     sizes = degrees(options.parallel, world.size)
+    if options.precision == "fp8":
+        to_fp8(blocks(model), world.device)
     if options.compile:
         for block in blocks(model):
             block.compile()

@@ -1,0 +1,70 @@
+"""Options of the training method that have several fields: averages, batch warm-up, mixtures, what is kept. Light."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from modelyard.recipe.schema import Options
+
+
+class EmaOptions(Options):
+    """An exponential moving average of the weights, in checkpoints beside them."""
+
+    decay: float = Field(
+        0.999, gt=0, lt=1, description="share of the average kept at an update; less during the first 10 / (1 - decay)"
+    )
+    export: bool = Field(True, description="whether the model written at the end holds the averages")
+
+
+class BatchWarmupOptions(Options):
+    """A batch that rises from `sequences` to `global_batch` over `steps` (GPT-3, Llama 3)."""
+
+    sequences: int = Field(ge=1, description="sequences of the first step")
+    steps: int = Field(ge=1, description="steps until the batch is `global_batch`")
+
+
+class MixtureStep(Options):
+    """Weights of sources from a step on."""
+
+    step: int = Field(ge=0, description="optimizer step (0-based) at which these weights hold")
+    weights: dict[str, float] = Field(description="share of every source by name; they need not sum to 1")
+
+
+class MixtureOptions(Options):
+    """How often each source of the tokens is drawn; without it every sequence comes once an epoch."""
+
+    weights: dict[str, float] | None = Field(None, description="share of every source by name, the same at every step")
+    schedule: tuple[MixtureStep, ...] = Field(
+        (), description="weights by step instead; between two entries they move along a line"
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> MixtureOptions:
+        if (self.weights is None) == (not self.schedule):
+            raise ValueError("give either weights or schedule")
+        return self
+
+    def milestones(self) -> list[tuple[int, dict[str, float]]]:
+        """(step, weights), as `tokens.MixtureOrder` takes them."""
+        if self.weights is not None:
+            return [(0, dict(self.weights))]
+        return [(entry.step, dict(entry.weights)) for entry in self.schedule]
+
+
+class DenoisingOptions(Options):
+    """Span corruption (T5, arXiv 1910.10683) as a mixture of denoisers (UL2, arXiv 2205.05131)."""
+
+    rate: float = Field(0.15, gt=0, lt=0.9, description="share of tokens hidden by the ordinary denoisers (T5: 0.15)")
+    span: float = Field(3.0, ge=1, description="mean length of a hidden span in tokens (T5: 3)")
+    extreme: float = Field(
+        0.0, ge=0, le=1, description="share of sequences with half of the tokens hidden, in spans of 32 (UL2's X: 0.25)"
+    )
+    prefix: float = Field(
+        0.0, ge=0, le=1, description="share of sequences whose end is hidden as one span (UL2's S: 0.5)"
+    )
+
+    @model_validator(mode="after")
+    def _shares(self) -> DenoisingOptions:
+        if self.extreme + self.prefix > 1:
+            raise ValueError("extreme + prefix may not exceed 1: the rest are ordinary denoisers")
+        return self
