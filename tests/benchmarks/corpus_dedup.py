@@ -37,6 +37,9 @@ class _NoTracking:
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Nothing is tracked here."""
 
+    def log_text(self, name: str, text: str) -> None:
+        """Nothing is kept here."""
+
 
 def write_input(folder: Path, texts: list[str]) -> Files:
     """The texts as eight JSONL files, repeated with small edits until BYTES are reached."""

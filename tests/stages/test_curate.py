@@ -66,9 +66,13 @@ class Recorder:
 
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}
+        self.texts: dict[str, str] = {}
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.metrics |= metrics
+
+    def log_text(self, name: str, text: str) -> None:
+        self.texts[name] = text
 
 
 def run(files: Files, folder: str, **options: Any) -> tuple[StageResult, Recorder]:
@@ -177,13 +181,18 @@ def test_report_and_card_show_the_numbers_and_escape_the_data(ray_session: None,
     rows = [json.dumps({"text": t}) for t in (evil, evil + " tail", "other text")]
     write_bytes(str(tmp_path / "a.jsonl"), "\n".join(rows).encode())
     files = Files((FileRef(str(tmp_path / "a.jsonl"), 999, "d"),), "d")
-    _, recorder = run(files, str(tmp_path), steps=[{"dedup": {"method": "minhash"}}])
+    card = {"licence": "CC0-1.0", "source": "written for a test"}
+    steps = [{"language": {"mode": "annotate"}}, {"dedup": {"method": "minhash"}}]
+    _, recorder = run(files, str(tmp_path), steps=steps, card=card)
     page = read_bytes(join(str(tmp_path), "out", "report.html")).decode()
     assert "<script>" not in page and "&lt;script&gt;" in page and "{{" not in page
     assert "http" not in page.split("</style>")[0] and "near_duplicate" in page
     card = read_bytes(join(str(tmp_path), "out", "data_card.md")).decode()
     assert "2 documents" in card and "near_duplicate | 1" in card
-    assert recorder.metrics["dedup.1.kept_share"] == pytest.approx(2 / 3)
+    assert "CC0-1.0" in card and "written for a test" in card and "| language | documents |" in card
+    assert "1 removed" in page and "language_score of kept documents" in page
+    assert recorder.texts["report.html"] == page and recorder.texts["data_card.md"] == card
+    assert recorder.metrics["dedup.2.kept_share"] == pytest.approx(2 / 3)
 
 
 def test_docstring_pairs_have_prompts(ray_session: None, tmp_path: Path) -> None:

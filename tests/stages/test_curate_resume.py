@@ -28,6 +28,9 @@ class _NoTracking:
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Nobody looks."""
 
+    def log_text(self, name: str, text: str) -> None:
+        """Nobody reads."""
+
 
 def curate(data: Path, folder: str) -> dict[str, int]:
     refs = [FileRef(str(p), p.stat().st_size, p.name) for p in sorted(data.iterdir())]

@@ -229,6 +229,15 @@ class MinHashOptions(Options):
 DedupOptions = Annotated[ExactOptions | MinHashOptions, Field(discriminator="method")]
 
 
+class CardOptions(Options):
+    """What the data card says about a corpus beyond what was counted."""
+
+    title: str | None = Field(None, description="title of the data card; null = the stage's name")
+    description: str | None = Field(None, description="what the corpus is and what it is for")
+    source: str | None = Field(None, description="where the files came from, when and how they were collected")
+    licence: str | None = Field(None, description="licence or terms of the documents, as text or SPDX identifier")
+
+
 class StepOptions(Options):
     """One step: a mapping with a single key, the step's name (`{quality: {rules: [gopher]}}`)."""
 

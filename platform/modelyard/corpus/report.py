@@ -5,7 +5,6 @@ The page is one file without outside resources; every word from the data is esca
 
 from __future__ import annotations
 
-import html
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,67 +12,79 @@ from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
 
-from modelyard.corpus.files import read_parquet
-from modelyard.corpus.tally import StepTally, Tally
-from modelyard.storage import FileRef, join, list_files, write_bytes
+from modelyard.corpus.charts import NONE, bar, bars, count, crossed, escape, histogram, size
+from modelyard.corpus.clusters import Cluster, duplicate_clusters
+from modelyard.corpus.options import CardOptions
+from modelyard.corpus.tally import SCORE_BINS, StepTally, Tally
+from modelyard.storage import FileRef, join, write_bytes
 
-_EXAMPLES = 6
+REPORTS = ("report.html", "data_card.md", "funnel.json")
+BYTES_PER_TOKEN = 4.0  # of UTF-8, to estimate tokens before there is a tokenizer; about right for English prose
+
 _SHOWN = 900
-_SCANNED = 64  # parts of the output that are searched for the kept twins of examples
+_LENGTHS = [size(2**i) for i in range(33)]
+_SCORES = [f"{i / SCORE_BINS:.2f}" for i in range(SCORE_BINS + 1)]
+_LANGUAGES = 16
 
 
 def write_report(
-    output: str, name: str, tallies: Sequence[Tally], options: Mapping[str, Any], refs: Sequence[FileRef]
-) -> None:
-    """Writes the three files below `output`."""
+    output: str, name: str, tallies: Sequence[Tally], options: Mapping[str, Any], refs: Sequence[FileRef],
+    card: CardOptions,
+) -> None:  # fmt: skip
+    """Writes the three files below `output`.
+
+    Args:
+        output: the artifact's folder, with `data/` and `audit/` in it.
+        name: the stage's name.
+        tallies: one of each segment, in order.
+        options: the stage's options, for the data card.
+        refs: the input files.
+        card: what the recipe says about the corpus.
+    """
     steps = [step for tally in tallies for step in tally.steps]
-    write_bytes(join(output, "funnel.json"), _funnel_json(steps))
-    write_bytes(join(output, "data_card.md"), _card(name, steps, tallies[-1], options, refs).encode())
+    write_bytes(join(output, "funnel.json"), _funnel_json(steps, tallies[-1]))
+    write_bytes(join(output, "data_card.md"), _card(name, steps, tallies[-1], options, refs, card).encode())
     write_bytes(join(output, "report.html"), _page(output, name, tallies, steps).encode())
 
 
-def _funnel_json(steps: Sequence[StepTally]) -> bytes:
-    return (json.dumps({"steps": [asdict(step) for step in steps]}, indent=1, sort_keys=True) + "\n").encode()
+def _funnel_json(steps: Sequence[StepTally], last: Tally) -> bytes:
+    plain = {
+        "steps": [asdict(step) for step in steps], "languages": last.languages, "scores": last.scores,
+        "lengths": last.lengths,
+    }  # fmt: skip
+    return (json.dumps(plain, indent=1, sort_keys=True) + "\n").encode()
 
 
 def _page(output: str, name: str, tallies: Sequence[Tally], steps: Sequence[StepTally]) -> str:
     last = tallies[-1]
-    examples = sorted((row for t in tallies for row in t.twins), key=lambda r: (-(r["jaccard"] or 0) == -1, r["id"]))
     removed = sorted((row for t in tallies for row in t.removed), key=lambda r: str(r["id"]))
+    removed_lengths = [sum(column) for column in zip(*(t.removed_lengths for t in tallies), strict=True)]
     template = files("modelyard.corpus").joinpath("report_template.html").read_text(encoding="utf-8")
     first, final = steps[0], steps[-1]
     parts = {
-        "TITLE": _escape(name),
+        "TITLE": escape(name),
         "KEPT": f"{final.documents:,}",
         "IN": f"{first.documents_in:,}",
         "SHARE": f"{100 * final.documents / max(first.documents_in, 1):.1f} %",
-        "BYTES": _size(final.bytes),
-        "BYTES_IN": _size(first.bytes_in),
+        "BYTES": size(final.bytes),
+        "BYTES_IN": size(first.bytes_in),
+        "TOKENS": count(final.bytes / BYTES_PER_TOKEN),
         "FUNNEL": _funnel(steps),
-        "REASONS": _bars(_reasons(steps)),
-        "LENGTHS": _histogram(last.lengths),
-        "SOURCES": _bars(Counter(last.sources).most_common(12)),
-        "ENTITIES": _entities(steps),
-        "TWINS": _twins(output, examples[:_EXAMPLES]),
+        "REASONS": bars(_reasons(steps)),
+        "LENGTHS": histogram(last.lengths, _LENGTHS),
+        "REMOVED_LENGTHS": histogram(removed_lengths, _LENGTHS),
+        "SOURCES": bars(Counter(last.sources).most_common(12)),
+        "SCORES": _scores(last),
+        "LANGUAGES": bars(Counter(last.languages).most_common(_LANGUAGES)),
+        "ENTITIES": crossed(_crossed(steps, "scrub")),
+        "TABLES": _tables(steps),
+        "TWINS": _twins(*duplicate_clusters(output)),
         "SAMPLES_KEPT": _samples(last.kept),
         "SAMPLES_REMOVED": _samples(removed[:12]),
     }
     for key, value in parts.items():
         template = template.replace("{{" + key + "}}", value)
     return template
-
-
-def _escape(value: object) -> str:
-    # Braces too: a text that holds {{TITLE}} must not be taken for a place of the template.
-    return html.escape(str(value)).replace("{", "&#123;")
-
-
-def _size(value: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
-        value /= 1000
-    return f"{value:,.1f} TB"
 
 
 def _reasons(steps: Sequence[StepTally]) -> list[tuple[str, int]]:
@@ -88,95 +99,78 @@ def _funnel(steps: Sequence[StepTally]) -> str:
     rows = []
     for step in steps:
         gone = sum(step.reasons.values())
-        share = 100 * step.documents / whole
-        counts = ", ".join(f"{_escape(k)} {v:,}" for k, v in sorted(step.counts.items()) if "/" not in k)
+        counts = ", ".join(f"{escape(k)} {v:,}" for k, v in sorted(step.counts.items()) if "/" not in k)
         rows.append(
-            f"<tr><th>{_escape(step.name)}</th><td>{step.documents:,}</td><td class=gone>{'-' if gone else ''}{gone:,}"
-            f"</td><td>{_size(step.bytes)}</td><td class=wide><svg viewBox='0 0 100 8' preserveAspectRatio=none>"
-            f"<rect class=track width=100 height=8 rx=1 /><rect class=bar width={share:.2f} height=8 rx=1 /></svg></td>"
-            f"<td class=note>{counts}</td></tr>"
+            f"<tr><th>{escape(step.name)}</th><td>{step.documents:,}</td><td class=gone>{'-' if gone else ''}{gone:,}"
+            f"</td><td>{size(step.bytes)}</td><td>{count(step.bytes / BYTES_PER_TOKEN)}</td>"
+            f"<td class=wide>{bar(100 * step.documents / whole)}</td><td class=note>{counts}</td></tr>"
         )
-    head = "<tr><th>step</th><td>documents</td><td>removed</td><td>text</td><td class=wide></td><td></td></tr>"
+    head = (
+        "<tr><th>step</th><td>documents</td><td>removed</td><td>text</td><td>tokens, about</td><td></td><td></td></tr>"
+    )
     return f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _bars(pairs: Sequence[tuple[str, int]]) -> str:
-    if not pairs:
-        return "<p class=note>none</p>"
-    top = max(n for _, n in pairs)
-    rows = [
-        f"<tr><th>{_escape(name)}</th><td>{n:,}</td><td class=wide><svg viewBox='0 0 100 8' preserveAspectRatio=none>"
-        f"<rect class=bar width={max(100 * n / top, 0.4):.2f} height=8 rx=1 /></svg></td></tr>"
-        for name, n in pairs
-    ]
-    return f"<table><tbody>{''.join(rows)}</tbody></table>"
-
-
-def _histogram(bins: Sequence[int]) -> str:
-    filled = [i for i, n in enumerate(bins) if n]
-    if not filled:
-        return "<p class=note>none</p>"
-    low, high, top = filled[0], filled[-1], max(bins)
-    width = 600 / (high - low + 1)
-    parts = []
-    for i in range(low, high + 1):
-        x, height = (i - low) * width, 120 * bins[i] / top
-        parts.append(
-            f"<rect class=bar x={x + 2:.1f} y={130 - height:.1f} width={width - 4:.1f} height={height:.1f} rx=2>"
-            f"<title>{_size(2**i)} to {_size(2 ** (i + 1))}: {bins[i]:,}</title></rect>"
-            f"<text x={x + width / 2:.1f} y=146>{_size(2**i)}</text>"
-            f"<text class=count x={x + width / 2:.1f} y={124 - height:.1f}>{bins[i]:,}</text>"
-        )
-    return f"<svg class=chart viewBox='0 -14 600 166' role=img>{''.join(parts)}</svg>"
-
-
-def _entities(steps: Sequence[StepTally]) -> str:
+def _crossed(steps: Sequence[StepTally], *names: str) -> Counter[str]:
+    """The counts `row/column` of the named steps, added up."""
     total: Counter[str] = Counter()
     for step in steps:
-        total.update({name: n for name, n in step.counts.items() if "/" in name})
-    return _bars([(name.replace("/", ", "), n) for name, n in total.most_common()])
+        if step.name in names:
+            total.update({name: n for name, n in step.counts.items() if "/" in name})
+    return total
 
 
-def _kept_texts(output: str, wanted: set[str]) -> dict[str, str]:
-    """Texts of some kept documents, from the first parts of the output."""
-    found: dict[str, str] = {}
-    for name, _ in list(list_files(join(output, "data")))[:_SCANNED]:
-        for table in read_parquet(join(output, "data", name), 5000, columns=["id", "text"]):
-            for row, key in enumerate(table["id"].to_pylist()):
-                if key in wanted:
-                    found[key] = table["text"][row].as_py()
-        if len(found) == len(wanted):
-            break
-    return found
+def _tables(steps: Sequence[StepTally]) -> str:
+    """A section for every other step that has counts of the form `row/column`."""
+    names = dict.fromkeys(step.name for step in steps if step.name not in ("scrub", "language"))
+    found = [(name, counts) for name in names if (counts := _crossed(steps, name))]
+    return "".join(
+        f"<section><h2>{escape(name.capitalize())}</h2>{crossed(counts)}</section>" for name, counts in found
+    )
 
 
-def _twins(output: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    if not rows:
-        return "<p class=note>none</p>"
-    kept = _kept_texts(output, {row["twin"] for row in rows})
-    parts = []
-    for row in rows:
-        twin = kept.get(row["twin"], "(removed by a later step, or beyond the parts searched)")
-        parts.append(
-            f"<div class=pair><figure><figcaption>removed <code>{_escape(row['id'][:12])}</code> "
-            f"{_escape(row['reason'])}, Jaccard {row['jaccard'] or 0:.3f}</figcaption>"
-            f"<pre>{_escape(row['text'][:_SHOWN])}</pre></figure><figure><figcaption>kept "
-            f"<code>{_escape(row['twin'][:12])}</code></figcaption><pre>{_escape(twin[:_SHOWN])}</pre></figure></div>"
-        )
-    return "".join(parts)
+def _scores(last: Tally) -> str:
+    charts = [
+        f"<section><h2>{escape(name)} of kept documents</h2>{histogram(bins, _SCORES, 2)}</section>"
+        for name, bins in sorted(last.scores.items())
+    ]
+    return f"<div class=grid>{''.join(charts)}</div>" if charts else ""
+
+
+def _twins(sizes: Counter[int], clusters: Sequence[Cluster], whole: bool) -> str:
+    if not clusters:
+        return NONE
+    labels = [(f"{n:,} removed", many) for n, many in sorted(sizes.items())[:10]]
+    beyond = sum(many for n, many in sorted(sizes.items())[10:])
+    labels += [("more", beyond)] if beyond else []
+    note = "" if whole else "<p class=note>from the first parts of the audit</p>"
+    return f"<h3>Clusters by size</h3>{note}{bars(labels)}<h3>Examples</h3>{''.join(map(_cluster, clusters))}"
+
+
+def _cluster(cluster: Cluster) -> str:
+    kept = "(removed by a later step, or beyond the parts searched)" if cluster.kept is None else cluster.kept
+    figures = [
+        f"<figure><figcaption>kept <code>{escape(cluster.twin[:12])}</code>, {cluster.size:,} removed</figcaption>"
+        f"<pre>{escape(kept[:_SHOWN])}</pre></figure>"
+    ]
+    figures += [
+        f"<figure><figcaption>removed <code>{escape(row['id'][:12])}</code> {escape(row['reason'])}, Jaccard "
+        f"{row['jaccard'] or 0:.3f}</figcaption><pre>{escape((row['text'] or '')[:_SHOWN])}</pre></figure>"
+        for row in cluster.removed
+    ]
+    return f"<div class=pair>{''.join(figures)}</div>"
 
 
 def _samples(rows: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for row in rows:
-        why = f" <b>{_escape(row['reason'])}</b>" if row.get("reason") else ""
-        place = str(row["source"])
-        prompt = f"<pre class=prompt>{_escape(row['prompt'][:300])}</pre>" if row.get("prompt") else ""
+        why = f" <b>{escape(row['reason'])}</b>" if row.get("reason") else ""
+        prompt = f"<pre class=prompt>{escape(row['prompt'][:300])}</pre>" if row.get("prompt") else ""
         parts.append(
-            f"<details><summary>{why} <code>{_escape(_tail(place))}</code></summary>"
-            f"{prompt}<pre>{_escape(row['text'][:_SHOWN])}</pre></details>"
+            f"<details><summary>{why} <code>{escape(_tail(str(row['source'])))}</code></summary>"
+            f"{prompt}<pre>{escape(row['text'][:_SHOWN])}</pre></details>"
         )
-    return "".join(parts) or "<p class=note>none</p>"
+    return "".join(parts) or NONE
 
 
 def _tail(place: str) -> str:
@@ -184,26 +178,49 @@ def _tail(place: str) -> str:
 
 
 def _card(
-    name: str, steps: Sequence[StepTally], last: Tally, options: Mapping[str, Any], refs: Sequence[FileRef]
-) -> str:
+    name: str, steps: Sequence[StepTally], last: Tally, options: Mapping[str, Any], refs: Sequence[FileRef],
+    card: CardOptions,
+) -> str:  # fmt: skip
     first, final = steps[0], steps[-1]
     lines = [
-        f"# Data card: {name}", "",
-        f"{final.documents:,} documents, {_size(final.bytes)} of text, from {first.documents_in:,} records "
-        f"({_size(first.bytes_in)}) in {len(refs):,} files.", "",
+        f"# Data card: {card.title or name}", "",
+        *([card.description, ""] if card.description else []),
+        f"{final.documents:,} documents, {size(final.bytes)} of text (about {count(final.bytes / BYTES_PER_TOKEN)} "
+        f"tokens), from {first.documents_in:,} records ({size(first.bytes_in)}) in {len(refs):,} files.", "",
         "## Source", "",
+        *([card.source, ""] if card.source else []),
         "Inputs as named in the recipe; `source` of every document names its file. Kept documents by suffix: "
         + (", ".join(f"{k} {v:,}" for k, v in Counter(last.sources).most_common(12)) or "none") + ".", "",
         "## Licence", "",
-        "Not determined by this stage. The documents keep the licences of their sources.", "",
+        card.licence or "Not stated in the recipe (`card.licence`). The documents keep the licences of their sources.",
+        "", "## Languages", "", *_card_languages(last), "",
         "## What was done", "", "| step | documents in | kept | text kept |", "|---|---:|---:|---:|",
-        *(f"| {s.name} | {s.documents_in:,} | {s.documents:,} | {_size(s.bytes)} |" for s in steps), "",
+        *(f"| {s.name} | {s.documents_in:,} | {s.documents:,} | {size(s.bytes)} |" for s in steps), "",
         "## Why documents were left out", "", "| reason | documents |", "|---|---:|",
         *(f"| {reason} | {n:,} |" for reason, n in _reasons(steps)), "",
         "Every one has a row in `audit/` with its step and reason, and for duplicates the twin and the similarity.", "",
         "## Personal data", "",
-        "Structured entities are handled as the recipe says; names, addresses and free text about people are not "
-        "looked for, and `meta` and `source` are left as they came.", "",
+        *_card_entities(steps), "",
         "## Options", "", "```json", json.dumps(options, indent=1, ensure_ascii=False), "```", "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _card_languages(last: Tally) -> list[str]:
+    if not last.languages:
+        return ["Not determined: the recipe has no `language` step."]
+    rows = [f"| {code} | {n:,} |" for code, n in Counter(last.languages).most_common(_LANGUAGES)]
+    return ["| language | documents |", "|---|---:|", *rows]
+
+
+def _card_entities(steps: Sequence[StepTally]) -> list[str]:
+    counts = _crossed(steps, "scrub")
+    if not any(step.name == "scrub" for step in steps):
+        return ["Not looked for: the recipe has no `scrub` step."]
+    rows = [f"| {kind} | {action} | {n:,} |" for (kind, action), n in _pairs(counts)]
+    said = "Found by form and checksum, and treated as the recipe says; free text about people may remain."
+    return [said, "", "| type | what was done | number |", "|---|---|---:|", *rows]
+
+
+def _pairs(counts: Counter[str]) -> list[tuple[tuple[str, str], int]]:
+    return [((name.split("/", 1)[0], name.split("/", 1)[1]), n) for name, n in counts.most_common()]

@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from modelyard.corpus.arrow import lengths
 
 SAMPLES = 12
 _SAMPLE_CHARS = 1500
+SCORE_BINS = 20  # of scores, which lie between 0 and 1
 _BINS = 32  # length histogram: powers of two of bytes
 
 
@@ -32,7 +34,7 @@ class StepTally:
 
 @dataclass
 class Tally:
-    """All steps of a segment, plus samples and lengths of what came out at its end.
+    """All steps of a segment, plus samples, lengths, languages and scores of what came out at its end.
 
     Samples are the documents with the smallest ids: ids are hashes, so this is a fair and repeatable draw.
     """
@@ -42,6 +44,9 @@ class Tally:
     removed: list[dict[str, Any]] = field(default_factory=list)
     twins: list[dict[str, Any]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=lambda: [0] * _BINS)
+    removed_lengths: list[int] = field(default_factory=lambda: [0] * _BINS)
+    languages: dict[str, int] = field(default_factory=dict)
+    scores: dict[str, list[int]] = field(default_factory=dict)
     sources: dict[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -74,6 +79,7 @@ class Tally:
             return
         for item in pc.value_counts(rejected["reason"]).to_pylist():
             step.reasons[item["values"]] = step.reasons.get(item["values"], 0) + item["counts"]
+        self.removed_lengths = _added(self.removed_lengths, _histogram(pc.fill_null(rejected["bytes"], 0)))
         self.removed = _sample([*self.removed, *_rows(rejected, SAMPLES)], SAMPLES)
         twins = rejected.filter(rejected["twin"].is_valid())
         self.twins = _sample([*self.twins, *_rows(twins, SAMPLES)], SAMPLES)
@@ -82,9 +88,14 @@ class Tally:
         """Takes samples and lengths of what is left; only the last segment's count."""
         if not last or not kept.num_rows:
             return
-        bins = np.minimum(np.log2(np.maximum(lengths(kept["text"]), 1)).astype(int), _BINS - 1)
-        counted = np.bincount(bins, minlength=_BINS)
-        self.lengths = [a + int(b) for a, b in zip(self.lengths, counted, strict=True)]
+        self.lengths = _added(self.lengths, _histogram(lengths(kept["text"])))
+        if "language" in kept.column_names:
+            for item in pc.value_counts(kept["language"]).to_pylist():
+                self.languages[item["values"]] = self.languages.get(item["values"], 0) + item["counts"]
+        for name in _score_columns(kept.schema):
+            values = pc.fill_null(kept[name], 0).to_numpy().clip(0, 1)
+            counted = np.bincount((values * SCORE_BINS).astype(int).clip(0, SCORE_BINS - 1), minlength=SCORE_BINS)
+            self.scores[name] = _added(self.scores.get(name, [0] * SCORE_BINS), counted)
         self.kept = _sample([*self.kept, *_rows(kept, SAMPLES)], SAMPLES)
         for source in pc.value_counts(kept["source"]).to_pylist():
             suffix = source["values"].rsplit("/", 1)[-1]
@@ -113,8 +124,27 @@ class Tally:
             mine.counts = dict(Counter(mine.counts) + Counter(theirs.counts))
         for name in ("kept", "removed", "twins"):
             setattr(self, name, _sample([*getattr(self, name), *getattr(other, name)], SAMPLES))
-        self.lengths = [a + b for a, b in zip(self.lengths, other.lengths, strict=True)]
+        self.lengths = _added(self.lengths, other.lengths)
+        self.removed_lengths = _added(self.removed_lengths, other.removed_lengths)
+        for name, bins in other.scores.items():
+            self.scores[name] = _added(self.scores.get(name, [0] * SCORE_BINS), bins)
+        self.languages = dict(Counter(self.languages) + Counter(other.languages))
         self.sources = dict(Counter(self.sources) + Counter(other.sources))
+
+
+def _histogram(sizes: Any) -> Any:
+    """Documents by the power of two of their bytes."""
+    bins = np.minimum(np.log2(np.maximum(np.asarray(sizes), 1)).astype(int), _BINS - 1)
+    return np.bincount(bins, minlength=_BINS)
+
+
+def _added(one: Iterable[int], other: Iterable[int]) -> list[int]:
+    return [int(a) + int(b) for a, b in zip(one, other, strict=True)]
+
+
+def _score_columns(schema: Any) -> list[str]:
+    """Columns of numbers between 0 and 1 that steps have added; statistics are of other kinds."""
+    return [f.name for f in schema if pa.types.is_floating(f.type) and not f.name.startswith("stat_")]
 
 
 def _rows(table: Any, most: int) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from modelyard.corpus.filter_options import ScrubOptions
-from modelyard.corpus.options import ExactOptions, MinHashOptions, ReadOptions, StepOptions
+from modelyard.corpus.options import CardOptions, ExactOptions, MinHashOptions, ReadOptions, StepOptions
 from modelyard.errors import DataError
 from modelyard.planner.estimate import Estimate
 from modelyard.recipe.schema import Bytes, StageOptions, runtime
@@ -25,6 +25,7 @@ class CurateOptions(StageOptions):
     kind: Literal["curate"] = Field("curate", description="stage kind")
     read: ReadOptions = Field(ReadOptions(), description="how files become documents")
     steps: tuple[StepOptions, ...] = Field((), description="what to do with the documents, in order")
+    card: CardOptions = Field(CardOptions(), description="source and licence for the data card")
     shuffle_above: Bytes = runtime(
         512_000_000,
         "deduplicate in one process up to this many bytes of keys and of candidate texts; above, over Ray Data's "

@@ -229,7 +229,7 @@ def _check(ctx: Context, funnel: Funnel) -> None:
 
 def _finish(ctx: Context, funnel: Funnel, vouched: set[str], refs: list[Any]) -> None:
     """Removes leftovers of earlier tries, scans for leaks, writes the report and logs to MLflow."""
-    from modelyard.corpus.report import write_report
+    from modelyard.corpus.report import REPORTS, write_report
 
     for folder in ("data", "audit"):
         for name, _ in list_files(join(ctx.output, folder)):
@@ -239,7 +239,16 @@ def _finish(ctx: Context, funnel: Funnel, vouched: set[str], refs: list[Any]) ->
     if scrub is not None and scrub.leak_check:
         data = sorted(f for f in vouched if posixpath.dirname(f) == join(ctx.output, "data"))
         _check_leaks(ctx, curate_ray.leaks(data, scrub, ctx.options.resources))
-    write_report(ctx.output, ctx.name, funnel.tallies, ctx.options.model_dump(mode="json", exclude_none=True), refs)
+    write_report(
+        ctx.output,
+        ctx.name,
+        funnel.tallies,
+        ctx.options.model_dump(mode="json", exclude_none=True),
+        refs,
+        ctx.options.card,
+    )
+    for name in REPORTS:
+        ctx.run.log_text(name, read_bytes(join(ctx.output, name)).decode())
     ctx.run.log_metrics(
         {
             f"{step.name}.{i}.kept_share": step.documents / max(step.documents_in, 1)
