@@ -16,7 +16,7 @@ from modelyard.planner.parameters import count
 from modelyard.planner.scaling import Chinchilla, Law, returns
 from modelyard.planner.search import Search
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 280, 70, 40
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _RIGHT = 720, 280, 70, 40, 136
 _COLORS = ("#2463b8", "#c4572e", "#3d8c5a", "#8a5fb0", "#b8902a", "#4aa3a3", "#9a9a9a")
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:840px;color:#1c2430;padding:0 1em}
@@ -108,7 +108,7 @@ class _Axis:
 
 
 def _x(fraction: float) -> float:
-    return _LEFT + fraction * (_WIDTH - _LEFT - 12)
+    return _LEFT + fraction * (_WIDTH - _LEFT - _RIGHT)
 
 
 def _y(fraction: float) -> float:
@@ -119,12 +119,12 @@ def _grid(xs: _Axis, ys: _Axis, x_title: str, y_title: str) -> list[str]:
     found = []
     for value in ys.ticks():
         y = _y(ys.at(value))
-        found.append(f'<line x1="{_LEFT}" x2="{_WIDTH - 12}" y1="{y:.1f}" y2="{y:.1f}" stroke="#8884"/>')
+        found.append(f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#8884"/>')
         found.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(fmt.number(value))}</text>')
     for value in xs.ticks():
         x, mark = _x(xs.at(value)), escape(fmt.number(value))
         found.append(f'<text x="{x:.1f}" y="{_HEIGHT - 22}" text-anchor="middle">{mark}</text>')
-    middle = (_LEFT + _WIDTH) / 2
+    middle = (_LEFT + _WIDTH - _RIGHT) / 2
     found.append(f'<text x="{middle}" y="{_HEIGHT - 5}" text-anchor="middle">{escape(x_title)}</text>')
     found.append(f'<text x="{_LEFT}" y="10">{escape(y_title)}</text>')
     return found
@@ -141,8 +141,8 @@ def _line(
             label = f"<title>{escape(curve.labels[i])}</title>" if i < len(curve.labels) else ""
             found.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}">{label}</circle>')
     top = 24 + 17 * place
-    found.append(f'<rect x="{_WIDTH - 210}" y="{top - 10}" width="11" height="11" fill="{color}"/>')
-    found.append(f'<text x="{_WIDTH - 194}" y="{top}">{escape(curve.name)}</text>')
+    found.append(f'<rect x="{_WIDTH - _RIGHT + 14}" y="{top - 10}" width="11" height="11" fill="{color}"/>')
+    found.append(f'<text x="{_WIDTH - _RIGHT + 30}" y="{top}">{escape(curve.name)}</text>')
     return found
 
 

@@ -13,6 +13,9 @@ from modelyard.planner.hardware import find_hardware
 from modelyard.planner.layout import Layout
 from modelyard.planner.time import check_positive, step_time
 
+LEAST_STEPS = 100
+"""Optimizer steps a run should at least have before more devices are offered for it."""
+
 
 @dataclass(frozen=True)
 class Option:
@@ -30,7 +33,7 @@ def options(
     hardware: Sequence[str] = ("a100", "h100", "h200", "b200", "mi300x"), devices: Sequence[int] = (1, 8, 64, 512),
     precision_name: str = "mixed", region: str = "world",
 ) -> list[Option]:  # fmt: skip
-    """Every combination that fits under plain FSDP, fastest first; those that do not fit are left out.
+    """Every combination that fits under plain FSDP, fastest first; those that do not fit or have no work are left out.
 
     Args:
         config: Hugging Face config.
@@ -54,6 +57,8 @@ def options(
             except RecipeError:
                 continue  # Does not fit: not an option, and no mistake of the user's.
             batch = 16 * number
+            if number > 1 and tokens < LEAST_STEPS * batch * sequence_length:
+                continue  # More devices would only make the steps fewer.
             step = step_time(
                 config, sequence_length=sequence_length, global_batch=batch, hardware=hw, layout=layout,
                 precision_name=precision_name,
