@@ -21,6 +21,7 @@ BUILT_IN = {
     "scaling": "modelyard.stages.scaling:ScalingStage",
     "finetune": "modelyard.stages.finetune:FinetuneStage",
     "evaluate": "modelyard.stages.evaluate:EvaluateStage",
+    "generate": "modelyard.stages.generate:GenerateStage",
     "register": "modelyard.stages.register:RegisterStage",
     "deploy": "modelyard.stages.deploy:DeployStage",
 }

@@ -1,0 +1,99 @@
+"""The actor of batch inference: one engine, fed a unit of rows at a time, all of them in flight together."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from modelyard.engine import EngineOptions, NativeEngine, Request, Sampling, Tokenizer
+from modelyard.errors import DataError
+from modelyard.stages.generate_units import Answer, Unit, parse, read_rows, write_part
+from modelyard.storage import join, write_bytes
+
+
+class Writer:
+    """Continues the prompts of units and writes their output files.
+
+    Args:
+        model: folder or URI of the model.
+        engine: options of the engine.
+        how: `prompt`, `messages`, `chat`, `system`, `output` and `sampling` of the stage's options.
+        output: where output files go.
+        done: where each finished unit's record goes, after its file.
+    """
+
+    def __init__(self, model: str, engine: Mapping[str, Any], how: Mapping[str, Any], output: str, done: str) -> None:
+        from modelyard.serving.app import local_folder
+
+        folder = local_folder(model, weights=True)
+        options = EngineOptions.model_validate(engine)
+        self._how, self._output, self._done = how, output, done
+        self._engine, self._tokenizer = NativeEngine(folder, options), Tokenizer(folder)
+        # Twice the slots: a slot that falls free is filled in the next step.
+        self._room = 2 * options.max_sequences
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
+        """One unit a batch: `unit` holds its JSON; gives `record`."""
+        return {"record": [json.dumps(self.work(parse(str(text)))) for text in batch["unit"]]}
+
+    def work(self, unit: Unit) -> dict[str, Any]:
+        """Answers a unit's rows, writes its file, then its record, and returns the record."""
+        answers = asyncio.run(self._answers(unit))
+        write_part(unit, answers, self._how["output"], join(self._output, unit.part))
+        record = {
+            "index": unit.index, "rows": len(answers), "errors": sum(a.error is not None for a in answers),
+            "prompt_tokens": sum(a.prompt_tokens for a in answers), "tokens": sum(a.tokens for a in answers),
+        }  # fmt: skip
+        write_bytes(join(self._done, f"unit-{unit.index:05d}.json"), json.dumps(record).encode())
+        return record
+
+    async def _answers(self, unit: Unit) -> list[Answer]:
+        slots = asyncio.Semaphore(self._room)
+
+        async def one(place: int, row: dict[str, Any] | str) -> Answer:
+            async with slots:
+                try:
+                    return await self._answer(unit.first_row + place, row)
+                except DataError as error:
+                    return Answer(error=f"{error.what}; {error.mend}" if error.mend else error.what)
+
+        return list(await asyncio.gather(*(one(place, row) for place, row in enumerate(read_rows(unit)))))
+
+    async def _answer(self, number: int, row: dict[str, Any] | str) -> Answer:
+        """Raises DataError for a row that cannot be answered."""
+        if isinstance(row, str):
+            raise DataError(row)
+        prompt = self._prompt(row)
+        room = self._engine.max_length - len(prompt)
+        if not prompt or room < 1:
+            raise DataError(f"the prompt has {len(prompt):,} tokens and the model takes {self._engine.max_length:,}")
+        request = Request(str(number), tuple(prompt), self._sampling(number, room))
+        parts = [part async for part in self._engine.submit(request)]
+        text, tokens = "".join(part.text for part in parts), sum(len(part.tokens) for part in parts)
+        if parts[-1].finish == "error":
+            raise DataError(parts[-1].error)
+        return Answer(text, parts[-1].finish, len(prompt), tokens)
+
+    def _sampling(self, number: int, room: int) -> Sampling:
+        """A seed of its own for every row: its answer does not depend on workers, units or neighbours."""
+        given = dict(self._how["sampling"])
+        seed = given.pop("seed")
+        given["stop"] = tuple(given["stop"])
+        return Sampling(**{**given, "max_tokens": min(given["max_tokens"], room)}, seed=(seed + number) % 2**63)
+
+    def _prompt(self, row: Mapping[str, Any]) -> list[int]:
+        """Raises DataError when the row has neither field, or a value that is no prompt."""
+        system = [{"role": "system", "content": self._how["system"]}] if self._how["system"] else []
+        turns, text = row.get(self._how["messages"]), row.get(self._how["prompt"])
+        if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
+            # Parquet gives every turn every key of the struct: leave the empty ones out.
+            plain = [{k: v for k, v in turn.items() if v is not None} for turn in turns]
+            return self._tokenizer.encode_chat([*system, *plain])
+        if not isinstance(text, str) or not text:
+            names = f"{self._how['prompt']} (text) or {self._how['messages']} (turns)"
+            raise DataError(f"the row has no {names}")
+        if self._how["chat"] and self._tokenizer.template is not None:
+            return self._tokenizer.encode_chat([*system, {"role": "user", "content": text}])
+        return self._tokenizer.encode(text)
