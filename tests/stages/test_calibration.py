@@ -42,6 +42,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 })  # fmt: skip
                 for k, seen in enumerate(np.geomspace(tokens / 16, tokens, 8)):
                     run.log_metrics({"tokens": seen, "heldout_loss": TRUTH.loss(parameters, seen)}, step=k + 1)
+                # The stage's totals, as the runner logs them.
+                run.log_metrics({"tokens": tokens, "heldout_loss": TRUTH.loss(parameters, tokens)})
                 run.end()
         parent.end()
     return root

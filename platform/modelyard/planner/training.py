@@ -20,8 +20,8 @@ from modelyard.planner.time import StepTime, check_positive, step_time
 
 LOSS_CHUNK = {"cpu": 8.0 * 2**20, "gpu": 256.0 * 2**20, "tpu": 256.0 * 2**20}
 """Bytes of logits the training loop makes at once: its output layer is fused with the loss."""
-PROCESS_BYTES = 500 * 2**20
-"""What a Python worker with torch and transformers imported holds before it trains (measured, CPU build)."""
+PROCESS_BYTES = 600 * 2**20
+"""What a Ray Train worker with torch and transformers imported holds besides its tensors (measured, CPU build)."""
 DEVICE_BYTES = 1.5 * 2**30
 """CUDA context, cuBLAS workspace and NCCL buffers of a GPU worker."""
 _IDLE = frozenset(("architectures", "torch_dtype", "dtype", "transformers_version", "bos_token_id", "eos_token_id",

@@ -157,8 +157,9 @@ def advice(root: str, uri: str | None = None) -> list[tuple[str, Advice]]:
     found = []
     for run in history.finished(("pretrain",)):
         tokens = dict(history.curve(run.id, "tokens"))
-        points = [(tokens[step], loss) for step, loss in history.curve(run.id, "heldout_loss") if step in tokens]
-        points = [point for point in points if point[0] > 0]
+        losses = history.curve(run.id, "heldout_loss")
+        # At step 0 the runner logs a stage's totals.
+        points = [(tokens[step], loss) for step, loss in losses if step > 0 and tokens.get(step)]
         if len(points) >= 5:
             found.append((f"{run.recipe}/{run.stage}", advise(points)))
     return found
