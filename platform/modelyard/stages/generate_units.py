@@ -164,7 +164,8 @@ def _table(unit: Unit) -> pa.Table:
 
     fs, path = arrow_filesystem(unit.uri)
     with pq.ParquetFile(path, filesystem=fs) as file:
-        groups, begin, at = [], 0, 0
+        groups: list[int] = []
+        begin = at = 0
         for i in range(file.metadata.num_row_groups):
             rows = file.metadata.row_group(i).num_rows
             if at + rows > unit.first and at < unit.first + unit.rows:
