@@ -6,10 +6,12 @@ import csv
 import gzip
 import json
 import math
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from training_parts import launch, pretraining
@@ -191,6 +193,29 @@ def test_a_hang_ends_all_workers_and_leaves_the_stacks_of_each(tokens: Path, tmp
     assert sorted(dumps) == ["step-1-rank-0.txt", "step-2-rank-1.txt"], "rank 0 sleeps, rank 1 waits for it"
     assert "in sink" in dumps["step-1-rank-0.txt"]
     assert "forward_backward" in dumps["step-2-rank-1.txt"]
+
+
+def test_the_heldout_loss_is_told_by_source(tokens: Path, tmp_path: Path) -> None:
+    from modelyard.tokens import Sequences, TokenDataset, TokenWriter
+
+    folder = tmp_path / "tokens"
+    shutil.copytree(tokens, folder)
+    held = TokenDataset.open(tokens / "heldout").batch(range(40))
+    shutil.rmtree(folder / "heldout")
+    writer = TokenWriter(folder / "heldout", 32, 300)
+    noise = np.random.default_rng(0).integers(8, 300, (10, 32))
+    for name, rows in (("books", held["input_ids"]), ("noise", noise)):
+        n = len(rows)
+        writer.add(Sequences(rows, np.zeros((n, 32), dtype=bool), np.full(n, 32)), source=name, documents=n)
+    writer.close()
+    outcome = pretrain(job(folder, tmp_path, steps=30, evaluate_every=30, evaluate_sequences=10), ALONE)
+    assert outcome.heldout_loss is not None
+    assert list(outcome.by_source) == ["books", "noise"]
+    assert outcome.by_source["noise"] > outcome.by_source["books"] + 0.3
+    weighed = (40 * outcome.by_source["books"] + 10 * outcome.by_source["noise"]) / 50
+    assert outcome.heldout_loss == pytest.approx(weighed, abs=1e-9)
+    on_the_way = outcome.history[-1]["heldout_loss"]
+    assert outcome.by_source["books"] < on_the_way < outcome.by_source["noise"], "ten sequences of both"
 
 
 def test_running_out_of_memory_is_a_named_error() -> None:

@@ -30,11 +30,12 @@ def write_results(ctx: StageContext[Any], outcome: Outcome, page: Page, estimate
     with tempfile.TemporaryDirectory() as folder:
         write_history(Path(folder) / "loss.csv", outcome.history)
         write_bytes(join(ctx.output, "loss.csv"), (Path(folder) / "loss.csv").read_bytes())
-    tables = [*page.tables, *_predictions(outcome, estimate), *_phases(outcome), *_samples(ctx.output)]
-    page = replace(page, tables=tables)
+    found = (*_by_source(outcome), *_predictions(outcome, estimate), *_phases(outcome), *_samples(ctx.output))
+    page = replace(page, tables=(*page.tables, *found))
     for name, text in (("report.html", page.html()), ("report.md", page.markdown())):
         write_bytes(join(ctx.output, name), text.encode())
         ctx.run.log_text(name, text)
+    ctx.run.log_metrics({f"heldout_loss/{name}": loss for name, loss in outcome.by_source.items()})
     for folder in _LOGGED:
         for name, _ in _files(join(ctx.output, folder)):
             _log_file(ctx, f"{folder}/{name}")
@@ -51,6 +52,17 @@ def _log_file(ctx: StageContext[Any], name: str) -> None:
         ctx.run.log_text(name, read_bytes(uri).decode("utf-8"))
     elif not is_remote(uri):
         ctx.run.log_file(filesystem(uri)[1], name)
+
+
+def _by_source(outcome: Outcome) -> Sequence[Table]:
+    from modelyard.train.report import Table
+
+    whole = outcome.heldout_loss
+    if not outcome.by_source or whole is None:
+        return ()
+    ordered = sorted(outcome.by_source.items(), key=lambda item: -item[1])
+    rows = [(name, f"{loss:.4f}", f"{loss - whole:+.4f}") for name, loss in [*ordered, ("all", whole)]]
+    return (Table("Held-out loss by source, nats a token", ("source", "loss", "above all"), rows),)
 
 
 def _predictions(outcome: Outcome, estimate: Estimate | None) -> Sequence[Table]:

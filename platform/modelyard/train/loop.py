@@ -76,7 +76,8 @@ class Outcome:
     """What a run came to. `history` holds one row a step, those before a restart included.
 
     `phases` are mean seconds a step by phase since the last start, `stopped` why it ended before its budget, and
-    `peak_bytes` the most memory a worker of this machine held.
+    `peak_bytes` the most memory a worker of this machine held, `by_source` the held-out loss of
+    each source where there are several.
     """
 
     steps: int
@@ -92,6 +93,7 @@ class Outcome:
     phases: dict[str, float] = field(default_factory=dict)
     stopped: str = ""
     peak_bytes: int = 0
+    by_source: dict[str, float] = field(default_factory=dict)
 
 
 def fit(job: Job, world: World) -> Outcome:

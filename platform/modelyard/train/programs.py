@@ -11,8 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +31,7 @@ from modelyard.recipe.schema import Options
 from modelyard.tokens import TokenDataset
 from modelyard.train.checkpoint import Checkpoints, Keep
 from modelyard.train.data import Sequences
-from modelyard.train.heldout import heldout_loss
+from modelyard.train.heldout import Heldout
 from modelyard.train.hooks import Chain, Hooks
 from modelyard.train.loop import Job, Outcome, fit
 from modelyard.train.memory import memory_named
@@ -162,14 +161,15 @@ def _fit(
         keeper = Checkpoints(setup.checkpoints, setup.identity, world, keep, say, options.async_checkpoints)
     evaluate = None
     if heldout is not None:
-        evaluate = partial(heldout_loss, strategy, objective, heldout, batch=options.micro_batch or 16)
+        evaluate = Heldout(strategy, objective, heldout, options.micro_batch or 16)
     optimizer = make_optimizer(model, options)
     job = Job(model, optimizer, objective, data, setup.sequence_length, options, keeper, evaluate, sink, say, strategy)
     job.hooks = _hooks(setup, world, say, hooks)
     if options.samples is not None and setup.reports is not None:
         job.sample = Sampler(model, setup.tokenizer, options.samples, world, setup.reports)
     with memory_named(world.device):
-        return fit(job, world)
+        outcome = fit(job, world)
+    return replace(outcome, by_source=evaluate.by_source if evaluate is not None else {})
 
 
 def _hooks(setup: _Setup, world: World, say: Say, outer: Hooks | None) -> Hooks:
