@@ -60,18 +60,45 @@ def run(
     address: Annotated[
         str | None, typer.Option(help="a Ray cluster (host:port); default: RAY_ADDRESS, else a local Ray")
     ] = None,
+    profile: Annotated[
+        str | None, typer.Option(metavar="steps=10..12", help="profile these steps of the stages that train")
+    ] = None,
 ) -> None:
     """Runs a recipe. What is done is skipped; interrupt it anywhere, the same command goes on."""
     from modelyard.cli import tables
     from modelyard.stages import api
 
     loaded = _durable(load(recipe, assignments, root, to, to_kind))
+    if profile is not None:
+        loaded = profiled(loaded, profile)
     outcome = api.run(loaded, force=force or (), keep=keep, address=address)
     console = Console()
     console.print(tables.summary_table(outcome))
     console.print(tables.next_steps(outcome, recipe))
     if keep and any(options.kind == "deploy" for options in loaded.stages.values()):
         _wait(console)
+
+
+def profiled(recipe: Recipe, steps: str) -> Recipe:
+    """The recipe with the steps written as `steps=10..12` profiled in every stage that trains.
+
+    Raises:
+        RecipeError: the text is no range of steps, or nothing is trained.
+    """
+    from pydantic import ValidationError
+
+    from modelyard.train.run_options import ProfileOptions
+
+    try:
+        options = ProfileOptions.model_validate(steps)
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise RecipeError(problem, place="--profile", mend="write --profile steps=10..12") from error
+    training = {name: stage for name, stage in recipe.stages.items() if "profile" in type(stage).model_fields}
+    if not training:
+        raise RecipeError("no stage of the recipe trains", place="--profile", mend="leave it out")
+    changed = {name: stage.model_copy(update={"profile": options}) for name, stage in training.items()}
+    return recipe.model_copy(update={"stages": {**recipe.stages, **changed}})
 
 
 def _durable(recipe: Recipe) -> Recipe:

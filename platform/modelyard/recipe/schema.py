@@ -42,10 +42,18 @@ Bytes = Annotated[
 ]
 
 
+_WORKERS = {
+    "anyOf": [
+        {"type": "integer", "minimum": 1},
+        {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 2, "maxItems": 2},
+    ]
+}
+
+
 class Resources(Options):
     """What a stage may use. Never part of a fingerprint: the result does not depend on it."""
 
-    workers: int = Field(
+    workers: Annotated[int, WithJsonSchema(_WORKERS)] = Field(
         1, ge=1, description="worker processes (Ray Train workers, Ray Data parallelism); [1, 4] sets min_workers too"
     )
     min_workers: int | None = Field(

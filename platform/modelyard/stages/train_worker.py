@@ -174,18 +174,23 @@ def _process() -> Any:
     return psutil.Process()
 
 
-def matmul_rate(device: Any, seconds: float = 0.05) -> float:
-    """FLOP/s of a large matrix product on this worker, as a measured peak: fp32 on a CPU, bf16 on CUDA."""
+def matmul_rate(device: Any, rounds: int = 5) -> float:
+    """FLOP/s of a large matrix product on this worker, as a measured peak: fp32 on a CPU, bf16 on CUDA.
+
+    The best of some rounds: on a machine that is busy the mean would not be a peak.
+    """
     import torch
 
     cuda = device.type == "cuda"
     n, dtype = (8192, torch.bfloat16) if cuda else (512, torch.float32)
     a = torch.ones(n, n, device=device, dtype=dtype)
-    a @ a
-    began, rounds = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
+
+    def seconds() -> float:
+        began = time.perf_counter()
         a @ a
         if cuda:
             torch.cuda.synchronize(device)
-        rounds += 1
-    return 2 * n**3 * rounds / (time.perf_counter() - began)
+        return time.perf_counter() - began
+
+    seconds()
+    return 2 * n**3 / min(seconds() for _ in range(rounds))

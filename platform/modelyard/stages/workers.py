@@ -166,14 +166,20 @@ def _watches_nodes() -> bool:
 def _warm_up(assignment: Assignment, resources: Resources) -> list[Any]:
     """Starts importing on this machine's worker processes while Ray Train's own controller starts.
 
-    The worker group gets these processes, because they have its runtime environment.
+    The worker group gets these processes, because they have its runtime environment: what Ray Train passes on to its
+    controller, which then passes it on to the workers.
     """
     import ray
-    from ray.train.v2._internal.constants import get_env_vars_to_propagate
+    from ray.train.v2._internal import constants
 
     if "RAY_ADDRESS" in os.environ:
         return []
-    task = ray.remote(num_cpus=resources.cpus_per_worker, runtime_env={"env_vars": get_env_vars_to_propagate()})(warm)
+    quiet = (
+        constants.RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR,
+        constants.DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
+    )
+    environment = {quiet[0]: quiet[1], **constants.get_env_vars_to_propagate()}
+    task = ray.remote(num_cpus=resources.cpus_per_worker, runtime_env={"env_vars": environment})(warm)
     return [task.remote(assignment.program) for _ in range(resources.fewest)]
 
 

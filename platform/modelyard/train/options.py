@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from modelyard.recipe.schema import Options, runtime
 from modelyard.train.batch_plan import BatchPlan
 from modelyard.train.method_options import BatchWarmupOptions, EmaOptions, MixtureOptions
-from modelyard.train.run_options import ProfileOptions, SampleOptions, SpikeOptions, StopOptions
+from modelyard.train.run_options import ProfileRange, SampleOptions, SpikeOptions, StopOptions
 
 
 class ParallelOptions(Options):
@@ -87,7 +87,7 @@ class TrainOptions(Options):
     evaluate_sequences: int = runtime(256, "held-out sequences of an evaluation on the way; the last uses all", ge=1)
 
     samples: SampleOptions | None = runtime(None, "text the model writes on the way, for the report; null = none")
-    profile: ProfileOptions | None = runtime(None, "steps to profile, `steps=10..12`; null = none")
+    profile: ProfileRange | None = runtime(None, "steps to profile, `steps=10..12`; null = none")
     step_timeout: float = runtime(
         1800.0, "seconds without a finished step after which all stacks are dumped and the worker ends; 0 = never", ge=0
     )

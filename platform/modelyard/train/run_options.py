@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
 from modelyard.recipe.schema import Options
 
@@ -70,3 +70,10 @@ class ProfileOptions(Options):
         if value < info.data.get("first", value):
             raise ValueError("the last profiled step is before the first")
         return value
+
+
+ProfileRange = Annotated[
+    ProfileOptions,
+    WithJsonSchema({"anyOf": [{"type": "string", "examples": ["steps=10..12"]}, ProfileOptions.model_json_schema()]}),
+]
+"""The options, or the text `steps=10..12`."""
