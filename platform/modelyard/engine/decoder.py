@@ -53,16 +53,18 @@ class Decoder:
         if len(w.positions):
             x = x + w.positions[torch.from_numpy(batch.positions)]
         h, delta = torch.empty_like(x), EMPTY
+        xs, hs = x.numpy(), h.numpy()
         for index, layer in enumerate(w.layers):
-            self._norm(x, delta, layer.input_norm, h)
+            self._norm(xs, delta, layer.input_norm, hs)
             delta = self._attention(index, layer, h, batch)
             if index == len(w.layers) - 1 and batch.wanted is not None:
                 # Only these go on to the head: the rest of the last block is not needed.
                 x, delta = x[batch.wanted], delta[batch.wanted.numpy()]
                 h, groups = torch.empty_like(x), batch.adapters_wanted
-            self._norm(x, delta, layer.mlp_norm, h)
+                xs, hs = x.numpy(), h.numpy()
+            self._norm(xs, delta, layer.mlp_norm, hs)
             delta = self._feed_forward(index, layer, h, groups)
-        self._norm(x, delta, w.norm, h)
+        self._norm(xs, delta, w.norm, hs)
         return h
 
     @torch.inference_mode()
@@ -70,13 +72,13 @@ class Decoder:
         """Scores of all tokens, float32 [rows, vocabulary]. hidden: [rows, hidden]."""
         return self.weights.head(hidden)
 
-    def _norm(self, x: Tensor, delta: np.ndarray, norm: Norm, out: Tensor) -> None:
+    def _norm(self, x: np.ndarray, delta: np.ndarray, norm: Norm, out: np.ndarray) -> None:
         """x += delta; out = norm(x)."""
         weight, bias = norm.arrays
         if len(bias):
-            kernels.layer_norm(x.numpy(), delta, weight, bias, self.config.norm_epsilon, out.numpy())
+            kernels.layer_norm(x, delta, weight, bias, self.config.norm_epsilon, out)
         else:
-            kernels.rms_norm(x.numpy(), delta, weight, self.config.norm_epsilon, out.numpy())
+            kernels.rms_norm(x, delta, weight, self.config.norm_epsilon, out)
 
     def _attention(self, index: int, layer: Layer, h: Tensor, batch: StepBatch) -> np.ndarray:
         c = self.config

@@ -98,6 +98,7 @@ def _source(library: Any, grammar: Grammar) -> str:
         return str(m.grammar_from_lark(grammar.text))
     try:
         schema = {"type": "object"} if grammar.kind == "json_object" else json.loads(grammar.text)
-        return str(m.grammar_from_json_schema(schema))
+        # A model may fill its whole budget with white space where the schema allows any.
+        return str(m.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False}))
     except ValueError as error:
         raise DataError(f"the JSON schema is malformed: {error}", place="grammar", mend="send valid JSON") from error

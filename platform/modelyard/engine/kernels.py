@@ -227,8 +227,11 @@ def gated_silu(gate_up: Any, out: Any) -> None:
 def scale_rows(x: Any, out: Any, scales: Any) -> None:
     """out[t] = x[t] / scales[t] with the largest magnitude of a row as its scale (1 for a row of zeros).
 
-    x: [T, K]; out: [T + 1, K], whose last row the caller keeps; scales: [T].
+    A last row spans the range from -1 to 1. x: [T, K]; out: [T + 1, K]; scales: [T].
     """
+    guard = out[x.shape[0]]
+    guard[:] = np.float32(0.0)
+    guard[0], guard[guard.shape[0] - 1] = np.float32(1.0), np.float32(-1.0)
     for t in range(x.shape[0]):
         row, target = x[t], out[t]
         top = np.float32(0.0)

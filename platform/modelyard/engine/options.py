@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from modelyard.recipe.schema import Bytes, Options
+from modelyard.recipe.schema import Bytes, Options, runtime
 
 Precision = Literal["float32", "float16_packed", "int8"]
 
@@ -47,12 +47,12 @@ class EngineOptions(Options):
     max_loss_increase: float = Field(
         0.02, ge=0, description="int8 is refused when it raises the loss on a built-in text by more nats a token"
     )
-    prefix_cache: bool = Field(True, description="whether requests with the same beginning share its computation")
-    block_tokens: int = Field(16, ge=1, le=1024, description="tokens in a block of the prefix cache")
-    cache_tokens: int | None = Field(
-        None, ge=1, description="tokens the prefix cache holds; null = as many as all slots, if memory allows"
+    prefix_cache: bool = runtime(True, "whether requests with the same beginning share its computation")
+    block_tokens: int = runtime(16, "tokens in a block of the prefix cache", ge=1, le=1024)
+    cache_tokens: int | None = runtime(
+        None, "tokens the prefix cache holds; null = as many as all slots, if memory allows", ge=1
     )
-    speculation: Speculation | None = Field(None, description="guess tokens ahead; null = off")
+    speculation: Speculation | None = runtime(None, "guess tokens ahead; null = off; answers stay the same")
     threads: int | None = Field(None, ge=1, description="torch threads; null = the cores this process may use")
     cache_bytes: Bytes | None = Field(
         None, description="bound on the key/value cache in bytes; null = 60 % of the memory available at start"
