@@ -6,12 +6,14 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
 from modelyard.engine import EngineOptions, NativeEngine, Tokenizer
 from modelyard.serving.api import build_app
 from modelyard.serving.backend import LocalBackend
+from modelyard.serving.feedback import FeedbackStore
 from modelyard.serving.metrics import Metrics
 from modelyard.serving.server import free_port
 from modelyard.serving.service import Service
@@ -26,7 +28,11 @@ class LocalServer:
         options: EngineOptions | None = None,
         keys: Mapping[str, str] | None = None,
         timeout: float = 60.0,
+        *,
+        feedback: FeedbackStore | None = None,
+        **service: Any,
     ) -> None:
+        self.feedback = feedback
         self.engine = NativeEngine(folder, options or EngineOptions(max_sequences=4, max_waiting=8, threads=1))
         self.service = Service(
             "tiny",
@@ -36,8 +42,9 @@ class LocalServer:
             max_choices=8,
             timeout=timeout,
             metrics=Metrics(),
+            **service,
         )
-        app = build_app(self.service, keys=keys, max_body=100_000)
+        app = build_app(self.service, keys=keys, max_body=100_000, feedback=feedback)
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))

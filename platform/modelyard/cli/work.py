@@ -171,9 +171,19 @@ def serve(
     max_replicas: Annotated[int, typer.Option(min=1)] = 2,
     api_keys: Annotated[Path | None, typer.Option(help="file with one API key a line")] = None,
     root: Annotated[str, typer.Option(help="root whose MLflow store resolves models:/")] = ".modelyard",
+    cache: Annotated[
+        bool, typer.Option("--cache", help="give equal greedy or seeded requests the same answer")
+    ] = False,
+    redis_url: Annotated[str | None, typer.Option(help="keep the response cache in this Redis")] = None,
+    requests_per_minute: Annotated[float | None, typer.Option(help="requests a minute and API key")] = None,
+    tokens_per_minute: Annotated[float | None, typer.Option(help="tokens a minute and API key")] = None,
+    feedback: Annotated[
+        str | None, typer.Option(help="folder or s3:// URI where thumbs and corrections are kept")
+    ] = None,
 ) -> None:
     """Serves a model behind an OpenAI-compatible API until Ctrl-C."""
     from modelyard.serving import Autoscaling, ServeOptions
+    from modelyard.serving.options import CacheOptions, Limits
     from modelyard.stages.serve import serve_model
 
     console = Console()
@@ -182,6 +192,9 @@ def serve(
         port=port,
         autoscaling=Autoscaling(min_replicas=min_replicas, max_replicas=max(min_replicas, max_replicas)),
         api_keys=str(api_keys) if api_keys else None,
+        cache=CacheOptions(redis_url=redis_url) if cache or redis_url else None,
+        limits=Limits(requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute),
+        feedback=feedback,
     )
     handle = serve_model(model, root, options, name)
     console.print(f"[bold]{handle.name}[/] at {handle.url}/v1  (chat page {handle.url}/, metrics {handle.url}/metrics)")

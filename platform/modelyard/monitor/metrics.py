@@ -75,6 +75,7 @@ _REQUEST = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 REQUESTS = Metric("modelyard_requests_total", "counter", "Requests answered.", ("endpoint", "code"))
 ERRORS = Metric("modelyard_errors_total", "counter", "Requests that failed, by type of error.", ("type",))
 TOKENS = Metric("modelyard_tokens_total", "counter", "Tokens: direction is prompt or completion.", ("direction",))
+CACHE = Metric("modelyard_response_cache_total", "counter", "Cacheable answers: result is hit or miss.", ("result",))
 TIME_TO_FIRST_TOKEN = Metric(
     "modelyard_time_to_first_token_seconds", "histogram", "Seconds from arrival to the first token.", (), _FIRST_TOKEN
 )
@@ -105,7 +106,7 @@ CURATE_BYTES_READ = Metric("modelyard_curate_read_bytes", "gauge", "UTF-8 bytes 
 CURATE_BYTES_KEPT = Metric("modelyard_curate_kept_bytes", "gauge", "UTF-8 bytes kept.", _STAGE)
 
 SERVING = (
-    REQUESTS, ERRORS, TOKENS, TIME_TO_FIRST_TOKEN, INTER_TOKEN, QUEUE, REQUEST_SECONDS, BATCH_OCCUPANCY,
+    REQUESTS, ERRORS, TOKENS, CACHE, TIME_TO_FIRST_TOKEN, INTER_TOKEN, QUEUE, REQUEST_SECONDS, BATCH_OCCUPANCY,
     KV_SLOTS_USED, REPLICAS,
 )  # fmt: skip
 TRAINING = (

@@ -96,6 +96,7 @@ SERVING = Row(
         Panel("Batch and KV slots", "Requests in the last step, cache slots in use.", "short",
               (Query(f"sum({m.BATCH_OCCUPANCY.name})", "requests in a step"),
                Query(f"sum({m.KV_SLOTS_USED.name})", "KV slots"))),
+        Panel("Response cache", "Cacheable answers a second, kept or computed.", "reqps", _rate(m.CACHE, "result")),
         Panel("Request time", "From arrival to the last byte.", "s", _quantiles(m.REQUEST_SECONDS)),
     ),
 )  # fmt: skip

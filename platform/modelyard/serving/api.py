@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from pathlib import Path
@@ -14,34 +15,41 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from starlette.exceptions import HTTPException
 
 from modelyard.engine.request import StepOutput
+from modelyard.errors import StorageError
 from modelyard.serving.answers import ChatForm, Form, TextForm
-from modelyard.serving.errors import ApiError
+from modelyard.serving.errors import ApiError, unavailable
+from modelyard.serving.feedback import FeedbackStore
 from modelyard.serving.middleware import Gate
-from modelyard.serving.schema import ChatRequest, CompletionRequest
+from modelyard.serving.schema import ChatRequest, CompletionRequest, FeedbackRequest
 from modelyard.serving.service import Job, Service
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
-def build_app(service: Service, *, keys: Mapping[str, str] | None, max_body: int) -> FastAPI:
+def build_app(
+    service: Service, *, keys: Mapping[str, str] | None, max_body: int, feedback: FeedbackStore | None = None
+) -> FastAPI:
     """The application that serves one model.
 
     Args:
         service: what answers.
         keys: digests of API keys and their holders; None = no key is asked for.
         max_body: largest request body in bytes.
+        feedback: keeps what people say of answers; None = the route answers 404.
     """
     app = FastAPI(title="modelyard", summary="OpenAI-compatible inference", docs_url=None, redoc_url=None)
     app.add_middleware(Gate, keys=keys, max_body=max_body, metrics=service.metrics)
     _handle_errors(app, service)
-    _information(app, service)
+    _information(app, service, feedback is not None)
+    _opinions(app, service, feedback)
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
         service.check_model(body.model)
         include_usage = body.stream_options is not None and body.stream_options.include_usage
         form = ChatForm(service.name, service.tokenizer, include_usage=include_usage)
-        jobs = await service.chat_jobs(body, form)
+        jobs = await service.chat_jobs(body, form, _holder(request))
         return await _respond(service, request, jobs, form, stream=body.stream, include_usage=include_usage)
 
     @app.post("/v1/completions", response_model=None)
@@ -49,13 +57,33 @@ def build_app(service: Service, *, keys: Mapping[str, str] | None, max_body: int
         service.check_model(body.model)
         include_usage = body.stream_options is not None and body.stream_options.include_usage
         form = TextForm(service.name, service.tokenizer, include_usage=include_usage)
-        jobs = await service.text_jobs(body, form)
+        jobs = await service.text_jobs(body, form, _holder(request))
         return await _respond(service, request, jobs, form, stream=body.stream, include_usage=include_usage)
 
     return app
 
 
-def _information(app: FastAPI, service: Service) -> None:
+def _holder(request: Request) -> str:
+    """Name of the API key's holder; empty when no key is asked for."""
+    return str(getattr(request.state, "key", ""))
+
+
+def _opinions(app: FastAPI, service: Service, store: FeedbackStore | None) -> None:
+    @app.post("/v1/feedback", response_model=None)
+    async def feedback(body: FeedbackRequest, request: Request) -> JSONResponse:
+        if store is None:
+            raise ApiError(404, "this server keeps no feedback", code="feedback_off")
+        try:
+            name = await store.add(body, _holder(request), service.version)
+        except ValueError as error:  # images in a message
+            raise ApiError(400, str(error), param="messages") from None
+        except (OSError, StorageError):
+            log.exception("feedback could not be written")
+            raise unavailable("the feedback could not be kept; try again") from None
+        return JSONResponse({"id": name, "object": "feedback"})
+
+
+def _information(app: FastAPI, service: Service, feedback: bool) -> None:
     """Routes that generate nothing."""
     created = int(time.time())
     page = (Path(__file__).parent / "static" / "chat.html").read_text(encoding="utf-8")
@@ -65,6 +93,7 @@ def _information(app: FastAPI, service: Service) -> None:
         "created": created,
         "owned_by": "modelyard",
         "max_model_len": service.max_length,
+        "feedback": feedback,
     }
 
     @app.get("/v1/models")
@@ -115,15 +144,25 @@ def _handle_errors(app: FastAPI, service: Service) -> None:
 async def _respond(
     service: Service, request: Request, jobs: list[Job], form: Form, *, stream: bool, include_usage: bool
 ) -> Response:
+    named = {"x-modelyard-version": service.version} if service.version else {}
     if not stream:
         answers = await _unless_disconnected(request, service.whole(jobs))
-        return JSONResponse(form.whole(answers, service.usage_tokens(jobs)))
+        _charge(service, request, sum(len(answer.tokens) for answer in answers))
+        return JSONResponse(form.whole(answers, service.usage_tokens(jobs)), headers=named)
     # The first message is awaited before the status line is sent, so that a refusal can still be a 4xx.
     outputs = service.merged(jobs)
     first = await _unless_disconnected(request, _first(outputs))
-    events = service.events(jobs, form, _chain(first, outputs), include_usage=include_usage)
-    headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+    events = service.events(
+        jobs, form, _chain(first, outputs), include_usage=include_usage,
+        spent=lambda tokens: _charge(service, request, tokens),
+    )  # fmt: skip
+    headers = named | {"cache-control": "no-cache", "x-accel-buffering": "no"}
     return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+
+def _charge(service: Service, request: Request, tokens: int) -> None:
+    if service.limiter is not None:
+        service.limiter.used(_holder(request), tokens)
 
 
 async def _first(outputs: AsyncGenerator[tuple[int, StepOutput], None]) -> tuple[int, StepOutput]:

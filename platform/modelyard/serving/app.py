@@ -25,7 +25,10 @@ from modelyard.engine.checkpoint import check_folder, read_config
 from modelyard.engine.request import EngineStats, Request, StepOutput
 from modelyard.engine.tokenizer import Tokenizer
 from modelyard.serving.api import build_app
+from modelyard.serving.cache import MemoryCache, RedisCache
 from modelyard.serving.errors import overloaded, unavailable
+from modelyard.serving.feedback import FeedbackStore
+from modelyard.serving.limits import Limiter
 from modelyard.serving.metrics import Metrics
 from modelyard.serving.options import ServeOptions
 from modelyard.serving.service import Service
@@ -137,10 +140,13 @@ class Ingress:
         name: str,
         options: Mapping[str, Any],
         keys: Mapping[str, str] | None,
+        version: str = "",
     ) -> None:
         o = ServeOptions.model_validate(options)
         folder = local_folder(model, weights=False)
         self._keys, self._max_body = keys, o.max_body
+        self._feedback = FeedbackStore(o.feedback) if o.feedback else None
+        c = o.cache
         self._service = Service(
             name,
             Tokenizer(folder),
@@ -149,13 +155,23 @@ class Ingress:
             max_choices=o.max_choices,
             timeout=o.request_timeout_s,
             metrics=Metrics(),
+            cache=None
+            if c is None
+            else RedisCache(c.redis_url, c.ttl_s)
+            if c.redis_url
+            else MemoryCache(c.max_bytes, c.ttl_s),
+            share=c is not None and c.share,
+            limiter=Limiter(o.limits),
+            version=version,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self._service, keys=self._keys, max_body=self._max_body)
+        return build_app(self._service, keys=self._keys, max_body=self._max_body, feedback=self._feedback)
 
 
-def build(model: str, name: str, options: ServeOptions, keys: Mapping[str, str] | None) -> serve.Application:
+def build(
+    model: str, name: str, options: ServeOptions, keys: Mapping[str, str] | None, version: str = ""
+) -> serve.Application:
     """The Serve application of one model.
 
     Args:
@@ -163,6 +179,7 @@ def build(model: str, name: str, options: ServeOptions, keys: Mapping[str, str] 
         name: the model's name in the API.
         options: replicas, limits, engine.
         keys: digests of API keys and their holders, or None.
+        version: of the model, as answers name it.
 
     Raises:
         DataError: the folder cannot be served.
@@ -194,5 +211,7 @@ def build(model: str, name: str, options: ServeOptions, keys: Mapping[str, str] 
         ray_actor_options={"num_cpus": 0},
     )
     engine = replicas.bind(model, options.engine.model_dump())
-    bound: serve.Application = ingress.bind(engine, model, name, options.model_dump(), dict(keys) if keys else None)
+    bound: serve.Application = ingress.bind(
+        engine, model, name, options.model_dump(), dict(keys) if keys else None, version
+    )
     return bound

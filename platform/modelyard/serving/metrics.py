@@ -22,6 +22,8 @@ class Metrics:
         self.seconds = names.REQUEST_SECONDS.histogram(self.registry)
         tokens = names.TOKENS.counter(self.registry)
         self.prompt_tokens, self.completion_tokens = tokens.labels("prompt"), tokens.labels("completion")
+        cache = names.CACHE.counter(self.registry)
+        self.cache_hits, self.cache_misses = cache.labels("hit"), cache.labels("miss")
         self.first_token = names.TIME_TO_FIRST_TOKEN.histogram(self.registry)
         self.next_token = names.INTER_TOKEN.histogram(self.registry)
         self.queue = names.QUEUE.histogram(self.registry)

@@ -28,6 +28,32 @@ class Autoscaling(Options):
         return self
 
 
+class CacheOptions(Options):
+    """Answers that are given again without computing: exact matches of greedy or seeded requests."""
+
+    ttl_s: float = Field(3600.0, gt=0, description="seconds an answer is kept")
+    max_bytes: Bytes = Field(64_000_000, description="bytes of answers kept in this process")
+    redis_url: str | None = Field(
+        None, description="keep them in Redis instead (redis://host:6379/0), shared by all ingress processes"
+    )
+    share: bool = Field(False, description="give an answer to other API keys than the one that asked first")
+
+
+class Limit(Options):
+    """What one API key may use; full at the start, filling steadily."""
+
+    requests_per_minute: float | None = Field(None, gt=0, description="requests a minute; null = no limit")
+    tokens_per_minute: float | None = Field(
+        None, gt=0, description="tokens of prompts and answers a minute; null = no limit"
+    )
+
+
+class Limits(Limit):
+    """The limit of every key, and others by the holder's name. Without keys all callers share one."""
+
+    keys: dict[str, Limit] = Field({}, description="holder's name -> its own limit")
+
+
 class ServeOptions(Options):
     """Everything `launch` needs besides the model."""
 
@@ -42,6 +68,9 @@ class ServeOptions(Options):
     max_queued: int = Field(256, ge=1, description="requests that wait for a replica; more get 429")
     request_timeout_s: float = Field(600.0, gt=0, description="seconds until a request is given up with 504")
     max_choices: int = Field(16, ge=1, description="answers one request may ask for (n times prompts)")
+    cache: CacheOptions | None = Field(None, description="response cache; null = every request is computed")
+    limits: Limits = Field(Limits(), description="requests and tokens a minute and key")
+    feedback: str | None = Field(None, description="folder or s3:// URI for what people say of answers; null = off")
     haproxy: bool | None = Field(
         None,
         description="HAProxy in front instead of Serve's Python proxy: half the time to first token under load, but "

@@ -114,6 +114,27 @@ class Message(BaseModel):
         return value
 
 
+class FeedbackRequest(BaseModel):
+    """POST /v1/feedback: what a person says about one answer. Conversation and answer only if the client sends them."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    id: str = Field(min_length=1, max_length=128, description="id of the response")
+    rating: Literal["up", "down"]
+    model: str | None = Field(None, max_length=256)
+    version: str | None = Field(None, max_length=128, description="version that answered")
+    messages: list[Message] | None = Field(None, max_length=4096, description="conversation before the answer")
+    answer: str | None = Field(None, description="the answer as it was shown")
+    correction: str | None = Field(None, min_length=1, description="what the answer should have been")
+    comment: str | None = Field(None, max_length=4096)
+
+    @model_validator(mode="after")
+    def _correction_needs_answer(self) -> FeedbackRequest:
+        if self.correction is not None and self.answer is None:
+            raise ValueError("correction needs the answer it corrects")
+        return self
+
+
 class ResponseFormat(BaseModel):
     """Only plain text is offered."""
 

@@ -63,7 +63,7 @@ class ServerHandle:
         shutdown()
 
 
-def launch(model: str, name: str, options: ServeOptions | None = None) -> ServerHandle:
+def launch(model: str, name: str, options: ServeOptions | None = None, version: str = "") -> ServerHandle:
     """Serves a model folder over HTTP and returns when it answers.
 
     Starts a local Ray when none is connected.
@@ -72,6 +72,7 @@ def launch(model: str, name: str, options: ServeOptions | None = None) -> Server
         model: Hugging Face folder: a path or an `s3://` URI that every node can read.
         name: the model's name in the API.
         options: replicas, address, limits, engine.
+        version: of the model, as answers name it.
 
     Raises:
         RecipeError: an address beyond loopback without API keys.
@@ -91,7 +92,7 @@ def launch(model: str, name: str, options: ServeOptions | None = None) -> Server
     from modelyard.serving.app import build
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its import set it to INFO
-    application = build(model, name, o, keys)
+    application = build(model, name, o, keys, version)
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False)
     _check_cluster(o)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 
 from modelyard.engine.request import EngineStopped, Request, Sampling, StepOutput
 from modelyard.engine.tokenizer import Tokenizer
 from modelyard.errors import DataError, ResourceError
 from modelyard.serving.answers import Form
 from modelyard.serving.backend import Backend
+from modelyard.serving.cache import Cache, cache_key, deterministic, dump, parse
 from modelyard.serving.errors import ApiError, overloaded, unavailable
+from modelyard.serving.limits import Limiter
 from modelyard.serving.metrics import Metrics
 from modelyard.serving.schema import ChatRequest, CompletionRequest
 
@@ -30,6 +34,8 @@ class Job:
 
     index: int
     request: Request
+    key: str | None = None
+    """Under what the answer is cached; None = it is not."""
 
 
 class Service:
@@ -43,6 +49,10 @@ class Service:
         max_choices: answers one request may ask for.
         timeout: seconds for one request.
         metrics: where to count.
+        cache: keeps deterministic answers; None = none.
+        share: whether an answer is given to other holders of keys.
+        limiter: what each holder may use; None = no limits.
+        version: of the model, for the cache, headers and feedback.
     """
 
     def __init__(
@@ -55,10 +65,15 @@ class Service:
         max_choices: int,
         timeout: float,
         metrics: Metrics,
+        cache: Cache | None = None,
+        share: bool = False,
+        limiter: Limiter | None = None,
+        version: str = "",
     ) -> None:
         self.name, self.tokenizer, self.backend = name, tokenizer, backend
         self.max_length, self.max_choices, self.timeout = max_length, max_choices, timeout
         self.metrics = metrics
+        self.cache, self._share, self.limiter, self.version = cache, share, limiter, version
 
     def check_model(self, name: str) -> None:
         """Raises a 404 ApiError for another model's name."""
@@ -66,14 +81,17 @@ class Service:
             message = f"the model {name[:100]!r} does not exist; this server has {self.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    async def chat_jobs(self, body: ChatRequest, form: Form) -> list[Job]:
-        """The choices of a chat request. Raises ApiError when the prompt cannot be made or is too long."""
+    async def chat_jobs(self, body: ChatRequest, form: Form, holder: str = "") -> list[Job]:
+        """The choices of a chat request of a key's holder.
+
+        Raises ApiError when the prompt cannot be made or is too long, or the holder has used up its limit.
+        """
         try:
             turns = body.turns()
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from None
         text = self._render(turns, body)
-        return self._jobs([await self._encode(text, special=False)], body, form, "messages")
+        return self._jobs([await self._encode(text, special=False)], body, form, "messages", holder)
 
     def _render(self, turns: list[dict[str, object]], body: ChatRequest) -> str:
         try:
@@ -81,10 +99,10 @@ class Service:
         except DataError as error:
             raise ApiError(400, error.what, param=error.place) from None
 
-    async def text_jobs(self, body: CompletionRequest, form: Form) -> list[Job]:
+    async def text_jobs(self, body: CompletionRequest, form: Form, holder: str = "") -> list[Job]:
         """The choices of a text completion request, prompt by prompt. Raises ApiError as above."""
         prompts = [p if isinstance(p, list) else await self._encode(p, special=True) for p in body.prompts()]
-        return self._jobs(prompts, body, form, "prompt")
+        return self._jobs(prompts, body, form, "prompt", holder)
 
     async def _encode(self, text: str, *, special: bool) -> list[int]:
         try:
@@ -95,7 +113,7 @@ class Service:
             raise ApiError(400, error.what) from None
 
     def _jobs(
-        self, prompts: Sequence[list[int]], body: ChatRequest | CompletionRequest, form: Form, field: str
+        self, prompts: Sequence[list[int]], body: ChatRequest | CompletionRequest, form: Form, field: str, holder: str
     ) -> list[Job]:
         if len(prompts) * body.n > self.max_choices:
             raise ApiError(400, f"at most {self.max_choices} answers a request", param="n")
@@ -106,8 +124,15 @@ class Service:
             prompt = tuple(tokens)
             for copy in range(body.n):
                 request = Request(f"{form.id}-{len(jobs)}", prompt, _seeded(sampling, copy))
-                jobs.append(Job(len(jobs), request))
+                jobs.append(Job(len(jobs), request, self._key(request, holder)))
+        if self.limiter is not None:
+            self.limiter.admit(holder, _prompt_tokens(jobs))
         return jobs
+
+    def _key(self, request: Request, holder: str) -> str | None:
+        if self.cache is None or not deterministic(request):
+            return None
+        return cache_key(f"{self.name}@{self.version}", "" if self._share else holder, request)
 
     def _room(self, tokens: list[int], field: str) -> int:
         """Tokens left for the answer."""
@@ -128,6 +153,28 @@ class Service:
             raise ApiError(400, error.mend, param=error.place) from None
 
     async def outputs(self, job: Job) -> AsyncGenerator[StepOutput, None]:
+        """Messages of one choice: one from the cache, or the engine's, which are kept once they are complete."""
+        kept = await self._kept(job)
+        if kept is not None:
+            yield kept
+            return
+        parts: list[StepOutput] = []
+        async with aclosing(self._computed(job)) as computed:
+            async for output in computed:
+                parts.append(output)
+                yield output
+        if self.cache is not None and job.key is not None and parts and parts[-1].finish in ("stop", "length"):
+            await self.cache.put(job.key, dump(reduce(add, parts)))
+
+    async def _kept(self, job: Job) -> StepOutput | None:
+        if self.cache is None or job.key is None:
+            return None
+        found = await self.cache.get(job.key)
+        kept = parse(found) if found is not None else None
+        (self.metrics.cache_misses if kept is None else self.metrics.cache_hits).inc()
+        return kept
+
+    async def _computed(self, job: Job) -> AsyncGenerator[StepOutput, None]:
         """Messages of one choice, counted; ApiError instead of the engine's errors."""
         watch = self.metrics.watch(len(job.request.prompt))
         deadline = asyncio.get_running_loop().time() + self.timeout
@@ -215,14 +262,20 @@ class Service:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def events(
-        self, jobs: list[Job], form: Form, stream: AsyncIterator[tuple[int, StepOutput]], *, include_usage: bool
-    ) -> AsyncIterator[bytes]:
-        """Server-sent events of a streamed response, up to `[DONE]`; a failure becomes an error event."""
+        self, jobs: list[Job], form: Form, stream: AsyncIterator[tuple[int, StepOutput]], *, include_usage: bool,
+        spent: Callable[[int], None] | None = None,
+    ) -> AsyncIterator[bytes]:  # fmt: skip
+        """Server-sent events of a streamed response, up to `[DONE]`; a failure becomes an error event.
+
+        `spent` is told of generated tokens as they come.
+        """
         opened: set[int] = set()
         completion = 0
         try:
             async for index, output in stream:
                 completion += len(output.tokens)
+                if spent is not None:
+                    spent(len(output.tokens))
                 if index not in opened:
                     opened.add(index)
                     if (opening := form.opening(index)) is not None:

@@ -16,7 +16,7 @@ from modelyard.engine.options import EngineOptions
 from modelyard.errors import DataError, StageError
 from modelyard.planner.estimate import Estimate
 from modelyard.recipe.schema import Options, StageOptions, runtime
-from modelyard.serving.options import Autoscaling, ServeOptions
+from modelyard.serving.options import Autoscaling, CacheOptions, Limits, ServeOptions
 from modelyard.stages.base import InputSpec, PlanContext, Stage, StageContext, StageResult
 from modelyard.storage import Artifact, Files, is_remote, join, write_bytes
 
@@ -45,6 +45,9 @@ class DeployOptions(StageOptions):
     host: str = runtime("127.0.0.1", "address to listen on; other than loopback only with api_keys")
     port: int = runtime(8000, "TCP port; 0 = any free one", ge=0, le=65535)
     api_keys: str | None = runtime(None, "file of hashed API keys; null = open (loopback only)")
+    cache: CacheOptions | None = runtime(None, "response cache; null = every request is computed")
+    limits: Limits = runtime(Limits(), "requests and tokens a minute and key")
+    feedback: str | None = runtime(None, "folder or s3:// URI for what people say of answers; null = off")
     haproxy: bool | None = runtime(None, "HAProxy in front (needs api_keys); null = on beyond loopback")
     ready_timeout_s: float = runtime(180.0, "seconds until a server that does not answer is given up", gt=0)
 
@@ -58,6 +61,9 @@ class DeployOptions(StageOptions):
             cpus_per_replica=self.resources.cpus_per_worker,
             gpus_per_replica=self.resources.gpus_per_worker,
             api_keys=self.api_keys,
+            cache=self.cache,
+            limits=self.limits,
+            feedback=self.feedback,
             haproxy=self.haproxy,
             ready_timeout_s=self.ready_timeout_s,
         )
@@ -119,7 +125,7 @@ class DeployStage(Stage[DeployOptions]):
         given = ctx.inputs["model"]
         uri, name = model_uri(given), ctx.options.name or _name(given) or ctx.recipe
         ctx.progress.say(f"starting {name}")
-        handle = launch(uri, name, ctx.options.serve_options())
+        handle = launch(uri, name, ctx.options.serve_options(), _version(given))
         kept = False
         try:
             ctx.progress.say(f"{handle.url} answers after {handle.seconds:.1f} s")
@@ -140,7 +146,7 @@ class DeployStage(Stage[DeployOptions]):
             "model": uri,
             "url": handle.url,
             "kept": ctx.keep,
-            "options": ctx.options.serve_options().model_dump(mode="json", exclude={"api_keys"}),
+            "options": ctx.options.serve_options().model_dump(mode="json", exclude={"api_keys", "cache"}),
             "question": ctx.options.smoke.prompt,
             "answer": answer.text,
             "start_seconds": round(handle.seconds, 3),
@@ -173,6 +179,15 @@ def model_uri(given: Artifact | Files) -> str:
             mend="give the path of one Hugging Face folder",
         )
     return folders.pop()
+
+
+def _version(given: Artifact | Files) -> str:
+    """The registered version, or the start of the fingerprint; files have neither."""
+    if isinstance(given, Files):
+        return ""
+    if given.manifest.kind == "register":
+        return str(given.manifest.extra.get("version", ""))
+    return given.manifest.fingerprint[:12]
 
 
 def _name(given: Artifact | Files) -> str | None:

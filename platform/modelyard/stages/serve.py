@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from modelyard.serving import ServeOptions, ServerHandle
 
 
-def find_model(reference: str, root: str) -> tuple[str, str]:
-    """Folder and name of the model that a person means.
+def find_model(reference: str, root: str) -> tuple[str, str, str]:
+    """Folder, name and version (empty = none is known) of the model that a person means.
 
     Args:
         reference: `models:/name@alias` or `models:/name/3`, the folder of a published artifact, or a
@@ -29,12 +29,12 @@ def find_model(reference: str, root: str) -> tuple[str, str]:
     if reference.startswith("models:/"):
         from modelyard.tracking import resolve
 
-        uri, _ = resolve(reference, root=absolute(root))
-        return uri, reference.removeprefix("models:/").partition("@")[0].partition("/")[0]
-    uri = absolute(reference)
+        uri, number = resolve(reference, root=absolute(root))
+        return uri, reference.removeprefix("models:/").partition("@")[0].partition("/")[0], str(number)
+    uri, version = absolute(reference), ""
     if exists(join(uri, "manifest.json")):
         artifact = ArtifactStore(root).open(uri)
-        uri, name = artifact.join("model"), artifact.manifest.recipe
+        uri, name, version = artifact.join("model"), artifact.manifest.recipe, artifact.manifest.fingerprint[:12]
     else:
         name = Path(uri).name
     if not exists(join(uri, "config.json")):
@@ -43,7 +43,7 @@ def find_model(reference: str, root: str) -> tuple[str, str]:
             place=uri,
             mend="give models:/name@champion, the folder of a pretrain or finetune artifact, or a Hugging Face folder",
         )
-    return uri, name
+    return uri, name, version
 
 
 def serve_model(reference: str, root: str, options: ServeOptions, name: str | None = None) -> ServerHandle:
@@ -53,11 +53,11 @@ def serve_model(reference: str, root: str, options: ServeOptions, name: str | No
     """
     from modelyard.serving.server import HAPROXY_ENVIRONMENT, check, launch
 
-    uri, found = find_model(reference, root)
+    uri, found, version = find_model(reference, root)
     check(options)
     if options.use_haproxy:
         # Ray's processes inherit this: it has to be there before they start.
         os.environ.update(HAPROXY_ENVIRONMENT)
     replicas = options.autoscaling.max_replicas * options.cpus_per_replica
     session.start(replicas + 1)
-    return launch(uri, name or found, options)
+    return launch(uri, name or found, options, version)
