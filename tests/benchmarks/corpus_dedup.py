@@ -22,7 +22,7 @@ from contract import clock, in_turns, peak_memory, report, say
 from corpus_minhash import DATATROVE, documents, peer_rate
 
 from modelyard.corpus import dedup
-from modelyard.corpus.options import MinHashOptions
+from modelyard.corpus.dedup_options import MinHashOptions
 from modelyard.recipe import Resources
 from modelyard.stages import session
 from modelyard.stages.base import StageContext

@@ -22,8 +22,8 @@ from corpus_minhash import documents
 
 from modelyard.corpus import dedup
 from modelyard.corpus.arrow import buffers
+from modelyard.corpus.dedup_options import MinHashOptions
 from modelyard.corpus.kernels import minhash
-from modelyard.corpus.options import MinHashOptions
 
 THRESHOLD = 0.7
 DOCUMENTS = 4000

@@ -20,8 +20,8 @@ from contract import clock, in_turns, peak_memory, report, run_peer, say, text_f
 
 from modelyard.corpus import dedup
 from modelyard.corpus.arrow import buffers
+from modelyard.corpus.dedup_options import MinHashOptions
 from modelyard.corpus.kernels import minhash
-from modelyard.corpus.options import MinHashOptions
 from modelyard.corpus.read.streams import lines
 
 BYTES = 16_000_000

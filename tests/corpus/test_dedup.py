@@ -12,8 +12,8 @@ from corpus_twins import jaccard, removals, shingles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelyard.corpus import dedup
-from modelyard.corpus.options import ExactOptions, MinHashOptions
+from modelyard.corpus import dedup, stars
+from modelyard.corpus.dedup_options import ExactOptions, MinHashOptions
 
 VOCABULARY = [f"word{n}" for n in range(400)]
 
@@ -117,6 +117,45 @@ def test_components_equal_a_plain_search(pairs: list[tuple[int, int]]) -> None:
                 reached.add(other)
                 queue.append(other)
         assert labels[start] == min(reached)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=60), st.integers(1, 4))
+def test_stars_over_partitions_find_the_same_components(pairs: list[tuple[int, int]], parts: int) -> None:
+    small, large = (np.array([f(p) for p in pairs if p[0] != p[1]], np.int64) for f in (min, max))
+    edges, before, rounds = stars.distinct(small, large), -1, 0
+
+    def step(edges: pa.Table, around: Any, star: Any) -> pa.Table:
+        rows = around(edges, parts)
+        own = [star(rows.filter(pa.compute.equal(rows["p"], p)).drop_columns(["p"])) for p in range(parts)]
+        return pa.concat_tables(own)
+
+    while stars.total(edges) != before:
+        before, rounds = stars.total(edges), rounds + 1
+        edges = step(step(edges, stars.around_both, stars.large_star), stars.around_large, stars.small_star)
+    found = stars.labels(edges).sort_by("doc")
+    assert found.to_pydict() == dedup.components(small, large).sort_by("doc").to_pydict() and rounds < 12
+
+
+def test_what_chain_and_estimate_risk(planted: list[str]) -> None:
+    rng = random.Random(1)
+    words = [rng.choice(VOCABULARY) for _ in range(100)]
+    chain = [" ".join(words)]
+    for step in range(30):
+        words[step * 3] = f"changed{step}"
+        chain.append(" ".join(words))
+    ours = decide(chain, MinHashOptions(jaccard=0.8, verify="chain"))
+    sets = [shingles(text, 5) for text in chain]
+    assert {twin for twin, _ in ours.values()} == {0} and len(ours) == 30
+    assert all(similarity == pytest.approx(jaccard(sets[0], sets[gone])) for gone, (_, similarity) in ours.items())
+    # On pairs far from the threshold all three agree; the estimate is near the truth.
+    texts = [text for pair in zip(planted[:40], planted[:40], strict=True) for text in pair]
+    for verify in ("kept", "chain"):
+        assert set(decide(texts, MinHashOptions(verify=verify))) >= set(range(1, 80, 2))
+    keys = dedup.candidates(dedup.keys(table_of(texts), dedup.address(0, 80), MinHashOptions(verify="estimate")))
+    found = dedup.decide_unseen(keys, MinHashOptions(verify="estimate")).to_pylist()
+    assert {row["doc"] for row in found} >= set(range(1, 80, 2))
+    assert all(row["jaccard"] == 1.0 for row in found if row["doc"] % 2 and row["twin"] == f"id{row['doc'] - 1}")
 
 
 def test_phases_over_partitions_decide_as_one_process_does(planted: list[str]) -> None:

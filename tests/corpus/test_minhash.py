@@ -14,8 +14,8 @@ from pydantic import ValidationError
 
 from modelyard.corpus import dedup
 from modelyard.corpus.arrow import buffers
+from modelyard.corpus.dedup_options import MinHashOptions
 from modelyard.corpus.kernels import minhash
-from modelyard.corpus.options import MinHashOptions
 
 WORDS = st.lists(st.sampled_from(["The", "the", "a_b", "c3", "caf\u00e9", "\u4e2d\u6587", "\u304b", "x"]), max_size=30)
 TEXT = st.one_of(

@@ -8,7 +8,8 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from modelyard.corpus.options import MinHashOptions, StepOptions
+from modelyard.corpus.dedup_options import MinHashOptions
+from modelyard.corpus.options import StepOptions
 from modelyard.stages.curate import CurateOptions
 
 

@@ -167,6 +167,26 @@ def test_the_same_bytes_come_out_again_with_other_workers_and_over_shuffles(
     assert digests(str(tmp_path)) == digests(done)
 
 
+def test_clusters_by_stars_and_paragraphs_are_the_same_over_shuffles(
+    result: StageResult, inputs: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A paragraph here is a whole text: equal ones go by the first step, near ones by the second.
+    steps = [
+        {"dedup": {"method": "paragraphs", "min_length": 200}},
+        {"dedup": {"method": "minhash", "jaccard": 0.7, "verify": "chain"}},
+    ]
+    one, _ = run(inputs, str(tmp_path / "one"), steps=steps)
+    monkeypatch.setattr("modelyard.stages.curate_shuffle.MAX_EDGES", 0)
+    run(inputs, str(tmp_path / "many"), steps=steps, shuffle_above=0)
+    assert digests(str(tmp_path / "one")) == digests(str(tmp_path / "many"))
+    audit = table(str(tmp_path / "one"), "audit")
+    reasons = Counter(audit["reason"].to_pylist())
+    assert reasons["repeated_paragraphs"] == reasons["repeated_paragraph"] >= 20 and reasons["near_duplicate"] >= 25
+    edits = [row for row in audit.to_pylist() if row["detail"] == "edit"]
+    assert one.counts["documents_in"] == one.counts["documents"] + audit.num_rows - len(edits)
+    assert list(tmp_path.glob("many/work/*/small-*.json"))
+
+
 def test_a_finished_stage_is_taken_up_from_its_records(result: StageResult, inputs: Files, done: str) -> None:
     before = digests(done)
     data = Path(done, "out", "data", "part-00000.parquet")

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelyard.errors import DataError
-from modelyard.tokens.options import MIN_VOCABULARY, SPECIAL_TOKENS, TokenizerOptions
-from modelyard.tokens.tokenizer import Encoder, copy_tokenizer, save_tokenizer, train_tokenizer
+from modelyard.tokens.options import MIN_VOCABULARY, PAD, SPECIAL_TOKENS, TokenizerOptions
+from modelyard.tokens.tokenizer import Encoder, copy_tokenizer, extend_tokenizer, save_tokenizer, train_tokenizer
 
 TEXTS = [f"The {word} is {i * 37} metres long.\n    def {word}(): return {i}\n" for i, word in enumerate(dir(str) * 3)]
 
@@ -127,3 +127,17 @@ def test_options_take_one_source_and_see_changed_files(folder: Path, tmp_path: P
             TokenizerOptions(**wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"no tokenizer\.json"):
         TokenizerOptions(path=str(tmp_path))
+
+
+def test_added_words_are_one_token_and_special_ones_stay_text(tmp_path: Path) -> None:
+    save_tokenizer(train_tokenizer(["some words to merge some words"] * 5, 300), tmp_path)
+    before = Encoder.open(tmp_path)
+    assert extend_tokenizer(tmp_path, ["acetylsalicylic", " words"], ["<|tool|>", PAD]) == 3
+    after = Encoder.open(tmp_path)
+    assert after.vocab_size == before.vocab_size + 3 and after.end_id == before.end_id
+    text = "some acetylsalicylic words <|tool|>"
+    assert len(after.encode([text])[0]) < len(before.encode([text])[0])
+    assert after.tokenizer.token_to_id("acetylsalicylic") in after.encode([text])[0]
+    assert after.tokenizer.token_to_id("<|tool|>") not in after.encode([text])[0]
+    assert after.tokenizer.decode(after.encode([text])[0].tolist(), skip_special_tokens=True) == text
+    assert np.array_equal(after.encode(["to merge"])[0], before.encode(["to merge"])[0])

@@ -2,7 +2,7 @@
 
     keys      a table of documents         -> doc, rank, id, keys      (in the pass that has the text)
     buckets   keys that share a partition  -> edges between documents  (shuffled by key)
-    component edges                        -> doc, component
+    component edges                        -> doc, component           (see `corpus.stars` for many)
     decide    one component's documents    -> doc, twin, jaccard       (shuffled by component)
 
 Each phase is a pure function on Arrow tables; the stage runs them over Ray Data's shuffle, or all at
@@ -22,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from modelyard.corpus.arrow import buffers, lengths
-from modelyard.corpus.options import ExactOptions, MinHashOptions
+from modelyard.corpus.dedup_options import ExactOptions, MinHashOptions
 
 Ints = npt.NDArray[np.int64]
 
@@ -41,8 +41,8 @@ def permutations(options: MinHashOptions) -> tuple[npt.NDArray[np.uint32], npt.N
     return a.astype(np.uint32), rng.integers(0, 2**32, options.permutations, dtype=np.int64).astype(np.uint32)
 
 
-def _ranks(table: Any, keep: str) -> npt.NDArray[np.float64]:
-    """Smaller is better; ties go to the earlier document."""
+def ranks(table: Any, keep: str) -> npt.NDArray[np.float64]:
+    """How much a document is preferred by the rule `keep`: smaller is better, ties go to the earlier document."""
     if keep == "longest":
         return -lengths(table["text"]).astype(np.float64)
     if keep == "quality":
@@ -56,7 +56,7 @@ def keys(table: Any, docs: Ints, options: ExactOptions | MinHashOptions) -> Any:
     Exact: two halves of a 128-bit BLAKE2b digest. MinHash: one key a band. Documents without any
     shingle have nothing to compare and are left out.
     """
-    ranks = _ranks(table, options.keep)
+    order = ranks(table, options.keep)
     if isinstance(options, ExactOptions):
         values, some = _digests(table["text"]), np.ones(table.num_rows, bool)
     else:
@@ -65,7 +65,7 @@ def keys(table: Any, docs: Ints, options: ExactOptions | MinHashOptions) -> Any:
     flat = pa.array(np.ascontiguousarray(values[some]).reshape(-1))
     columns = {
         "doc": pa.array(docs[some]),
-        "rank": pa.array(ranks[some]),
+        "rank": pa.array(order[some]),
         "bytes": pa.array(lengths(table["text"])[some]),
         "id": table["id"].combine_chunks().filter(pa.array(some)),
         "keys": pa.FixedSizeListArray.from_arrays(flat, width),
@@ -138,34 +138,64 @@ def candidates(table: Any) -> Any:
 def decide(table: Any, text: Any, options: MinHashOptions) -> Any:
     """Decisions on candidates, whose `text` comes in the same order as the rows of the key table.
 
-    Goes through them from the most to the least preferred one; a document goes when a kept document in
-    one of its buckets has an exact Jaccard similarity of at least `options.jaccard`.
+    `kept`: goes through them from the most to the least preferred one; a document goes when a kept document in
+    one of its buckets has an exact Jaccard similarity of at least `options.jaccard`. `chain`: see
+    `cluster.chain_verified`; the similarity given is the exact one to the document that stays.
     """
     from modelyard.corpus.kernels import cluster, minhash
 
-    order = np.lexsort((table["doc"].to_numpy(), table["rank"].to_numpy()))
-    table, text = table.take(pa.array(order)), text.take(pa.array(order))
+    table, text = _preferred(table, text)
     data, offsets = buffers(text)
     characters = options.shingle == "character"
     values, places = minhash.shingle_sets(data, offsets, options.length, characters, minhash.FOLD)
     buckets = shared_buckets(key_matrix(table))
-    twins, similarity, _ = cluster.remove_verified(buckets, values, places, options.jaccard)
-    gone = np.flatnonzero(twins >= 0)
-    return _decisions(table["doc"].to_numpy()[gone], table["id"].take(pa.array(twins[gone])), similarity[gone])
+    if options.verify == "chain":
+        roots = cluster.chain_verified(buckets, values, places, options.jaccard)
+        gone = np.flatnonzero(roots != np.arange(len(roots)))
+        kept, similarity = roots[gone], cluster.similarities(gone, roots[gone], values, places)
+    else:
+        twins, found, _ = cluster.remove_verified(buckets, values, places, options.jaccard)
+        gone = np.flatnonzero(twins >= 0)
+        kept, similarity = twins[gone], found[gone]
+    return _decisions(table["doc"].to_numpy()[gone], table["id"].take(pa.array(kept)), similarity)
+
+
+def _preferred(table: Any, text: Any = None) -> tuple[Any, Any]:
+    """Both in order of preference."""
+    order = pa.array(np.lexsort((table["doc"].to_numpy(), table["rank"].to_numpy())))
+    return table.take(order), None if text is None else text.take(order)
+
+
+def decide_unseen(table: Any, options: MinHashOptions) -> Any:
+    """Decisions of `verify: estimate` on candidates: of documents linked by bands, all but the best go.
+
+    The similarity given is an estimate from the share f of equal bands of r rows with the document that stays,
+    f ** (1 / r): a band is equal with probability J ** r.
+    """
+    from modelyard.corpus.kernels import cluster
+
+    table, _ = _preferred(table)
+    matrix = key_matrix(table)
+    numbers = shared_buckets(matrix)
+    docs, bands = np.nonzero(numbers >= 0)
+    buckets = numbers[docs, bands].astype(np.uint64)
+    order = np.argsort(buckets, kind="stable")
+    small, large = cluster.star_edges(buckets[order], docs[order].astype(np.int64))
+    roots = cluster.components(small, large, len(matrix))
+    gone = np.flatnonzero(roots != np.arange(len(roots)))
+    share = (matrix[gone] == matrix[roots[gone]]).mean(axis=1) if len(gone) else np.zeros(0)
+    ids = table["id"].take(pa.array(roots[gone]))
+    return _decisions(table["doc"].to_numpy()[gone], ids, share ** (1 / options.bands[1]))
 
 
 def edges(table: Any) -> Any:
     """Edges of the buckets in one partition of (key uint64, doc int64): a star around each smallest document."""
     from modelyard.corpus.kernels.cluster import star_edges
+    from modelyard.corpus.stars import distinct
 
     order = np.argsort(table["key"].to_numpy(), kind="stable")
     small, large = star_edges(table["key"].to_numpy()[order], table["doc"].to_numpy()[order])
-    return _distinct(small, large)
-
-
-def _distinct(small: Ints, large: Ints) -> Any:
-    pairs = np.unique(np.stack([small, large], axis=1), axis=0) if len(small) else np.zeros((0, 2), np.int64)
-    return pa.table({"small": pa.array(pairs[:, 0]), "large": pa.array(pairs[:, 1])})
+    return distinct(small, large)
 
 
 def components(small: Ints, large: Ints) -> Any:

@@ -5,10 +5,11 @@ Every threshold has its paper's default, and null turns the rule off.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from modelyard.corpus.dedup_options import DedupOptions
 from modelyard.corpus.filter_options import ScrubOptions
 from modelyard.recipe.schema import Bytes, Options
 
@@ -182,53 +183,6 @@ class QualityOptions(Options):
         return self
 
 
-class ExactOptions(Options):
-    """Removes documents whose text is equal byte for byte (128-bit BLAKE2b)."""
-
-    method: Literal["exact"] = "exact"
-    keep: Literal["first", "longest", "quality"] = Field(
-        "first", description="which of equal documents stays: in input order, or the best `quality` score"
-    )
-
-
-class MinHashOptions(Options):
-    """Removes near-duplicates: MinHash-LSH proposes pairs, exact Jaccard decides (Broder 1997)."""
-
-    method: Literal["minhash"] = "minhash"
-    jaccard: float = Field(0.8, gt=0, le=1, description="similarity of shingle sets from which one document goes")
-    shingle: Literal["word", "character"] = Field("word", description="what a shingle is made of")
-    size: int | None = Field(None, ge=1, le=64, description="length of a shingle; null = 5 words or 20 characters")
-    permutations: int = Field(112, ge=8, le=1024, description="MinHash values a document; 112 as in FineWeb")
-    recall: float = Field(
-        0.98, gt=0, lt=1, description="share of pairs exactly at the threshold that the bands must propose; own choice"
-    )
-    keep: Literal["first", "longest", "quality"] = Field(
-        "first", description="who stays: first in input order, longest in bytes, or the best `quality` score"
-    )
-    seed: int = Field(1, ge=0, description="seed of the permutations")
-
-    @property
-    def length(self) -> int:
-        """Words or characters in a shingle."""
-        return self.size or (5 if self.shingle == "word" else 20)
-
-    @property
-    def bands(self) -> tuple[int, int]:
-        """(bands, rows): the most rows a band for which a pair at the threshold still meets `recall`.
-
-        A pair of similarity s shares a band with probability 1 - (1 - s^rows)^bands. More rows mean
-        fewer useless candidates; verification makes those cost time only, never a wrong removal.
-        """
-        for rows in range(min(self.permutations, 32), 0, -1):
-            bands = self.permutations // rows
-            if 1 - (1 - self.jaccard**rows) ** bands >= self.recall:
-                return bands, rows
-        return self.permutations, 1
-
-
-DedupOptions = Annotated[ExactOptions | MinHashOptions, Field(discriminator="method")]
-
-
 class CardOptions(Options):
     """What the data card says about a corpus beyond what was counted."""
 
@@ -245,7 +199,7 @@ class StepOptions(Options):
     normalize: NormalizeOptions | None = Field(None, description="clean up characters and white space")
     language: LanguageOptions | None = Field(None, description="tell the language, and keep only some")
     quality: QualityOptions | None = Field(None, description="drop or tag by heuristic rules")
-    dedup: DedupOptions | None = Field(None, description="remove equal or similar documents")
+    dedup: DedupOptions | None = Field(None, description="remove equal or similar documents, or repeated paragraphs")
     scrub: ScrubOptions | None = Field(None, description="remove personal data and secrets")
 
     @model_validator(mode="after")

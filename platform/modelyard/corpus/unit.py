@@ -18,9 +18,10 @@ import pyarrow.compute as pc
 
 from modelyard.corpus import dedup
 from modelyard.corpus.audit import AUDIT_SCHEMA, EXCERPT, removed
+from modelyard.corpus.dedup_options import DedupMethod, ParagraphOptions, SemanticOptions
 from modelyard.corpus.files import ParquetFile, read_parquet
 from modelyard.corpus.filter_options import ScrubOptions
-from modelyard.corpus.options import ExactOptions, MinHashOptions, ReadOptions, StepOptions
+from modelyard.corpus.options import ReadOptions, StepOptions
 from modelyard.corpus.read.documents import read_unit
 from modelyard.corpus.read.units import Unit
 from modelyard.corpus.step import Step, build, split, with_reason
@@ -41,6 +42,7 @@ class Segment:
         source: folder of the documents of the segment before, later segments only.
         decisions: folder of the decisions that end the segment before.
         removed_by: name of the step that those decisions belong to, and its reason.
+        spans: whether those decisions are spans to cut out, not documents.
         partitions: how many files the decisions are cut into, by unit.
         steps: row-wise steps.
         dedup: the deduplication that ends this segment, if any.
@@ -56,8 +58,9 @@ class Segment:
     source: str | None = None
     decisions: str | None = None
     removed_by: tuple[str, str] = ("", "")
+    spans: bool = False
     partitions: int = 1
-    dedup: ExactOptions | MinHashOptions | None = None
+    dedup: DedupMethod | None = None
     keys: str = ""
     scrub: ScrubOptions | None = None
 
@@ -102,7 +105,7 @@ def run_unit(unit: Unit, segment: Segment) -> Done:
         kept, rejections = _apply(table, steps, segment, tally)
         audit.write(pa.concat_tables([rejected, *rejections]))
         if segment.dedup is not None:
-            keys.write(dedup.keys(kept, dedup.address(unit.index, kept.num_rows, rows), segment.dedup))
+            keys.write(_keys(kept, dedup.address(unit.index, kept.num_rows, rows), segment.dedup))
         rows += kept.num_rows
         tally.finish(kept, last=segment.dedup is None)
         documents.write(kept)
@@ -110,6 +113,16 @@ def run_unit(unit: Unit, segment: Segment) -> Done:
         tally.count(index, step.counts)
     written = [documents, audit, *([keys] if segment.dedup is not None else [])]
     return Done(unit.index, unit.key, {f.uri: size for f in written if (size := f.close())}, tally.plain())
+
+
+def _keys(table: Any, docs: dedup.Ints, options: DedupMethod) -> Any:
+    from modelyard.corpus import paragraphs, semantic
+
+    if isinstance(options, ParagraphOptions):
+        return paragraphs.keys(table, docs, options)
+    if isinstance(options, SemanticOptions):
+        return semantic.keys(table, docs, options)
+    return dedup.keys(table, docs, options)
 
 
 def _batches(unit: Unit, segment: Segment, tally: Tally) -> Iterator[tuple[Any, Any]]:
@@ -122,6 +135,9 @@ def _batches(unit: Unit, segment: Segment, tally: Tally) -> Iterator[tuple[Any, 
         tally.count(0, counts)
         return
     name, reason = segment.removed_by
+    if segment.spans:
+        yield from _shortened(unit, segment, tally)
+        return
     for table in _survivors(unit, segment, reason):
         kept, gone = split(table)
         kept = kept.drop_columns([c for c in ("twin", "jaccard") if c in kept.column_names])
@@ -150,13 +166,39 @@ def _survivors(unit: Unit, segment: Segment, reason: str) -> Iterator[Any]:
         yield with_reason(table, pc.if_else(pa.array(hit), reason, None))
 
 
-def _decisions(unit: Unit, segment: Segment) -> Any:
+def _shortened(unit: Unit, segment: Segment, tally: Tally) -> Iterator[tuple[Any, Any]]:
+    """The documents of the segment before without the spans decided on, and audit rows: edits, and what is empty now.
+
+    A row of an edit has `detail` = `edit` and is none of a removed document.
+    """
+    from modelyard.corpus import paragraphs
+
+    name, reason = segment.removed_by
+    found = _decisions(unit, segment, paragraphs.SPANS).sort_by([("doc", "ascending"), ("start", "ascending")])
+    row, counts = 0, Counter[str]()
+    for table in read_parquet(join(segment.source or "", part(unit.index)), _BATCH_ROWS):
+        docs = dedup.address(unit.index, table.num_rows, row)
+        row += table.num_rows
+        if not table.num_rows:
+            continue
+        cut, edits, empty = paragraphs.apply(table, docs, found)
+        kept, gone = split(with_reason(cut, pc.if_else(pa.array(empty), reason, None)))
+        rejected = _audit(gone, name, segment)
+        counts["spans_removed"] += edits.num_rows
+        counts["bytes_removed"] += pc.sum(edits["bytes"]).as_py() or 0
+        tally.step(0, table, kept, rejected)
+        yield kept, pa.concat_tables([rejected, hide(edits, segment.scrub)])
+    tally.count(0, counts)
+
+
+def _decisions(unit: Unit, segment: Segment, schema: Any = dedup.DECISIONS) -> Any:
     uri = join(segment.decisions or "", part(unit.index % segment.partitions))
-    tables = list(read_parquet(uri, 1 << 20, columns=list(dedup.DECISIONS.names)))
-    table = pa.concat_tables(tables) if tables else dedup.DECISIONS.empty_table()
     first, last = unit.index << 32, (unit.index + 1) << 32
-    mine = pc.and_(pc.greater_equal(table["doc"], first), pc.less(table["doc"], last))
-    return table.filter(mine).sort_by("doc")
+    mine = [
+        table.filter(pc.and_(pc.greater_equal(table["doc"], first), pc.less(table["doc"], last)))
+        for table in read_parquet(uri, 1 << 20, columns=list(schema.names))
+    ]
+    return pa.concat_tables(mine or [schema.empty_table()]).sort_by("doc")
 
 
 def _apply(table: Any, steps: list[Step], segment: Segment, tally: Tally) -> tuple[Any, list[Any]]:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from modelyard.corpus.filter_options import ScrubOptions
-from modelyard.corpus.options import CardOptions, ExactOptions, MinHashOptions, ReadOptions, StepOptions
+from modelyard.corpus.options import CardOptions, ReadOptions, StepOptions
 from modelyard.errors import DataError
 from modelyard.planner.estimate import Estimate
 from modelyard.recipe.schema import Bytes, StageOptions, runtime
@@ -37,8 +37,7 @@ class CurateOptions(StageOptions):
         scored = False
         for number, step in enumerate(self.steps):
             scored = scored or step.name == "quality"
-            own = step.options
-            if isinstance(own, (ExactOptions, MinHashOptions)) and own.keep == "quality" and not scored:
+            if step.dedup is not None and step.dedup.keep == "quality" and not scored:
                 raise ValueError(f"step {number}: keep: quality needs a quality step before it")
         return self
 

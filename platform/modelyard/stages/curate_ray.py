@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
+from modelyard.corpus.dedup_options import DedupMethod, ExactOptions, ParagraphOptions, SemanticOptions
 from modelyard.corpus.filter_options import ScrubOptions
-from modelyard.corpus.options import ExactOptions, MinHashOptions
 from modelyard.corpus.read.units import Piece, Unit
 from modelyard.errors import ModelyardError
 from modelyard.recipe.schema import Resources
@@ -120,9 +120,7 @@ def _leaks(item: dict[str, Any], options: ScrubOptions) -> Iterator[Any]:
     yield pa.table({"id": pa.array(names[0], pa.string()), "type": pa.array(names[1], pa.string())})
 
 
-def deduplicate(
-    segment: Segment, options: ExactOptions | MinHashOptions, limit: int, resources: Resources
-) -> dict[str, Any]:
+def deduplicate(segment: Segment, options: DedupMethod, limit: int, resources: Resources) -> dict[str, Any]:
     """Writes the decisions of a segment and returns their record: partitions, files, documents, removed, how.
 
     Up to `limit` bytes of keys, and of candidate texts, one task does it all; above, Ray Data shuffles.
@@ -142,33 +140,42 @@ def deduplicate(
     return {**record, "files": dict(list_files(folder))}
 
 
-def _local(item: dict[str, Any], segment: Segment, options: ExactOptions | MinHashOptions, limit: int) -> Iterator[Any]:
+def _local(item: dict[str, Any], segment: Segment, options: DedupMethod, limit: int) -> Iterator[Any]:
     """All of it in one process, or null when the keys or the candidates' texts exceed `limit` bytes."""
     import pyarrow as pa
 
-    from modelyard.corpus import dedup
     from modelyard.corpus.files import read_parquet, write_parquet
-    from modelyard.corpus.unit import part, texts
+    from modelyard.corpus.unit import part
 
     tables = [t for name in json.loads(item["files"]) for t in read_parquet(join(segment.keys, name), 1 << 20)]
     record: dict[str, Any] | None = {"partitions": 1, "documents": 0, "removed": 0, "how": "in one process"}
     if tables:
         table = pa.concat_tables(tables)
-        fits = table.nbytes <= limit
-        if fits and isinstance(options, MinHashOptions):
-            documents, table = table.num_rows, dedup.candidates(table)
-            fits = (pa.compute.sum(table["bytes"]).as_py() or 0) <= limit
-        else:
-            documents = table.num_rows
-        if fits and isinstance(options, ExactOptions):
-            decisions = dedup.equal(table)
-        elif fits and isinstance(options, MinHashOptions) and table.num_rows:
-            decisions = dedup.decide(table, texts(segment.documents, table["doc"].to_numpy()), options)
-        else:
-            decisions = dedup.DECISIONS.empty_table()
-        if fits:
-            write_parquet(join(segment.keys.rsplit("/", 1)[0], "decisions", part(0)), decisions)
-            record = {**record, "documents": documents, "removed": decisions.num_rows}  # type: ignore[dict-item]
-        else:
+        decisions = _decisions(table, segment, options, limit) if table.nbytes <= limit else None
+        if decisions is None:
             record = None
+        else:
+            write_parquet(join(segment.keys.rsplit("/", 1)[0], "decisions", part(0)), decisions)
+            record = {**record, "documents": table.num_rows, "removed": decisions.num_rows}  # type: ignore[dict-item]
     yield pa.table({"record": [json.dumps(record)]})
+
+
+def _decisions(table: Any, segment: Segment, options: DedupMethod, limit: int) -> Any | None:
+    """Decisions on a whole key table; None when the texts to compare exceed `limit` bytes."""
+    import pyarrow as pa
+
+    from modelyard.corpus import dedup, paragraphs, semantic
+    from modelyard.corpus.unit import texts
+
+    if isinstance(options, ExactOptions):
+        return dedup.equal(table)
+    if isinstance(options, ParagraphOptions):
+        return paragraphs.repeated(table)
+    if isinstance(options, SemanticOptions):
+        return semantic.decide(table, options)
+    some = dedup.candidates(table)
+    if options.verify == "estimate" or not some.num_rows:
+        return dedup.decide_unseen(some, options)
+    if pa.compute.sum(some["bytes"]).as_py() > limit:
+        return None
+    return dedup.decide(some, texts(segment.documents, some["doc"].to_numpy()), options)

@@ -17,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from modelyard.corpus.options import ExactOptions, MinHashOptions, StepOptions
+from modelyard.corpus.dedup_options import DedupMethod
+from modelyard.corpus.options import StepOptions
 from modelyard.corpus.read.records import NOT_DAMAGE
 from modelyard.corpus.read.units import Unit, units
 from modelyard.corpus.tally import Tally
@@ -28,6 +29,15 @@ from modelyard.stages.curate import CurateOptions, CurateStage, file_refs
 from modelyard.storage import absolute, join, list_files, read_bytes, remove, write_bytes
 
 Context = StageContext[CurateOptions]
+
+
+_REMOVED_BY = {
+    "exact": ("dedup_exact", "exact_duplicate"),
+    "minhash": ("dedup", "near_duplicate"),
+    "paragraphs": ("dedup_paragraphs", "repeated_paragraphs"),
+    "semantic": ("dedup_semantic", "semantic_duplicate"),
+}
+"""Step and reason in the audit, by method."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,7 @@ def _split_steps(steps: tuple[StepOptions, ...]) -> list[tuple[list[StepOptions]
     return [*parts, (current, None)]
 
 
-def _segments(ctx: Context) -> Iterator[tuple[Any, ExactOptions | MinHashOptions | None]]:
+def _segments(ctx: Context) -> Iterator[tuple[Any, DedupMethod | None]]:
     from modelyard.corpus.unit import Segment
 
     before: Segment | None = None
@@ -105,16 +115,13 @@ def _segments(ctx: Context) -> Iterator[tuple[Any, ExactOptions | MinHashOptions
             index=index, steps=tuple(steps), documents=join(folder, "documents") if dedup else join(ctx.output, "data"),
             audit=join(ctx.output, "audit"), read=ctx.options.read if before is None else None,
             source=before.documents if before else None, decisions=_decisions(before.keys) if before else None,
-            removed_by=_removed_by(before.dedup) if before else ("", ""),
+            removed_by=_REMOVED_BY[before.dedup.method] if before and before.dedup else ("", ""),
+            spans=before is not None and before.dedup is not None and before.dedup.method == "paragraphs",
             partitions=_partitions(before.keys) if before else 1, dedup=dedup,
             keys=join(folder, "keys"), scrub=ctx.options.scrub,
         )  # fmt: skip
         yield segment, dedup
         before = segment
-
-
-def _removed_by(options: ExactOptions | MinHashOptions | None) -> tuple[str, str]:
-    return ("dedup_exact", "exact_duplicate") if isinstance(options, ExactOptions) else ("dedup", "near_duplicate")
 
 
 def _decisions(keys: str) -> str:
@@ -175,7 +182,7 @@ def _finished(folder: str, work: list[Unit]) -> dict[int, Any]:
     return {r.unit: r for r in records if r and all(sizes.get(uri) == size for uri, size in r.files.items())}
 
 
-def _deduplicate(ctx: Context, segment: Any, options: ExactOptions | MinHashOptions, work: list[Unit]) -> None:
+def _deduplicate(ctx: Context, segment: Any, options: DedupMethod, work: list[Unit]) -> None:
     """Makes the decisions that end a segment, unless a record says that they are there."""
     place = join(_decisions(segment.keys), "done.json")
     sizes = dict(list_files(_decisions(segment.keys)))
@@ -184,11 +191,11 @@ def _deduplicate(ctx: Context, segment: Any, options: ExactOptions | MinHashOpti
         if all(sizes.get(name) == size for name, size in record["files"].items()):
             return
     remove(_decisions(segment.keys))
-    name = "exact" if isinstance(options, ExactOptions) else "minhash"
-    with ctx.progress.task(f"dedup {name}", None, "documents") as bar:
+    name, what = options.method, "paragraphs" if options.method == "paragraphs" else "documents"
+    with ctx.progress.task(f"dedup {name}", None, what) as bar:
         record = curate_ray.deduplicate(segment, options, ctx.options.shuffle_above, ctx.options.resources)
         bar.advance(record["documents"])
-    ctx.progress.say(f"dedup {name}: {record['removed']:,} of {record['documents']:,} documents go ({record['how']})")
+    ctx.progress.say(f"dedup {name}: {record['removed']:,} of {record['documents']:,} {what} go ({record['how']})")
     write_bytes(place, json.dumps(record, sort_keys=True).encode())
 
 

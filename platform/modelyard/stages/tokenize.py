@@ -106,7 +106,7 @@ class TokenizeStage(Stage[TokenizeOptions]):
 
 def _tokenizer(ctx: StageContext[TokenizeOptions], units: list[Unit], size: int) -> str:
     """The URI of the tokenizer folder in the scratch folder; made unless an earlier try has made it."""
-    from modelyard.tokens.tokenizer import copy_tokenizer
+    from modelyard.tokens.tokenizer import copy_tokenizer, extend_tokenizer
 
     folder, done = join(ctx.work, "tokenizer"), join(ctx.work, "tokenizer.done")
     if exists(done):
@@ -118,6 +118,11 @@ def _tokenizer(ctx: StageContext[TokenizeOptions], units: list[Unit], size: int)
             upload(local, folder)
     elif options.train is not None:
         _train(ctx, options.train, units, size, folder)
+    if options.add or options.add_special:
+        with TemporaryDirectory() as local:
+            added = extend_tokenizer(download(folder, local), options.add, options.add_special)
+            upload(local, folder)
+        ctx.progress.say(f"{added:,} tokens added to the vocabulary")
     write_bytes(done, b"")
     return folder
 

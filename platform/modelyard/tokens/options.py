@@ -39,9 +39,22 @@ class TokenizerOptions(Options):
     path: str | None = Field(
         None, description="a Hugging Face folder or a tokenizer.json, local or s3://; null = use `train`"
     )
+    add: tuple[str, ...] = Field(
+        (), description="words to add to the vocabulary: each becomes one token wherever a text holds it"
+    )
+    add_special: tuple[str, ...] = Field(
+        (), description="special tokens to add, such as roles: a text that spells one stays text"
+    )
     checksum: str | None = Field(
         None, description="xxh3-128 of the files at `path`; filled in, so that changed files are tokenized again"
     )
+
+    @model_validator(mode="after")
+    def _new(self) -> TokenizerOptions:
+        added = (*self.add, *self.add_special)
+        if len(set(added)) != len(added) or not all(token.strip() for token in added):
+            raise ValueError("tokens to add must be distinct and hold more than blanks")
+        return self
 
     @model_validator(mode="before")
     @classmethod

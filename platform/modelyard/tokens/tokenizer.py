@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from modelyard.errors import DataError
 from modelyard.storage import read_bytes
@@ -131,6 +131,21 @@ def copy_tokenizer(source: str, folder: Path | str) -> None:
         end = encoder.tokenizer.id_to_token(encoder.end_id)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "pad_token": end}
         (target / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def extend_tokenizer(folder: Path | str, words: Sequence[str], special: Sequence[str]) -> int:
+    """Adds tokens to the tokenizer in a local folder, after those it has; returns how many were new.
+
+    A model that was trained with the tokenizer needs more embedding rows then: `models.embeddings`.
+
+    Raises:
+        DataError: the tokenizer cannot be read.
+    """
+    tokenizer = Encoder.open(folder).tokenizer
+    added: int = tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
+    added += tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    tokenizer.save(str(Path(folder) / "tokenizer.json"))
+    return added
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,76 @@ def components(small: Any, large: Any, nodes: Any) -> Any:
 
 
 @kernel
+def _root(parent: Any, x: Any) -> Any:
+    while parent[x] != x:
+        parent[x] = parent[parent[x]]
+        x = parent[x]
+    return x
+
+
+@kernel
+def chain_verified(buckets: Any, values: Any, places: Any, threshold: Any) -> Any:
+    """Joins documents that share a bucket and reach the threshold by exact Jaccard; the clusters' best members.
+
+    Documents already joined are not compared again, and of documents with equal shingle sets only the first
+    is compared with later ones (the others' similarities are the same).
+
+    Args:
+        buckets, values, places, threshold: as of `remove_verified`, rows in order of preference.
+
+    Returns:
+        the most preferred member of each document's cluster, int64 [documents].
+    """
+    documents, bands = buckets.shape
+    top = -1
+    for d in range(documents):
+        for j in range(bands):
+            top = max(top, buckets[d, j])
+    head = np.full(top + 1, -1, np.int64)
+    entry = np.empty(documents * bands, np.int64)
+    link = np.empty(documents * bands, np.int64)
+    parent = np.arange(documents)
+    used = 0
+    for d in range(documents):
+        twin = False
+        size = places[d + 1] - places[d]
+        for j in range(bands):
+            at = head[buckets[d, j]] if buckets[d, j] >= 0 else -1
+            while at >= 0 and not twin:
+                other = entry[at]
+                at = link[at]
+                x, y = _root(parent, d), _root(parent, other)
+                length = places[other + 1] - places[other]
+                if x == y or min(size, length) < threshold * max(size, length):
+                    continue
+                similarity = jaccard(values, places[d], places[d + 1], places[other], places[other + 1])
+                if similarity >= threshold:
+                    parent[max(x, y)] = min(x, y)
+                    twin = similarity == 1.0
+        if twin:
+            continue
+        for j in range(bands):
+            bucket = buckets[d, j]
+            if bucket >= 0:
+                entry[used], link[used] = d, head[bucket]
+                head[bucket] = used
+                used += 1
+    for d in range(documents):
+        parent[d] = _root(parent, d)
+    return parent
+
+
+@kernel
+def similarities(first: Any, second: Any, values: Any, places: Any) -> Any:
+    """Exact Jaccard similarity of the documents first[i] and second[i], float64 [n]."""
+    out = np.empty(len(first), np.float64)
+    for i in range(len(first)):
+        x, y = first[i], second[i]
+        out[i] = jaccard(values, places[x], places[x + 1], places[y], places[y + 1])
+    return out
+
+
+@kernel
 def _best(d: Any, kept: Any, values: Any, places: Any, threshold: Any, best: Any, winner: Any) -> Any:
     """Compares document d with one kept document; returns the better of (best, winner) and this."""
     size, other = places[d + 1] - places[d], places[kept + 1] - places[kept]
@@ -125,3 +195,20 @@ def remove_verified(buckets: Any, values: Any, places: Any, threshold: Any) -> A
                 head[bucket] = used
                 used += 1
     return twin, similarity, compared
+
+
+@kernel
+def remove_alike(block: Any, first: Any, threshold: Any, twin: Any, cosine: Any) -> None:
+    """Goes on with removal against kept rows, for rows first, first + 1, ... in order of preference.
+
+    Args:
+        block: float32 [rows, first + rows], similarities of these rows with all rows up to them.
+        threshold: similarity from which a row goes.
+        twin, cosine: int64 and float64 [documents], filled in: the most similar kept row (-1 = stays).
+    """
+    for r in range(block.shape[0]):
+        d = first + r
+        best = threshold
+        for other in range(d):
+            if twin[other] < 0 and block[r, other] >= best and (twin[d] < 0 or block[r, other] > best):
+                best, twin[d], cosine[d] = block[r, other], other, block[r, other]

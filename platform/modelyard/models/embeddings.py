@@ -1,0 +1,30 @@
+"""More rows for an extended vocabulary."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def extend_embeddings(model: PreTrainedModel, vocab_size: int) -> int:
+    """Gives input and output embeddings at least `vocab_size` rows; returns how many were added.
+
+    A new row is the mean of the old ones, so that at first a new token is as likely as tokens are on average,
+    and the logits of the old ones hardly move (Hewitt 2021, "Initializing New Word Embeddings for Pretrained
+    Language Models"). The same everywhere: no random draw. Rows are never taken away: an embedding that was
+    padded to a multiple stays as it is. Call it on a whole model, before it is sharded or an adapter is added.
+
+    Args:
+        model: a causal language model with weights.
+        vocab_size: largest token id + 1, as `tokens.tokenizer.Encoder.vocab_size`.
+    """
+    before = model.get_input_embeddings().weight.shape[0]
+    if vocab_size <= before:
+        return 0
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for tensor in () if part is None else (part.weight, getattr(part, "bias", None)):
+            if tensor is not None and tensor.shape[0] == vocab_size:
+                tensor[before:] = tensor[:before].float().mean(dim=0).to(tensor.dtype)
+    return int(vocab_size - before)
