@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from modelyard.errors import DataError, StorageError
+from modelyard import load
+from modelyard.errors import DataError, RecipeError, StorageError
 from modelyard.storage import (
     Artifact,
     ArtifactStore,
@@ -29,6 +30,7 @@ from modelyard.storage import (
     upload,
     write_bytes,
 )
+from modelyard.storage.uri import ENDPOINTS, endpoint_url
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -139,6 +141,29 @@ def test_find_files_on_s3_and_disk_choose_alike(moto_server: str, tmp_path: Path
     assert [r.name for r in here.refs] == [r.name for r in there.refs]
     assert here.bytes <= 100
     assert len(find_files([remote]).refs) == 20
+
+
+def test_a_recipe_names_the_endpoint_for_all_buckets_or_by_bucket(
+    moto_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.delenv(ENDPOINTS, raising=False)
+    recipe = tmp_path / "r.yaml"
+    for endpoint in (moto_server, f"{{yard: '{moto_server}', other: 'http://127.0.0.1:9'}}"):
+        recipe.write_text(f"name: r\nendpoint: {endpoint}\nstages: {{one: {{kind: curate, inputs: {{files: x}}}}}}\n")
+        load(recipe)
+        write_bytes("s3://yard/endpoint/a.txt", b"here")
+        fs, path = arrow_filesystem("s3://yard/endpoint/a.txt")
+        assert read_bytes("s3://yard/endpoint/a.txt") == b"here" and fs.get_file_info(path).size == 4
+        assert endpoint_url("s3://third/x") == (moto_server if endpoint == moto_server else "http://127.0.0.1:9")
+    for wrong, message in (("minio:9000", "as http://host:port"), ("http://key:secret@minio", "credentials do not")):
+        recipe.write_text(f"name: r\nendpoint: {wrong}\nstages: {{one: {{kind: curate, inputs: {{files: x}}}}}}\n")
+        with pytest.raises(RecipeError, match=message) as raised:
+            load(recipe)
+        assert "secret@" not in str(raised.value)
+    recipe.write_text("name: r\nstages: {one: {kind: curate, inputs: {files: x}}}\n")
+    load(recipe)
+    assert endpoint_url("s3://yard/x") == "http://127.0.0.1:9"
 
 
 def test_digest_covers_names_and_contents_not_places(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def bars(pairs: Sequence[tuple[str, int]]) -> str:
 def histogram(bins: Sequence[int], labels: Sequence[str], every: int = 1) -> str:
     """Columns from the first filled bin to the last; `labels` are the bins' lower edges and one upper edge.
 
-    `every` n-th label is written below.
+    Every label is written below, or of more than ten columns each `every` n-th.
     """
     filled = [i for i, n in enumerate(bins) if n]
     if not filled:
@@ -69,7 +69,7 @@ def histogram(bins: Sequence[int], labels: Sequence[str], every: int = 1) -> str
             f"<rect class=bar x={x + 1.5:.1f} y={130 - height:.1f} width={width - 3:.1f} height={height:.1f} rx=2>"
             f"<title>{labels[i]} to {labels[i + 1]}: {bins[i]:,}</title></rect>"
         )
-        if (i - low) % every == 0:
+        if (i - low) % (every if high - low >= 10 else 1) == 0:
             parts.append(f"<text x={x + width / 2:.1f} y=146>{labels[i]}</text>")
             parts.append(f"<text class=count x={x + width / 2:.1f} y={124 - height:.1f}>{count(bins[i])}</text>")
     return f"<svg class=chart viewBox='0 -14 600 166' role=img>{''.join(parts)}</svg>"

@@ -13,7 +13,7 @@ from modelyard.corpus.files import read_parquet
 from modelyard.storage import join, list_files
 
 _PARTS = 64  # files of the audit, and of the output, that are searched: bounds time and memory of the report
-_LARGEST, _SHOWN, _BESIDE = 3, 6, 3
+_LARGEST, _SHOWN, _BESIDE = 3, 6, 2
 _CHARS = 1500
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -14,11 +15,12 @@ from modelyard.recipe.schema import Recipe, StageOptions
 from modelyard.recipe.source import Source, override, parse
 
 Kinds = Mapping[str, type[StageOptions]]
+_CREDENTIALS = re.compile(r"//[^/@\s]+@")
 _MAX_ERRORS = 8
 
 
 def load_recipe(path: str | Path, kinds: Kinds, overrides: Sequence[str] = ()) -> Recipe:
-    """Loads, fills in, overrides and validates a recipe file.
+    """Loads, fills in, overrides and validates a recipe file, and makes its S3 endpoint this process's.
 
     Args:
         path: a YAML file.
@@ -36,7 +38,11 @@ def load_recipe(path: str | Path, kinds: Kinds, overrides: Sequence[str] = ()) -
         ) from error
     source = parse(text, str(path))
     override(source, overrides)
-    return build_recipe(source, kinds)
+    recipe = build_recipe(source, kinds)
+    from modelyard.storage.uri import use_endpoints
+
+    use_endpoints(recipe.endpoint)
+    return recipe
 
 
 def build_recipe(source: Source, kinds: Kinds) -> Recipe:
@@ -102,7 +108,7 @@ def _describe(error: ValidationError, model: type[BaseModel], source: Source, pa
             key = str(item["loc"][-1])
             message = f"unknown key {key!r}{nearest(key, sorted(set(field_names(model, item['loc'][:-1]))))}"
         elif item["type"] != "missing" and isinstance(item["input"], (str, int, float, bool)):
-            message = f"{message} (got {item['input']!r})"
+            message = f"{message} (got {_CREDENTIALS.sub('//***@', repr(item['input']))})"
         lines[f"{source.place(where)}: {message}"] = None
     return list(lines)
 

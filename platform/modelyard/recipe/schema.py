@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
@@ -119,6 +120,11 @@ class Recipe(Options):
 
     name: str = Field(description="name of the recipe: the MLflow experiment and the default model name")
     root: str = runtime(".modelyard", "where artifacts, work and the default MLflow store live: a folder or s3://")
+    endpoint: str | dict[str, str] | None = runtime(
+        None,
+        "URL of the S3 service (MinIO, Ceph, ...): one for all buckets, or bucket -> URL; null = AWS_ENDPOINT_URL, "
+        "else AWS; credentials come from the environment alone",
+    )
     stages: dict[str, StageOptions] = Field(min_length=1, description="stage name -> stage")
 
     @field_validator("name")
@@ -126,6 +132,19 @@ class Recipe(Options):
     def _name(cls, value: str) -> str:
         if not NAME.match(value):
             raise ValueError(f"{value!r}: use lower-case letters, digits, - and _, at most 48")
+        return value
+
+    @field_validator("endpoint")
+    @classmethod
+    def _endpoint(cls, value: str | dict[str, str] | None) -> str | dict[str, str] | None:
+        for url in value.values() if isinstance(value, dict) else [value] if value else []:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.netloc or parts.path.strip("/"):
+                raise ValueError("write an endpoint as http://host:port or https://host")
+            if "@" in parts.netloc:
+                raise ValueError(
+                    "credentials do not belong in a recipe: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+                )
         return value
 
     @field_validator("stages")

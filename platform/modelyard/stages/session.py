@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from modelyard.errors import ResourceError
+from modelyard.storage.uri import ENDPOINTS
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # Half a gigabyte holds the blocks in flight of a laptop run; Ray spills the rest to disk.
@@ -68,11 +69,13 @@ def _start_local(cpus: int) -> None:
 
 
 def runtime_environment() -> dict[str, Any]:
-    """The runtime environment that gives workers exactly the code this driver runs."""
-    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
-        # Inside `ray job submit` the upload of the working directory is already there; add the package.
-        return {"py_modules": [str(PACKAGE)]}
-    return {"py_modules": [str(PACKAGE)]} if PACKAGE.parent.name == "platform" else {}
+    """The runtime environment that gives workers exactly the code this driver runs, and its S3 endpoints."""
+    endpoints = os.environ.get(ENDPOINTS)
+    environment: dict[str, Any] = {"env_vars": {ENDPOINTS: endpoints}} if endpoints else {}
+    # Inside `ray job submit` the upload of the working directory is already there; add the package.
+    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or PACKAGE.parent.name == "platform":
+        environment["py_modules"] = [str(PACKAGE)]
+    return environment
 
 
 def _authenticate() -> None:

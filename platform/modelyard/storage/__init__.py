@@ -20,6 +20,7 @@ from modelyard.storage.uri import (
     read_bytes,
     remove,
     upload,
+    use_endpoints,
     write_bytes,
 )
 
@@ -44,5 +45,6 @@ __all__ = [
     "read_bytes",
     "remove",
     "upload",
+    "use_endpoints",
     "write_bytes",
 ]

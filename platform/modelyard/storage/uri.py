@@ -7,10 +7,11 @@ is written as a plain absolute path; `file://` is accepted.
 
 from __future__ import annotations
 
+import json
 import os
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,26 @@ def is_remote(uri: str) -> bool:
     return "://" in uri and not uri.startswith("file://")
 
 
-def endpoint_url() -> str | None:
-    """The S3 endpoint from the environment (`AWS_ENDPOINT_URL_S3`, `AWS_ENDPOINT_URL`), or None."""
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+ENDPOINTS = "MODELYARD_S3_ENDPOINTS"
+"""Environment variable that carries a recipe's endpoints to worker processes: JSON, bucket or `*` -> URL."""
+
+
+def use_endpoints(endpoint: str | Mapping[str, str] | None) -> None:
+    """Sets the S3 endpoints of this process and of those it starts: for every bucket, or by bucket."""
+    if endpoint:
+        os.environ[ENDPOINTS] = json.dumps({"*": endpoint} if isinstance(endpoint, str) else dict(endpoint))
+    else:
+        os.environ.pop(ENDPOINTS, None)
+
+
+def endpoint_url(uri: str) -> str | None:
+    """The S3 endpoint of a URI's bucket, or None for AWS.
+
+    From the recipe, else from the environment (`AWS_ENDPOINT_URL_S3`, `AWS_ENDPOINT_URL`).
+    """
+    given = json.loads(os.environ.get(ENDPOINTS) or "{}")
+    found = given.get(urlsplit(uri).netloc) or given.get("*")
+    return found or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -72,7 +90,8 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     scheme = urlsplit(uri).scheme
     if scheme != "s3":
         raise StorageError(f"{scheme}:// is not supported", place=uri, mend="use a local path or s3://bucket/prefix")
-    options: dict[str, Any] = {"endpoint_url": endpoint_url()} if endpoint_url() else {}
+    endpoint = endpoint_url(uri)
+    options: dict[str, Any] = {"endpoint_url": endpoint} if endpoint else {}
     # Listings of a shared bucket change under us: another worker's files must be seen at once.
     return fsspec.filesystem("s3", use_listings_cache=False, **options), uri.removeprefix("s3://").rstrip("/")
 
@@ -82,7 +101,7 @@ def arrow_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     if not is_remote(uri):
         return pafs.LocalFileSystem(), filesystem(uri)[1]
     _, path = filesystem(uri)
-    endpoint = endpoint_url()
+    endpoint = endpoint_url(uri)
     if endpoint is None:
         return pafs.S3FileSystem(), path
     parts = urlsplit(endpoint)
