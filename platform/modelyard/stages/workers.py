@@ -170,15 +170,13 @@ def _warm_up(assignment: Assignment, resources: Resources) -> list[Any]:
     controller, which then passes it on to the workers.
     """
     import ray
+    from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
     from ray.train.v2._internal import constants
 
     if "RAY_ADDRESS" in os.environ:
         return []
-    quiet = (
-        constants.RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR,
-        constants.DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
-    )
-    environment = {quiet[0]: quiet[1], **constants.get_env_vars_to_propagate()}
+    own = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: constants.DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE}
+    environment = own | constants.get_env_vars_to_propagate()
     task = ray.remote(num_cpus=resources.cpus_per_worker, runtime_env={"env_vars": environment})(warm)
     return [task.remote(assignment.program) for _ in range(resources.fewest)]
 
