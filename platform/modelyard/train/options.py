@@ -9,8 +9,11 @@ from pydantic import Field, model_validator
 
 from modelyard.recipe.schema import Options, runtime
 from modelyard.train.batch_plan import BatchPlan
-from modelyard.train.method_options import BatchWarmupOptions, EmaOptions, MixtureOptions
+from modelyard.train.method_options import BatchWarmupOptions, DenoisingOptions, EmaOptions, MixtureOptions
 from modelyard.train.run_options import ProfileRange, SampleOptions, SpikeOptions, StopOptions
+
+OBJECTIVE = r"^(causal_lm|prefix_lm|span_corruption|completion_lm|[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*)$"
+"""Names of objectives, or the import path of one."""
 
 
 class ParallelOptions(Options):
@@ -34,6 +37,13 @@ class TrainOptions(Options):
     global_batch: int = Field(32, ge=1, description="sequences an optimizer step, over all workers together")
     batch_warmup: BatchWarmupOptions | None = Field(None, description="a batch that rises at first; null = constant")
     mixture: MixtureOptions | None = Field(None, description="how often each source is drawn; null = as they are")
+    objective: str | None = Field(
+        None,
+        pattern=OBJECTIVE,
+        description="causal_lm, prefix_lm, span_corruption, completion_lm, or package.module:function of your own; "
+        "null = the stage's usual one (pretrain: causal_lm, finetune: completion_lm)",
+    )
+    denoising: DenoisingOptions | None = Field(None, description="for span_corruption; null = T5's 15 % in spans of 3")
     optimizer: Literal["adamw", "adamw8bit", "lamb", "adafactor", "lion", "muon"] = Field(
         "adamw",
         description="lamb: very large batches; adafactor: little memory; lion: a tenth of the rate; muon: matrices by "

@@ -30,13 +30,16 @@ from modelyard.models.options import LoraOptions, ModelOptions
 from modelyard.recipe.schema import Options
 from modelyard.tokens import TokenDataset
 from modelyard.train.checkpoint import Checkpoints, Keep
+from modelyard.train.choose_objective import choose_objective, objective_name
 from modelyard.train.data import Sequences
+from modelyard.train.denoise import check_sentinels
 from modelyard.train.heldout import Heldout
 from modelyard.train.hooks import Chain, Hooks
 from modelyard.train.loop import Job, Outcome, fit
 from modelyard.train.memory import memory_named
+from modelyard.train.method_options import DenoisingOptions
 from modelyard.train.metrics import Say, Sink, no_say, no_sink
-from modelyard.train.objective import Objective, causal_lm, causal_lm_by_document, completion_lm
+from modelyard.train.objective import Objective
 from modelyard.train.optimizer import make_optimizer
 from modelyard.train.options import TrainOptions
 from modelyard.train.pairs import PackedPairs
@@ -92,8 +95,11 @@ def pretrain(
     train = TokenDataset.open(folder / "train", verify=world.leads)
     heldout = _optional_tokens(folder / "heldout", world)
     model, config = _pretraining_model(job, train, world)
-    objective = causal_lm_by_document if job.train.document_mask else causal_lm
-    identity = f"{_architecture(config)}, {objective.__name__}"
+    objective = choose_objective(job.train, "causal_lm")
+    if job.train.objective == "span_corruption":
+        denoising = job.train.denoising or DenoisingOptions()
+        check_sentinels(config.vocab_size, train.vocab_size, denoising, train.sequence_length)
+    identity = f"{_architecture(config)}, {objective_name(objective)}"
     setup = _Setup(
         job.train, objective, identity, job.checkpoints, train.sequence_length, job.reports, folder / "tokenizer"
     )
@@ -118,9 +124,12 @@ def finetune(
     check_shape(plain.config, data.sequence_length)
     model = add_adapter(plain, job.lora, job.train.seed) if job.lora else plain
     config = read_config(source)
-    identity = f"{_architecture(config)}, completion_lm, lora {job.lora.model_dump() if job.lora else None}"
+    objective = choose_objective(job.train, "completion_lm")
+    identity = (
+        f"{_architecture(config)}, {objective_name(objective)}, lora {job.lora.model_dump() if job.lora else None}"
+    )
     model = parallelize(model.to(world.device), job.train, world)
-    setup = _Setup(job.train, completion_lm, identity, job.checkpoints, data.sequence_length, job.reports, source)
+    setup = _Setup(job.train, objective, identity, job.checkpoints, data.sequence_length, job.reports, source)
     outcome = _fit(setup, model, data, heldout, world, sink, say, hooks)
     state = full_state(model, world, trainable_only=job.lora is not None)
     if world.leads:
