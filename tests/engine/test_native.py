@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +43,23 @@ async def settle(engine: NativeEngine) -> None:
 
 def test_it_is_an_engine(engine: NativeEngine) -> None:
     assert isinstance(engine, Engine)
+
+
+def test_callers_that_leave_before_they_are_heard_do_no_harm(engine: NativeEngine) -> None:
+    async def run() -> None:
+        hold = threading.Event()
+        engine._call(lambda: setattr(engine, "_held", hold.wait(30)))  # the step thread is busy
+        leaving = [asyncio.create_task(collect(engine, Request(f"gone-{i}", (5, 6), GREEDY))) for i in range(3)]
+        await asyncio.sleep(0.05)
+        for task in leaving:
+            task.cancel()
+        await asyncio.gather(*leaving, return_exceptions=True)
+        hold.set()
+        assert len((await collect(engine, Request("stays", (5, 6), GREEDY))).tokens) == 30
+        await settle(engine)
+
+    asyncio.run(run())
+    assert engine.alive and engine.invariants() == []
 
 
 def test_concurrent_answers_equal_lonely_ones(engine: NativeEngine, tiny_model: Path) -> None:

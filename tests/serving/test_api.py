@@ -291,6 +291,20 @@ def test_metrics_and_pages(local: LocalServer) -> None:
     assert "<title>modelyard chat</title>" in httpx.get(local.url + "/").text
 
 
+def test_embeddings(client: openai.OpenAI, local: LocalServer) -> None:
+    texts = ["The scheduler decides", "a step has a token budget", "The scheduler decides"]
+    found = client.embeddings.create(model="tiny", input=texts)  # the official client asks for base64
+    vectors = [item.embedding for item in found.data]
+    assert vectors[0] == vectors[2] != vectors[1]
+    assert all(abs(sum(x * x for x in v) - 1) < 1e-4 for v in vectors)
+    assert found.usage.prompt_tokens == found.usage.total_tokens > 3
+    one = httpx.post(local.url + "/v1/embeddings", json={"model": "tiny", "input": texts[0]}).json()
+    assert one["data"][0]["embedding"] == pytest.approx(vectors[0], abs=1e-6)
+    for bad in ({"input": []}, {"input": ""}, {"input": "x", "dimensions": 4}, {"input": "word " * 3000}):
+        assert httpx.post(local.url + "/v1/embeddings", json={"model": "tiny", **bad}).status_code == 400, bad
+    assert local.idle()
+
+
 def test_openapi_describes_the_requests(local: LocalServer) -> None:
     document = httpx.get(local.url + "/openapi.json").json()
     assert {"/v1/completions", "/v1/chat/completions", "/v1/models"} <= set(document["paths"])

@@ -84,7 +84,12 @@ class NativeEngine:
     async def submit(self, request: Request) -> AsyncGenerator[StepOutput, None]:
         """See `protocol.Engine.submit`."""
         box = _Mailbox(asyncio.get_running_loop())
-        await asyncio.wrap_future(self._call(lambda: self._add(request, box)))
+        adding = self._call(lambda: self._add(request, box))
+        try:
+            await asyncio.wrap_future(adding)
+        except asyncio.CancelledError:
+            self.abort(request.id)  # it may have been taken in already
+            raise
         finished = False
         try:
             while not finished:
@@ -170,6 +175,8 @@ class NativeEngine:
         future: Future[None] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # the caller has gone: answering it would raise here and end the engine
             try:
                 action()
             except Exception as error:  # handed to the caller, whatever it is

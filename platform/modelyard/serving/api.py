@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
+import struct
 import time
+import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +23,7 @@ from modelyard.serving.answers import ChatForm, Form, TextForm
 from modelyard.serving.errors import ApiError, unavailable
 from modelyard.serving.feedback import FeedbackStore
 from modelyard.serving.middleware import Gate
-from modelyard.serving.schema import ChatRequest, CompletionRequest, FeedbackRequest
+from modelyard.serving.schema import ChatRequest, CompletionRequest, EmbeddingRequest, FeedbackRequest
 from modelyard.serving.service import Job, Service
 
 T = TypeVar("T")
@@ -43,6 +46,7 @@ def build_app(
     _handle_errors(app, service)
     _information(app, service, feedback is not None)
     _opinions(app, service, feedback)
+    _embeddings(app, service)
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
@@ -61,6 +65,28 @@ def build_app(
         return await _respond(service, request, jobs, form, stream=body.stream, include_usage=include_usage)
 
     return app
+
+
+def _embeddings(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/embeddings", response_model=None)
+    async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
+        service.check_model(body.model)
+        jobs = await service.embedding_jobs(body, f"embd-{uuid.uuid4().hex}", _holder(request))
+        answers = await _unless_disconnected(request, service.whole(jobs))
+        data = [
+            {"object": "embedding", "index": i, "embedding": _vector(answer.embedding, body.encoding_format)}
+            for i, answer in enumerate(answers)
+        ]
+        tokens = service.usage_tokens(jobs)
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return JSONResponse({"object": "list", "model": service.name, "data": data, "usage": usage})
+
+
+def _vector(values: tuple[float, ...], form: str) -> list[float] | str:
+    """As numbers, or as base64 of little-endian float32, which the official client asks for."""
+    if form == "float":
+        return list(values)
+    return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode("ascii")
 
 
 def _holder(request: Request) -> str:

@@ -28,7 +28,7 @@ LARGEST = 1 << 20
 
 def deterministic(request: Request) -> bool:
     """Whether the same request gives the same answer: greedy, or with a seed."""
-    return request.sampling.greedy or request.sampling.seed is not None
+    return request.task == "generate" and (request.sampling.greedy or request.sampling.seed is not None)
 
 
 def cache_key(model: str, scope: str, request: Request) -> str:

@@ -18,9 +18,9 @@ from modelyard.serving.metrics import Metrics
 log = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/", "/healthz"})
-ENDPOINTS = frozenset(
-    {"/v1/completions", "/v1/chat/completions", "/v1/feedback", "/v1/models", "/metrics", "/healthz", "/"}
-)
+ENDPOINTS = OPEN_PATHS | {
+    "/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/feedback", "/v1/models", "/metrics",
+}  # fmt: skip
 BODY_SECONDS = 30.0
 
 

@@ -114,6 +114,30 @@ class Message(BaseModel):
         return value
 
 
+class EmbeddingRequest(BaseModel):
+    """POST /v1/embeddings."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    model: str = Field(description="served model name")
+    input: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(min_length=1, max_length=2048)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=2048)]
+    )
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: None = Field(None, description="not offered")
+    pooling: Literal["mean", "last"] = Field("mean", description="one vector from the tokens' (extension)")
+    user: str | None = Field(None, max_length=1024)
+
+    def inputs(self) -> list[str | list[int]]:
+        """Every input, as text or as token ids."""
+        if isinstance(self.input, str) or isinstance(self.input[0], int):
+            return [self.input]
+        return list(self.input)
+
+
 class FeedbackRequest(BaseModel):
     """POST /v1/feedback: what a person says about one answer. Conversation and answer only if the client sends them."""
 

@@ -19,7 +19,7 @@ from modelyard.serving.cache import Cache, cache_key, deterministic, dump, parse
 from modelyard.serving.errors import ApiError, overloaded, unavailable
 from modelyard.serving.limits import Limiter
 from modelyard.serving.metrics import Metrics
-from modelyard.serving.schema import ChatRequest, CompletionRequest
+from modelyard.serving.schema import ChatRequest, CompletionRequest, EmbeddingRequest
 
 ATTEMPTS = 3
 """Times a whole answer is begun when the replica that computes it is lost."""
@@ -125,6 +125,18 @@ class Service:
             for copy in range(body.n):
                 request = Request(f"{form.id}-{len(jobs)}", prompt, _seeded(sampling, copy))
                 jobs.append(Job(len(jobs), request, self._key(request, holder)))
+        if self.limiter is not None:
+            self.limiter.admit(holder, _prompt_tokens(jobs))
+        return jobs
+
+    async def embedding_jobs(self, body: EmbeddingRequest, name: str, holder: str = "") -> list[Job]:
+        """One job an input. Raises ApiError as above."""
+        inputs = [p if isinstance(p, list) else await self._encode(p, special=True) for p in body.inputs()]
+        jobs = []
+        for i, tokens in enumerate(inputs):
+            self._room(tokens, "input")
+            request = Request(f"{name}-{i}", tuple(tokens), task="embed", pooling=body.pooling, detokenize=False)
+            jobs.append(Job(i, request))
         if self.limiter is not None:
             self.limiter.admit(holder, _prompt_tokens(jobs))
         return jobs
