@@ -1,15 +1,20 @@
 """Tokens a CPU-second of the native engine against transformers: `generate` one by one, static batches, continuous.
 
-    python tests/benchmarks/engine_throughput.py [--tokens 64] [--repeats 3]
+    python tests/benchmarks/engine_throughput.py [--model FOLDER] [--tokens 64] [--repeats 3]
 
-One random Llama of 32 M parameters in float32, one thread, 64-token prompts, greedy, the same number of tokens from
-every side. Headline: 32 concurrent requests against transformers' continuous batching.
+One random Llama of 32 M parameters, or the given model; one thread, 64-token prompts, greedy, the same number of tokens
+from every side. Ours keeps no prefixes, since the rounds repeat their prompts. Headline: 32 concurrent requests in
+float32 against transformers' continuous batching. vLLM's CPU build joins when .venv-vllm exists
+(requirements-vllm.txt) or MODELYARD_VLLM_PYTHON names an interpreter that has it.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
+import os
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +22,7 @@ from typing import Any
 
 import torch
 import transformers
-from contract import in_turns, report, say
+from contract import CHECKOUT, in_turns, report, say
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from modelyard.engine import EngineCore, EngineOptions, Request, Sampling, generate
@@ -88,46 +93,72 @@ def continuous(model: LlamaForCausalLM, prompts: list[list[int]], tokens: int) -
     return answers
 
 
+def vllm_rates(folder: Path, tokens: int, repeats: int) -> dict[str, Any]:
+    """{"rates", "answers", "version"} of vLLM's CPU build, in float32 and its own process; empty when it is absent."""
+    python = Path(os.environ.get("MODELYARD_VLLM_PYTHON") or CHECKOUT / ".venv-vllm" / "bin" / "python")
+    if not python.exists():
+        say("vLLM is absent: see tests/benchmarks/requirements-vllm.txt")
+        return {}
+    script = Path(__file__).parent / "peers" / "vllm_generate.py"
+    done = subprocess.run(
+        [str(python), str(script), str(folder), str(tokens), str(repeats)],
+        input=json.dumps([make_prompts(n) for n in CONCURRENT[1:]]),
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    say(f"vllm {found['version']}: {found['rates']}")
+    return found
+
+
 def main() -> None:
     """Measures and reports."""
     parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path, help="a Hugging Face folder in place of the random 32 M Llama")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(Path(folder))
-        options = EngineOptions(max_sequences=32, threads=1, max_length=512)
-        exact = EngineCore(folder, options)
-        packed = EngineCore(folder, options.model_copy(update={"precision": "float16_packed"}))
-        results = measure(Path(folder), exact, packed, args.tokens, args.repeats)
-    finish(results)
+    with tempfile.TemporaryDirectory() as random:
+        folder = args.model or Path(random)
+        if args.model is None:
+            save_model(folder)
+        results = measure(folder, args.tokens, args.repeats)
+        vllm = vllm_rates(folder, args.tokens, args.repeats)
+    finish(results, vllm)
 
 
-def measure(
-    folder: Path, exact: EngineCore, packed: EngineCore, tokens: int, repeats: int
-) -> dict[str, tuple[float, Answers]]:
+def measure(folder: Path, tokens: int, repeats: int) -> dict[str, tuple[float, Answers]]:
     """Side -> (tokens a CPU-second, answers)."""
+    options = EngineOptions(max_sequences=32, threads=1, max_length=512, prefix_cache=False, max_loss_increase=9.0)
+    cores = {
+        name: EngineCore(folder, options.model_copy(update={"precision": precision}))
+        for name, precision in (("native", "float32"), ("native fp16", "float16_packed"), ("native int8", "int8"))
+    }
+    peer, peer_cb = load(folder), load(folder)
     found: dict[str, tuple[float, Answers]] = {}
     for count in CONCURRENT:
         prompts = make_prompts(count)
         sides: dict[str, Callable[[], Answers]] = {
-            f"native {count}": functools.partial(ours, exact, prompts, tokens),
-            f"native fp16 {count}": functools.partial(ours, packed, prompts, tokens),
-            f"static {count}": functools.partial(static, load(folder), prompts, tokens),
+            f"{name} {count}": functools.partial(ours, core, prompts, tokens) for name, core in cores.items()
         }
+        sides[f"static {count}"] = functools.partial(static, peer, prompts, tokens)
         if count > 1:
-            sides[f"continuous {count}"] = functools.partial(continuous, load(folder), prompts, tokens)
+            sides[f"continuous {count}"] = functools.partial(continuous, peer_cb, prompts, tokens)
         for name, runs in in_turns(sides, repeats=repeats).items():
             found[name] = count * tokens / runs.cpu_median, runs.last
             say(f"{name}: {found[name][0]:.0f} tokens a CPU-second")
     return found
 
 
-def finish(found: dict[str, tuple[float, Answers]]) -> None:
-    """Prints the result line."""
+def finish(found: dict[str, tuple[float, Answers]], vllm: dict[str, Any]) -> None:
+    """Prints the result line. The llama.cpp ratios are null: its build is left to the person who has the time."""
     rate = {name: value[0] for name, value in found.items()}
-    identical = all(found[f"native {n}"][1] == found[f"static {n}"][1] for n in CONCURRENT)
+    against_vllm = {
+        f"ratio_vllm_{n}": rate[f"native fp16 {n}"] / vllm["rates"][str(n)] if vllm else None for n in CONCURRENT[1:]
+    }
     report(
         "engine_throughput",
         unit="tokens/CPU s",
@@ -135,14 +166,21 @@ def finish(found: dict[str, tuple[float, Answers]]) -> None:
         peer=rate["continuous 32"],
         peer_name=f"transformers {transformers.__version__} continuous batching",
         target=2.0,
-        identical=identical,
+        identical=all(found[f"native {n}"][1] == found[f"static {n}"][1] for n in CONCURRENT),
         identical_cb=all(found[f"native {n}"][1] == found[f"continuous {n}"][1] for n in CONCURRENT[1:]),
+        identical_vllm=all(found[f"native {n}"][1] == vllm["answers"][str(n)] for n in CONCURRENT[1:])
+        if vllm
+        else None,
         ratio_cb_8=rate["native 8"] / rate["continuous 8"],
         ratio_cb_32=rate["native 32"] / rate["continuous 32"],
         ratio_generate=rate["native 32"] / rate["static 1"],
         ratio_static_8=rate["native 8"] / rate["static 8"],
         ratio_static_32=rate["native 32"] / rate["static 32"],
-        rates=rate,
+        **against_vllm,
+        vllm_version=vllm.get("version"),
+        ratio_llama_1=None,
+        ratio_llama_32=None,
+        rates=rate | {f"vllm {n}": r for n, r in vllm.get("rates", {}).items()},
     )
 
 

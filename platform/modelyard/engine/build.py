@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from modelyard.engine.cache import Cache
+from modelyard.engine.any_architecture import AnyArchitecture, Facts
+from modelyard.engine.cache import BlockStore, Cache, NoStore
 from modelyard.engine.calibrate import pack_int8
 from modelyard.engine.checkpoint import DecoderConfig, check_folder, read_config, read_tensors
 from modelyard.engine.decoder import Decoder
@@ -22,10 +23,11 @@ from modelyard.errors import ResourceError
 class Parts:
     """What `EngineCore` is made of. `blocks` of key/value blocks in all."""
 
-    config: DecoderConfig
+    config: DecoderConfig | Facts
     max_length: int
     tokenizer: Tokenizer | None
-    decoder: Decoder
+    decoder: Decoder | AnyArchitecture
+    cache: BlockStore
     guesser: Guesser | None
     blocks: int
 
@@ -38,6 +40,8 @@ def build(folder: Path, options: EngineOptions) -> Parts:
         ResourceError: the key/value cache does not fit, or int8 costs too much quality.
     """
     check_folder(folder)
+    if options.backend == "transformers":
+        return _any(folder, options)
     config = read_config(folder)
     length = config.length(options.max_length)
     blocks = _blocks(config, length, options)
@@ -50,7 +54,15 @@ def build(folder: Path, options: EngineOptions) -> Parts:
     decoder = Decoder(weights, cache, length, torch.get_num_threads())
     if gated:
         pack_int8(weights, decoder, tokenizer, options.max_loss_increase)
-    return Parts(config, length, tokenizer, decoder, _guesser(config, length, options), blocks)
+    return Parts(config, length, tokenizer, decoder, cache, _guesser(config, length, options), blocks)
+
+
+def _any(folder: Path, options: EngineOptions) -> Parts:
+    decoder = AnyArchitecture(folder)
+    length = decoder.facts.length(options.max_length)
+    tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").exists() else None
+    blocks = (-(-length // options.block_tokens) + 1) * options.max_sequences
+    return Parts(decoder.facts, length, tokenizer, decoder, NoStore(), None, blocks)
 
 
 def _guesser(config: DecoderConfig, length: int, options: EngineOptions) -> Guesser | None:

@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from modelyard.engine.checkpoint import DecoderConfig
+
+
+class BlockStore(Protocol):
+    """Where a backend keeps blocks that other requests may begin with."""
+
+    def load(self, slot: int, blocks: Sequence[int]) -> None:
+        """Brings stored blocks to the front of a slot, in order."""
+        ...
+
+    def save(self, slot: int, blocks: Sequence[tuple[int, int]]) -> None:
+        """Stores blocks of a slot: (index in the slot, stored block)."""
+        ...
+
+
+class NoStore:
+    """For backends without a prefix cache."""
+
+    def load(self, slot: int, blocks: Sequence[int]) -> None:
+        """Nothing is ever stored."""
+
+    def save(self, slot: int, blocks: Sequence[tuple[int, int]]) -> None:
+        """Stores nothing."""
 
 
 class Cache:

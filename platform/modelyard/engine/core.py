@@ -59,7 +59,11 @@ class EngineCore:
         self.config, self.max_length, self.tokenizer = parts.config, parts.max_length, parts.tokenizer
         self.decoder, self.guesser = parts.decoder, parts.guesser
         blocks = Blocks(parts.blocks, o.block_tokens)
-        self.scheduler = Scheduler(o.max_sequences, o.step_tokens, blocks, prefix_cache=o.prefix_cache)
+        native = o.backend == "native"
+        # Another backend takes prompts whole and keeps keys and values its own way.
+        budget = o.step_tokens if native else o.max_sequences * self.max_length
+        self.scheduler = Scheduler(o.max_sequences, budget, blocks, prefix_cache=native and o.prefix_cache)
+        self._cache = parts.cache
         self.version = 0
         self.paused = False
         self.adapters: dict[str, Adapter] = {}
@@ -147,7 +151,7 @@ class EngineCore:
         self._guess()
         plan = self.scheduler.schedule()
         for slot, stored in plan.loads:
-            self.decoder.cache.load(slot, stored)
+            self._cache.load(slot, stored)
         if not plan.pieces:
             return []
         batch = lay_out(plan.pieces)
@@ -212,7 +216,7 @@ class EngineCore:
         for span in batch.spans:
             sequence = span.piece.sequence
             if sequence.request.task == "embed":
-                self._pool(span, hidden[span.first : span.last])
+                self._pool(span, self.decoder.vectors(hidden[span.first : span.last]))
             elif sequence.request.prompt_logprobs is not None:
                 self._score(span, hidden[span.first : span.last])
 
@@ -302,7 +306,7 @@ class EngineCore:
         """Keeps the full blocks computed so far for requests with the same beginning."""
         fresh = self.scheduler.publish(sequence)
         if fresh:
-            self.decoder.cache.save(sequence.slot, fresh)
+            self._cache.save(sequence.slot, fresh)
 
     def _remove(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)

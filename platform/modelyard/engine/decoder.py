@@ -72,6 +72,10 @@ class Decoder:
         """Scores of all tokens, float32 [rows, vocabulary]. hidden: [rows, hidden]."""
         return self.weights.head(hidden)
 
+    def vectors(self, hidden: Tensor) -> Tensor:
+        """What embeddings are made of."""
+        return hidden
+
     def _norm(self, x: np.ndarray, delta: np.ndarray, norm: Norm, out: np.ndarray) -> None:
         """x += delta; out = norm(x)."""
         weight, bias = norm.arrays

@@ -39,6 +39,9 @@ class EngineOptions(Options):
         256, ge=1, description="token budget of one step; long prompts are cut into chunks that fit (chunked prefill)"
     )
     max_waiting: int = Field(1024, ge=0, description="requests that may wait for a slot; more are refused")
+    backend: Literal["native", "transformers"] = Field(
+        "native", description="native, or transformers for an architecture the native decoder does not know (slower)"
+    )
     precision: Precision = Field(
         "float32",
         description="float32; float16_packed: weights packed to half precision (half the memory, error 2e-4); "
