@@ -155,7 +155,7 @@ CHAT = {"model": "tiny", "messages": MESSAGES}
         ({"messages": None}, "messages"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"99999": 1}}, "logit_bias"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
         ({"stream_options": {"include_usage": True}}, None),
         ({"top_logprobs": 50, "logprobs": True}, "top_logprobs"),
         ({"seed": 2**70}, "seed"),
@@ -302,6 +302,21 @@ def test_embeddings(client: openai.OpenAI, local: LocalServer) -> None:
     assert one["data"][0]["embedding"] == pytest.approx(vectors[0], abs=1e-6)
     for bad in ({"input": []}, {"input": ""}, {"input": "x", "dimensions": 4}, {"input": "word " * 3000}):
         assert httpx.post(local.url + "/v1/embeddings", json={"model": "tiny", **bad}).status_code == 400, bad
+    assert local.idle()
+
+
+def test_answers_match_what_was_asked_for(client: openai.OpenAI, local: LocalServer) -> None:
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "number", "schema": schema}}
+    answer = client.chat.completions.create(model="tiny", messages=MESSAGES, response_format=form, max_tokens=60)
+    assert json.loads(answer.choices[0].message.content or "")["n"] in (1, 2)
+    text = post(local, CHAT | {"regex": "[a-c]{3}", "max_tokens": 20}).json()["choices"][0]["message"]["content"]
+    assert re.fullmatch("[a-c]{3}", text)
+    bad = {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}
+    for change in ({"response_format": bad}, {"response_format": {"type": "json_schema"}}, {"regex": "(["},
+                   {"regex": "a", "response_format": {"type": "json_object"}}):  # fmt: skip
+        assert post(local, CHAT | change).status_code == 400, change
     assert local.idle()
 
 

@@ -6,11 +6,12 @@ name, so that nobody believes a constraint was kept that was not.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
 
-from modelyard.engine.request import MAX_LOGPROBS, MAX_STOP_CHARACTERS, MAX_STOPS, Sampling
+from modelyard.engine.request import MAX_LOGPROBS, MAX_STOP_CHARACTERS, MAX_STOPS, Grammar, Sampling
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
@@ -21,6 +22,33 @@ class StreamOptions(BaseModel):
     """Options of a streamed answer."""
 
     include_usage: bool = False
+
+
+class JsonSchema(BaseModel):
+    """A schema an answer has to match."""
+
+    name: str | None = Field(None, max_length=64)
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """What an answer has to be: text, any JSON object, or JSON that matches a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> ResponseFormat:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise ValueError("json_schema goes with type json_schema, and with no other")
+        return self
+
+    def grammar(self) -> Grammar | None:
+        """The same for the engine; None for text."""
+        if self.json_schema is not None:
+            return Grammar("json_schema", json.dumps(self.json_schema.schema_))
+        return Grammar("json_object") if self.type == "json_object" else None
 
 
 class _Common(BaseModel):
@@ -45,6 +73,14 @@ class _Common(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=1024)
+    response_format: ResponseFormat | None = None
+    regex: str | None = Field(None, min_length=1, max_length=4096, description="the answer matches it (extension)")
+
+    @model_validator(mode="after")
+    def _one_constraint(self) -> _Common:
+        if self.regex is not None and self.response_format is not None and self.response_format.type != "text":
+            raise ValueError("give regex or response_format, not both")
+        return self
 
     @field_validator("temperature", "top_p", "n", "presence_penalty", "frequency_penalty", "stream", mode="before")
     @classmethod
@@ -58,6 +94,7 @@ class _Common(BaseModel):
         return self
 
     def _sampling(self, max_tokens: int, logprobs: int | None) -> Sampling:
+        format_ = self.response_format
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return Sampling(
             max_tokens=max_tokens,
@@ -72,6 +109,7 @@ class _Common(BaseModel):
             seed=self.seed,
             stop=stop,
             logprobs=logprobs,
+            grammar=Grammar("regex", self.regex) if self.regex else format_ and format_.grammar(),
         )
 
 
@@ -159,12 +197,6 @@ class FeedbackRequest(BaseModel):
         return self
 
 
-class ResponseFormat(BaseModel):
-    """Only plain text is offered."""
-
-    type: Literal["text"]
-
-
 class ChatRequest(_Common):
     """POST /v1/chat/completions."""
 
@@ -174,7 +206,6 @@ class ChatRequest(_Common):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: list[dict[str, Any]] | None = Field(None, max_length=256, description="passed to the chat template")
-    response_format: ResponseFormat | None = None
 
     def turns(self) -> list[dict[str, Any]]:
         """The messages for the chat template."""

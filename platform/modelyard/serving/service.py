@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import reduce
+from importlib.util import find_spec
 from operator import add
 
 from modelyard.engine.request import EngineStopped, Request, Sampling, StepOutput
@@ -163,6 +164,9 @@ class Service:
             sampling.check(self.tokenizer.vocabulary)
         except DataError as error:
             raise ApiError(400, error.mend, param=error.place) from None
+        if sampling.grammar is not None and find_spec("llguidance") is None:
+            message = "this server cannot constrain answers: the grammar extra is not installed"
+            raise ApiError(400, message, param="response_format")
 
     async def outputs(self, job: Job) -> AsyncGenerator[StepOutput, None]:
         """Messages of one choice: one from the cache, or the engine's, which are kept once they are complete."""
