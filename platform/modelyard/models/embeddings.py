@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
@@ -19,12 +21,14 @@ def extend_embeddings(model: PreTrainedModel, vocab_size: int) -> int:
         model: a causal language model with weights.
         vocab_size: largest token id + 1, as `tokens.tokenizer.Encoder.vocab_size`.
     """
-    before = model.get_input_embeddings().weight.shape[0]
+    inputs: Any = model.get_input_embeddings()
+    before: int = inputs.weight.shape[0]
     if vocab_size <= before:
         return 0
     model.resize_token_embeddings(vocab_size, mean_resizing=False)
-    for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+    parts: tuple[Any, ...] = (model.get_input_embeddings(), model.get_output_embeddings())
+    for part in parts:
         for tensor in () if part is None else (part.weight, getattr(part, "bias", None)):
             if tensor is not None and tensor.shape[0] == vocab_size:
                 tensor[before:] = tensor[:before].float().mean(dim=0).to(tensor.dtype)
-    return int(vocab_size - before)
+    return vocab_size - before

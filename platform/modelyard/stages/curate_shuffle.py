@@ -299,12 +299,12 @@ def _stars(folder: str, edges: Written, resources: Resources, parts: int) -> str
     """The folder with the edges of stars, one a component, that rounds of large and small stars come to."""
     from modelyard.storage import remove
 
-    state = {"at": "edges", "turn": 0, "total": edges.total}
+    state: dict[str, Any] = {"at": "edges", "turn": 0, "total": edges.total}
     place = join(folder, "stars.json")
     if exists(place):
         state = json.loads(read_bytes(place))
     while True:
-        turn, at = int(state["turn"]), str(state["at"])
+        turn, at = state["turn"], state["at"]
         large, small = join(folder, f"large-{turn}"), join(folder, f"small-{turn}")
         shuffle(_names(join(folder, at)), _around_both(parts), _large_star, large, resources, parts)
         done = shuffle(_names(large), _around_large(parts), _small_star, small, resources, parts, _total)
