@@ -41,10 +41,10 @@ class _NoTracking:
         """Nothing is kept here."""
 
 
-def write_input(folder: Path, texts: list[str]) -> Files:
-    """The texts as eight JSONL files, repeated with small edits until BYTES are reached."""
+def write_input(folder: Path, texts: list[str], size: int = BYTES) -> Files:
+    """The texts as eight JSONL files, repeated with small edits until `size` bytes are reached."""
     rows, total, turn = [], 0, 0
-    while total < BYTES:
+    while total < size:
         for n, text in enumerate(texts):
             # Repeats differ in their words, so that they are documents of their own and not near-copies.
             changed = (

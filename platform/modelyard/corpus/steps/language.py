@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from modelyard.corpus import language_model
-from modelyard.corpus.arrow import buffers
+from modelyard.corpus.arrow import buffers, replace
 from modelyard.corpus.options import LanguageOptions
 from modelyard.corpus.step import Step, with_reason
 
@@ -50,7 +51,8 @@ class Language(Step):
         from modelyard.corpus.kernels import language as kernels
 
         # Trained on running text: words in capitals alone look like another language.
-        text = pc.if_else(pc.utf8_is_upper(text), pc.utf8_lower(text), text)
+        capitals = np.flatnonzero(pc.utf8_is_upper(text).to_numpy())
+        text = replace(text, capitals, pc.utf8_lower(text.take(pa.array(capitals))).to_pylist())
         model = language_model.load()
         raw = kernels.scores(
             *buffers(text), self.options.bytes, model.moves, model.rows, model.outputs, model.table, model.prior
