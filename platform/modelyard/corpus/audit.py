@@ -25,14 +25,14 @@ def audit_table(rows: list[dict[str, Any]]) -> Any:
 
 
 def removed(table: Any, step: str) -> Any:
-    """Audit rows for removed documents, with `twin` and `jaccard` where given; texts are cut to EXCERPT + MARGIN."""
+    """Audit rows for removed documents, with `twin`, `jaccard`, `detail` where given; cut to EXCERPT + MARGIN."""
     n = table.num_rows
     columns = {
         "id": table["id"], "source": table["source"], "step": pa.array([step] * n, pa.string()),
         "reason": table["reason"], "bytes": pc.cast(pc.binary_length(table["text"]), pa.int64()),
         "text": pc.utf8_slice_codeunits(table["text"], 0, EXCERPT + MARGIN),
     }  # fmt: skip
-    for name in ("twin", "jaccard"):
+    for name in ("twin", "jaccard", "detail"):
         if name in table.column_names:
             columns[name] = table[name]
     arrays = [columns.get(f.name, pa.nulls(n, f.type)) for f in AUDIT_SCHEMA]

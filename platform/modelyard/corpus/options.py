@@ -10,7 +10,13 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from modelyard.corpus.dedup_options import DedupOptions
-from modelyard.corpus.filter_options import ScrubOptions
+from modelyard.corpus.filter_options import (
+    ClassifyOptions,
+    DecontaminateOptions,
+    GroupsOptions,
+    ScrubOptions,
+    ToxicityOptions,
+)
 from modelyard.recipe.schema import Bytes, Options
 
 RuleSet = Literal["gopher", "c4", "fineweb"]
@@ -200,6 +206,10 @@ class StepOptions(Options):
     language: LanguageOptions | None = Field(None, description="tell the language, and keep only some")
     quality: QualityOptions | None = Field(None, description="drop or tag by heuristic rules")
     dedup: DedupOptions | None = Field(None, description="remove equal or similar documents, or repeated paragraphs")
+    decontaminate: DecontaminateOptions | None = Field(None, description="remove text of evaluation sets")
+    classify: ClassifyOptions | None = Field(None, description="keep what a classifier likes")
+    groups: GroupsOptions | None = Field(None, description="tag groups of people, to see what later steps drop of each")
+    toxicity: ToxicityOptions | None = Field(None, description="drop or tag toxic text")
     scrub: ScrubOptions | None = Field(None, description="remove personal data and secrets")
 
     @model_validator(mode="after")
@@ -220,3 +230,8 @@ class StepOptions(Options):
         """The step's own options."""
         value: Options = getattr(self, self.name)
         return value
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Stage inputs besides the documents that the step reads."""
+        return getattr(self.options, "inputs", ())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from modelyard.corpus.options import ReadOptions, StepOptions
 from modelyard.corpus.read.documents import read_unit
 from modelyard.corpus.read.units import Unit
 from modelyard.corpus.step import Step, build, split, with_reason
+from modelyard.corpus.steps import groups
 from modelyard.corpus.steps.scrub import Scrub
 from modelyard.corpus.tally import Tally
 from modelyard.storage import join
@@ -48,6 +49,7 @@ class Segment:
         dedup: the deduplication that ends this segment, if any.
         documents, audit, keys: folders to write to.
         scrub: the recipe's scrub step, which also applies to excerpts in the audit.
+        inputs: URIs of the files of stage inputs that steps name.
     """
 
     index: int
@@ -63,6 +65,7 @@ class Segment:
     dedup: DedupMethod | None = None
     keys: str = ""
     scrub: ScrubOptions | None = None
+    inputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass
@@ -94,7 +97,7 @@ def run_unit(unit: Unit, segment: Segment) -> Done:
 
     Memory: a few times one batch (8 MB of text), plus what the longest document needs.
     """
-    steps = [build(options) for options in segment.steps]
+    steps = [build(options, segment.inputs) for options in segment.steps]
     entry = "read" if segment.read is not None else segment.removed_by[0]
     tally = Tally.start([entry, *(options.name for options in segment.steps)])
     documents = ParquetFile(join(segment.documents, part(unit.index)))
@@ -143,6 +146,7 @@ def _batches(unit: Unit, segment: Segment, tally: Tally) -> Iterator[tuple[Any, 
         kept = kept.drop_columns([c for c in ("twin", "jaccard") if c in kept.column_names])
         rejected = _audit(gone, name, segment)
         tally.step(0, table, kept, rejected)
+        tally.count(0, groups.count(name, kept, gone))
         yield kept, rejected
 
 
@@ -209,6 +213,7 @@ def _apply(table: Any, steps: list[Step], segment: Segment, tally: Tally) -> tup
         kept, gone = split(step(table))
         rejections.append(_audit(gone, step.name, segment))
         tally.step(index, table, kept, rejections[-1])
+        step.counts.update(groups.count(step.name, kept, gone))
         table = kept
     return table, rejections
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from modelyard.corpus.filter_options import ScrubOptions
 from modelyard.corpus.options import CardOptions, ReadOptions, StepOptions
-from modelyard.errors import DataError
+from modelyard.errors import DataError, RecipeError
 from modelyard.planner.estimate import Estimate
 from modelyard.recipe.schema import Bytes, StageOptions, runtime
 from modelyard.stages.base import InputSpec, PlanContext, Stage, StageContext, StageResult
-from modelyard.storage import Artifact, FileRef, Files
+from modelyard.storage import Artifact, FileRef, Files, absolute
 
 _BYTES_PER_SECOND = 6_000_000  # of text, one worker, all steps: measured on package documentation
 _START_SECONDS = 25.0  # Ray workers, imports, and compiling kernels the first time
@@ -56,6 +57,28 @@ def file_refs(value: Artifact | Files) -> tuple[list[FileRef], bool]:
     return [FileRef(value.join(e.path), e.bytes, e.checksum) for e in entries], True
 
 
+def _check_named(ctx: PlanContext[CurateOptions]) -> None:
+    place, given = f"{ctx.name}.inputs", set(ctx.options.inputs) - {"files"}
+    wanted = {name: step.name for step in ctx.options.steps for name in step.inputs}
+    for name, step in wanted.items():
+        if name not in given:
+            known = ", ".join(sorted(given)) or "none besides files"
+            raise RecipeError(
+                f"{step} reads the input {name!r}", place=place, mend=f"add `{name}: ...` (inputs: {known})"
+            )
+    if unused := sorted(given - set(wanted)):
+        names = ", ".join(sorted(wanted)) or "only files"
+        raise RecipeError(f"no step reads the input {unused[0]!r}", place=place, mend=f"inputs that are read: {names}")
+
+
+def named_files(value: Artifact | Files) -> tuple[str, ...]:
+    """URIs of the files of an input that steps name: those of a stage's result, or raw ones."""
+    if isinstance(value, Files):
+        return tuple(absolute(ref.uri) for ref in value.refs)
+    documents = value.manifest.kind == "curate"
+    return tuple(value.join(e.path) for e in value.manifest.files if not documents or e.path.startswith("data/"))
+
+
 class CurateStage(Stage[CurateOptions]):
     """Runs the corpus core over Ray Data. See `docs/corpus.md`."""
 
@@ -64,14 +87,25 @@ class CurateStage(Stage[CurateOptions]):
     Options: ClassVar[type[StageOptions]] = CurateOptions
     inputs: ClassVar = {"files": InputSpec(kinds=("curate",), files=True)}
 
+    def input_specs(self, given: Iterable[str]) -> dict[str, InputSpec]:
+        """`files`, and by any other name what steps read: evaluation sets, word lists, classifiers."""
+        named = InputSpec(kinds=("classifier", "curate"), files=True, required=False)
+        return dict(self.inputs) | {name: named for name in given if name not in self.inputs}
+
     def check(self, ctx: PlanContext[CurateOptions]) -> None:
-        """Input is there, and a pseudonym key where one is needed.
+        """Input is there, what steps name is an input, and a pseudonym key and a model where they are needed.
 
         Raises:
             DataError: the input has no bytes.
-            RecipeError: `pseudonymize` without a usable key.
+            RecipeError: `pseudonymize` without a usable key, a model of names that is not installed, a step
+                that names no input, or an input that no step names.
         """
+        _check_named(ctx)
         for step in ctx.options.steps:
+            if step.scrub is not None and step.scrub.ner is not None:
+                from modelyard.corpus.names import check
+
+                check(step.scrub.ner)
             if step.scrub is not None and step.scrub.pseudonymizes:
                 from modelyard.corpus.pseudonym import load_key
 

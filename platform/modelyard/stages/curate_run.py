@@ -25,7 +25,7 @@ from modelyard.corpus.tally import Tally
 from modelyard.errors import DataError, StageError
 from modelyard.stages import curate_ray
 from modelyard.stages.base import StageContext, StageResult
-from modelyard.stages.curate import CurateOptions, CurateStage, file_refs
+from modelyard.stages.curate import CurateOptions, CurateStage, file_refs, named_files
 from modelyard.storage import absolute, join, list_files, read_bytes, remove, write_bytes
 
 Context = StageContext[CurateOptions]
@@ -104,6 +104,7 @@ def _segments(ctx: Context) -> Iterator[tuple[Any, DedupMethod | None]]:
     from modelyard.corpus.unit import Segment
 
     before: Segment | None = None
+    named = {name: named_files(value) for name, value in ctx.inputs.items() if name != "files"}
     identity = f"{CurateStage.version}|{ctx.options.read.model_dump_json()}"
     for index, (steps, ending) in enumerate(_split_steps(ctx.options.steps)):
         identity += "|".join(
@@ -118,7 +119,7 @@ def _segments(ctx: Context) -> Iterator[tuple[Any, DedupMethod | None]]:
             removed_by=_REMOVED_BY[before.dedup.method] if before and before.dedup else ("", ""),
             spans=before is not None and before.dedup is not None and before.dedup.method == "paragraphs",
             partitions=_partitions(before.keys) if before else 1, dedup=dedup,
-            keys=join(folder, "keys"), scrub=ctx.options.scrub,
+            keys=join(folder, "keys"), scrub=ctx.options.scrub, inputs=named,
         )  # fmt: skip
         yield segment, dedup
         before = segment

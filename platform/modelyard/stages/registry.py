@@ -16,6 +16,7 @@ from modelyard.stages.base import Stage
 
 BUILT_IN = {
     "curate": "modelyard.stages.curate:CurateStage",
+    "classifier": "modelyard.stages.classifier:ClassifierStage",
     "tokenize": "modelyard.stages.tokenize:TokenizeStage",
     "pretrain": "modelyard.stages.pretrain:PretrainStage",
     "scaling": "modelyard.stages.scaling:ScalingStage",
