@@ -54,9 +54,10 @@ format: install-test
 
 bench-env: .venv-bench/.installed
 
-.venv-bench/.installed: tests/benchmarks/requirements.txt requirements.lock
+.venv-bench/.installed: tests/benchmarks/requirements.txt tests/benchmarks/requirements-nodeps.txt requirements.lock
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet --requirement tests/benchmarks/requirements.txt
+	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement tests/benchmarks/requirements-nodeps.txt
 	touch $@
 
 bench: install-test
