@@ -84,7 +84,7 @@ def test_a_killed_worker_is_restarted_with_the_same_losses(tokens: Path, tmp_pat
     import threading
 
     def kill_one() -> None:
-        wait_until(lambda: has_checkpoint(tmp_path, 50), 120)
+        wait_until(lambda: has_checkpoint(tmp_path, 50), 600)
         workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
         os.kill(workers[-1].pid, signal.SIGKILL)
         killed.append(workers[-1].pid)
@@ -92,11 +92,14 @@ def test_a_killed_worker_is_restarted_with_the_same_losses(tokens: Path, tmp_pat
     killed: list[int] = []
     thread = threading.Thread(target=kill_one)
     thread.start()
-    result = run_stage(options(), {"tokens": artifact(tokens, "tokenize")}, tmp_path)
+    elastic = options(resources={"workers": [1, 2]}, samples={"every": 150, "tokens": 4})
+    result = run_stage(elastic, {"tokens": artifact(tokens, "tokenize")}, tmp_path)
     thread.join()
     assert killed
     assert losses(tmp_path) == pytest.approx(expected, abs=1e-5)
-    assert "resumed from step-" in (tmp_path / "screen.txt").read_text()
+    screen = (tmp_path / "screen.txt").read_text()
+    assert "resumed from step-" in screen
+    assert "starting again" in screen
     assert result.metrics["heldout_loss"] < result.metrics["unigram_entropy"] == 5.6
     assert result.counts["steps"] == STEPS
     assert load_model(tmp_path / "out" / "model").num_parameters() == result.counts["parameters"]
@@ -104,6 +107,10 @@ def test_a_killed_worker_is_restarted_with_the_same_losses(tokens: Path, tmp_pat
     report = (tmp_path / "out" / "report.html").read_text()
     assert "held-out loss" in report
     assert report.count("<svg") == 4
+    markdown = (tmp_path / "out" / "report.md").read_text()
+    for title in ("Predicted against measured", "Where the time of a step goes", "What the model writes"):
+        assert f"## {title}" in markdown
+    assert "| communication |" in markdown, "timed apart from forward and backward"
     events = [json.loads(line) for p in (tmp_path / "spool").rglob("*.jsonl") for line in p.read_text().splitlines()]
     logged = {e["step"] for e in events if e["event"] == "metrics" and "loss" in e["values"]}
     assert logged == set(range(1, STEPS + 1))
@@ -118,7 +125,7 @@ def test_a_killed_driver_is_resumed_with_the_same_losses(tokens: Path, tmp_path:
     driver = subprocess.Popen(
         [sys.executable, str(script), str(tmp_path), str(tokens), options().model_dump_json()], env=environment
     )
-    wait_until(lambda: has_checkpoint(tmp_path, 50) or driver.poll() is not None, 120)
+    wait_until(lambda: has_checkpoint(tmp_path, 50) or driver.poll() is not None, 600)
     started = psutil.Process(driver.pid).children(recursive=True)
     driver.kill()
     driver.wait()
@@ -145,6 +152,10 @@ def test_more_workers_than_cpus_is_refused(tokens: Path, tmp_path: Path) -> None
     many = options(resources={"workers": 2, "cpus_per_worker": 500})
     with pytest.raises(ResourceError, match="2 workers need 1000 CPU"):
         run_stage(many, {"tokens": artifact(tokens, "tokenize")}, tmp_path)
+    fewest = options(resources={"workers": [3, 8], "cpus_per_worker": 500})
+    with pytest.raises(ResourceError, match="at least 3 workers need 1500 CPU") as caught:
+        run_stage(fewest, {"tokens": artifact(tokens, "tokenize")}, tmp_path)
+    assert "workers: [1, 8]" in caught.value.mend
 
 
 @pytest.mark.parametrize(
@@ -152,6 +163,11 @@ def test_more_workers_than_cpus_is_refused(tokens: Path, tmp_path: Path) -> None
     [
         ({"parallel": {"data": 3}}, ResourceError, "there are 2 workers"),
         ({"parallel": {"shard": 4}}, ResourceError, "there are 2 workers"),
+        (
+            {"parallel": {"shard": 2}, "resources": {"workers": [1, 2]}},
+            ResourceError,
+            "an elastic number of workers leaves the degrees of the mesh open",
+        ),
         ({"global_batch": 1}, ResourceError, "cannot feed 2 workers"),
         ({"model": {"preset": "llama-8m", "max_position_embeddings": 16}}, RecipeError, "longer than the model's 16"),
         ({"model": {"preset": "llama-8m", "vocab_size": 299}}, DataError, "vocabulary of 300"),

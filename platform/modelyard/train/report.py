@@ -9,7 +9,7 @@ from html import escape
 
 Points = Sequence[tuple[float, float]]
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 260, 56, 28
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _BOTTOM = 720, 260, 64, 18, 28
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:760px;color:#1c2430;padding:0 1em}
 h1{font-size:1.5em}h2{font-size:1.1em;margin-top:2em}table{border-collapse:collapse}
@@ -126,7 +126,7 @@ class _Box:
     y1: float
 
     def x(self, value: float) -> float:
-        return _LEFT + (value - self.x0) / ((self.x1 - self.x0) or 1) * (_WIDTH - _LEFT - 8)
+        return _LEFT + (value - self.x0) / ((self.x1 - self.x0) or 1) * (_WIDTH - _LEFT - _RIGHT)
 
     def y(self, value: float) -> float:
         return 8 + (self.y1 - value) / (self.y1 - self.y0) * (_HEIGHT - _BOTTOM - 8)
@@ -137,7 +137,7 @@ def _grid(box: _Box) -> list[str]:
     for i in range(5):
         value = box.y0 + (box.y1 - box.y0) * i / 4
         y = box.y(value)
-        found.append(f'<line x1="{_LEFT}" x2="{_WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}" stroke="#8884"/>')
+        found.append(f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#8884"/>')
         found.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_short(value)}</text>')
     for i in range(5):
         value = box.x0 + (box.x1 - box.x0) * i / 4
