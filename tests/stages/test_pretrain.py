@@ -92,8 +92,7 @@ def test_a_killed_worker_is_restarted_with_the_same_losses(tokens: Path, tmp_pat
     killed: list[int] = []
     thread = threading.Thread(target=kill_one)
     thread.start()
-    elastic = options(resources={"workers": [1, 2]}, samples={"every": 150, "tokens": 4})
-    result = run_stage(elastic, {"tokens": artifact(tokens, "tokenize")}, tmp_path)
+    result = run_stage(options(samples={"every": 150, "tokens": 4}), {"tokens": artifact(tokens, "tokenize")}, tmp_path)
     thread.join()
     assert killed
     assert losses(tmp_path) == pytest.approx(expected, abs=1e-5)

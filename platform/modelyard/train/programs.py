@@ -46,7 +46,7 @@ from modelyard.train.pairs import PackedPairs
 from modelyard.train.parallel.parallelize import parallelize
 from modelyard.train.parallel.strategy import Strategy
 from modelyard.train.profile import Profiler
-from modelyard.train.samples import Sampler
+from modelyard.train.samples import Sampler, writes_text
 from modelyard.train.watchdog import Watchdog
 from modelyard.train.world import World
 
@@ -174,7 +174,7 @@ def _fit(
     optimizer = make_optimizer(model, options)
     job = Job(model, optimizer, objective, data, setup.sequence_length, options, keeper, evaluate, sink, say, strategy)
     job.hooks = _hooks(setup, world, say, hooks)
-    if options.samples is not None and setup.reports is not None:
+    if options.samples is not None and setup.reports is not None and writes_text(strategy, say):
         job.sample = Sampler(model, setup.tokenizer, options.samples, world, setup.reports)
     with memory_named(world.device):
         outcome = fit(job, world)

@@ -11,8 +11,20 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from modelyard import storage
+from modelyard.train.metrics import Say
+from modelyard.train.parallel.strategy import Strategy
 from modelyard.train.run_options import SampleOptions
 from modelyard.train.world import World
+
+
+def writes_text(strategy: Strategy, say: Say) -> bool:
+    """Whether the model can continue a prompt by whole forward passes; says why where it cannot."""
+    config = getattr(strategy.model, "config", None)
+    decoder = not getattr(config, "is_encoder_decoder", False)
+    whole = not isinstance(strategy.model, nn.ModuleList)
+    if not (decoder and whole) and strategy.world.leads:
+        say("no samples of text: " + ("the model is split over a pipeline" if decoder else "it has an encoder"))
+    return decoder and whole
 
 
 class Sampler:
