@@ -322,3 +322,16 @@ def no_leftover_ray() -> Any:
     session.start(2)
     yield
     session.stop()
+
+
+def test_whole_pages_that_are_no_documents_are_not_damage() -> None:
+    from modelyard.corpus.tally import Tally
+    from modelyard.stages.curate_run import _check_readable
+
+    tally = Tally.start(["read"])
+    tally.steps[0].reasons = {"http_status": 90, "content_type": 9, "no_content": 5, "truncated": 1}
+    options = CurateOptions.model_validate({"kind": "curate", "read": {"max_bad_records": 1}})
+    _check_readable(SimpleNamespace(options=options), tally)  # type: ignore[arg-type]
+    tally.steps[0].reasons["corrupt"] = 1
+    with pytest.raises(DataError, match=r"2 records cannot be read, 1 are allowed \(corrupt 1, truncated 1\)"):
+        _check_readable(SimpleNamespace(options=options), tally)  # type: ignore[arg-type]
