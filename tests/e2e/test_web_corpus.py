@@ -80,3 +80,13 @@ def test_two_warc_files_become_token_shards(ray_session: None, tmp_path: Path) -
     assert json.loads(kept["meta"][0].as_py())["url"].startswith("http://site/")
     assert "Common Crawl terms of use" in web.local("data_card.md").read_text()
     assert tokens.manifest.counts["train_tokens"] > 5000
+
+
+@pytest.mark.parametrize("name", ["clean_jsonl", "decontaminate"])
+def test_the_other_corpus_recipes_plan_on_files_of_ones_own(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "some text"}\n')
+    inputs = {"files": str(tmp_path / "a.jsonl")} | ({"tests": str(tmp_path)} if name == "decontaminate" else {})
+    values = [f"corpus.inputs.{key}={json.dumps([path])}" for key, path in inputs.items()]
+    recipe = load(RECIPE.with_name(f"{name}.yaml"), [*values, f"root={tmp_path / 'root'}"])
+    (stage,) = plan(recipe)
+    assert stage.kind == "curate" and not stage.cached
