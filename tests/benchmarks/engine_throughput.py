@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import transformers
 from contract import CHECKOUT, in_turns, report, say
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from modelyard.engine import EngineCore, EngineOptions, Request, Sampling, generate
 
@@ -84,7 +84,12 @@ def continuous(model: LlamaForCausalLM, prompts: list[list[int]], tokens: int) -
     """
     config = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
     results: dict[str, Any] = model.generate_batch(
-        inputs=prompts, generation_config=config, progress_bar=False, persistent_manager=True
+        inputs=prompts,
+        generation_config=config,
+        # By default it takes nearly all free memory for its cache.
+        continuous_batching_config=ContinuousBatchingConfig(max_memory_percent=0.1),
+        progress_bar=False,
+        persistent_manager=True,
     )
     by_prompt = {tuple(r.prompt_ids): list(r.generated_tokens) for r in results.values()}
     answers = [by_prompt.get(tuple(p), []) for p in prompts]

@@ -108,6 +108,10 @@ class AnyArchitecture:
         """The logits among what `forward` returned."""
         return hidden[:, : self._width].clone()
 
+    def update(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Replaces tensors by name. Raises DataError for an unknown or misshapen one."""
+        self.weights.update(tensors, place="update_weights")
+
     def vectors(self, hidden: Tensor) -> Tensor:
         """The last layer's results among what `forward` returned."""
         return hidden[:, self._width :]

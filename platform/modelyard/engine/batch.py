@@ -40,7 +40,7 @@ class StepBatch:
 
     `tokens` int64 [T]; `positions`, `slots` int64 arrays [T]; `wanted` rows whose results are wanted, None when all
     are. `short` rows attend row by row, the others by `chunks`. `adapters` and their rows (None = all), over all
-    rows and over the wanted ones.
+    rows and over the wanted ones. `pieces` in the order of their rows.
     """
 
     tokens: Tensor
@@ -52,6 +52,7 @@ class StepBatch:
     chunks: tuple[Chunk, ...]
     adapters: tuple[tuple[Adapter, Tensor | None], ...] = ()
     adapters_wanted: tuple[tuple[Adapter, Tensor | None], ...] = ()
+    pieces: tuple[Piece, ...] = ()
 
 
 def lay_out(pieces: list[Piece]) -> StepBatch:
@@ -90,6 +91,7 @@ def lay_out(pieces: list[Piece]) -> StepBatch:
         chunks=tuple(chunks),
         adapters=_groups(owners),
         adapters_wanted=_groups([owners[i] for i in wanted]),
+        pieces=tuple(ordered),
     )
 
 

@@ -13,6 +13,7 @@ from modelyard.engine.calibrate import pack_int8
 from modelyard.engine.checkpoint import DecoderConfig, check_folder, read_config, read_tensors
 from modelyard.engine.decoder import Decoder
 from modelyard.engine.options import EngineOptions
+from modelyard.engine.paged import PagedDecoder
 from modelyard.engine.speculate import DraftModel, Guesser, PromptLookup
 from modelyard.engine.tokenizer import Tokenizer
 from modelyard.engine.weights import Weights
@@ -26,7 +27,7 @@ class Parts:
     config: DecoderConfig | Facts
     max_length: int
     tokenizer: Tokenizer | None
-    decoder: Decoder | AnyArchitecture
+    decoder: Decoder | AnyArchitecture | PagedDecoder
     cache: BlockStore
     guesser: Guesser | None
     blocks: int
@@ -42,6 +43,8 @@ def build(folder: Path, options: EngineOptions) -> Parts:
     check_folder(folder)
     if options.backend == "transformers":
         return _any(folder, options)
+    if options.device == "cuda":
+        return _paged(folder, options)
     config = read_config(folder)
     length = config.length(options.max_length)
     blocks = _blocks(config, length, options)
@@ -63,6 +66,31 @@ def _any(folder: Path, options: EngineOptions) -> Parts:
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").exists() else None
     blocks = (-(-length // options.block_tokens) + 1) * options.max_sequences
     return Parts(decoder.facts, length, tokenizer, decoder, NoStore(), None, blocks)
+
+
+def _paged(folder: Path, options: EngineOptions) -> Parts:
+    """One pool of blocks on a GPU: what memory allows after the weights, no slots."""
+    if not torch.cuda.is_available():
+        raise ResourceError("there is no CUDA device", place="engine.device", mend="use device: cpu")
+    config = read_config(folder)
+    length = config.length(options.max_length)
+    weights = Weights(config, "float32")
+    weights.load(read_tensors(folder), str(folder))
+    size, device = options.block_tokens, torch.device("cuda")
+    least, whole = -(-length // size) + 1, (-(-length // size) + 1) * options.max_sequences
+    parameters = sum(t.numel() for t in weights.tensors())
+    bound = options.cache_bytes or int(0.85 * torch.cuda.mem_get_info()[0]) - 2 * parameters
+    blocks = min(whole, bound // (size * config.cache_bytes_per_token // 2))  # bfloat16: half of float32
+    if blocks < least:
+        raise ResourceError(
+            f"the key/value cache has room for {max(0, blocks) * size} tokens, one request may have {length}",
+            place="engine.max_length",
+            mend="lower max_length, or raise cache_bytes",
+        )
+    decoder = PagedDecoder(weights, blocks, size, length, device, torch.bfloat16)
+    tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").exists() else None
+    guesser = PromptLookup(options.speculation) if options.speculation else None
+    return Parts(config, length, tokenizer, decoder, NoStore(), guesser, blocks)
 
 
 def _guesser(config: DecoderConfig, length: int, options: EngineOptions) -> Guesser | None:

@@ -316,7 +316,7 @@ class EngineCore:
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See `protocol.Engine.update_weights`."""
         try:
-            self.decoder.weights.update(weights, place="update_weights")
+            self.decoder.update(weights)
             self.version = version
         finally:  # whatever was replaced before an error makes cached keys and values wrong
             self.scheduler.recompute()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -71,6 +72,10 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of all tokens, float32 [rows, vocabulary]. hidden: [rows, hidden]."""
         return self.weights.head(hidden)
+
+    def update(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Replaces tensors by name. Raises DataError for an unknown or misshapen one."""
+        self.weights.update(tensors, place="update_weights")
 
     def vectors(self, hidden: Tensor) -> Tensor:
         """What embeddings are made of."""

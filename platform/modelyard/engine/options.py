@@ -42,6 +42,7 @@ class EngineOptions(Options):
     backend: Literal["native", "transformers"] = Field(
         "native", description="native, or transformers for an architecture the native decoder does not know (slower)"
     )
+    device: Literal["cpu", "cuda"] = runtime("cpu", "where the native backend computes; cuda has paged keys and values")
     precision: Precision = Field(
         "float32",
         description="float32; float16_packed: weights packed to half precision (half the memory, error 2e-4); "

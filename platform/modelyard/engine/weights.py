@@ -247,6 +247,12 @@ class Weights:
             )
         return target
 
+    def tensors(self) -> Iterator[Tensor]:
+        """The matrices and embeddings, as float32."""
+        yield from (self.embed, self.positions)
+        for linear in self._linears():
+            yield linear.dense()
+
     def pack(self, precision: Precision) -> None:
         """Brings all matrices into the form `precision` computes with."""
         self.precision = precision
