@@ -12,7 +12,7 @@ import pytest
 import torch
 from training_parts import LENGTH, VOCABULARY, pretraining, tokenizer, write_tokens
 
-from modelyard.errors import DataError, ResourceError
+from modelyard.errors import DataError, RecipeError, ResourceError
 from modelyard.models import load_model
 from modelyard.tokens import Sequences, TokenDataset, TokenWriter
 from modelyard.tokens.tokenizer import save_tokenizer
@@ -23,6 +23,7 @@ from modelyard.train.loop import Outcome
 from modelyard.train.metrics import StepMetrics
 from modelyard.train.options import TrainOptions
 from modelyard.train.programs import PretrainJob, pretrain
+from modelyard.train.range_test import RangeTest, judge, range_test
 from modelyard.train.schedule import make_schedule
 from modelyard.train.world import World
 
@@ -189,3 +190,15 @@ def test_a_stream_feeds_until_it_ends() -> None:
             assert all(int(part["input_ids"].max()) == i and not part["document_ids"].any() for part in parts)
         with pytest.raises(DataError, match="ended before step 4"):
             feed.take(3, more=False)
+
+
+def test_a_range_test_suggests_a_rate_that_trains(tokens: Path, tmp_path: Path) -> None:
+    job = pretraining(tokens, tmp_path)
+    result = range_test(RangeTest(job=job, lowest=1e-4, highest=30.0, steps=60), ALONE)
+    assert 1e-3 < result.suggestion < 1.0
+    assert len(result.points) < 60 or result.points[-1][1] > min(loss for _, loss in result.points)
+    assert "suggested learning_rate" in (tmp_path / "model" / "range_test.html").read_text()
+    with pytest.raises(DataError, match="never fell"):
+        judge([(0.1, 1.0), (0.2, 2.0), (0.3, 3.0)])
+    with pytest.raises(RecipeError, match="lowest < highest"):
+        range_test(RangeTest(job=job, lowest=1.0, highest=0.1), ALONE)

@@ -31,8 +31,13 @@ def main(arguments: list[str]) -> None:
             pretrain(PretrainJob.model_validate(spec["pretrain"]), world, _print, _say)
         elif "finetune" in spec:
             finetune(FinetuneJob.model_validate(spec["finetune"]), world, _print, _say)
+        elif "range_test" in spec:
+            from modelyard.train.range_test import RangeTest, range_test
+
+            result = range_test(RangeTest.model_validate(spec["range_test"]), world)
+            print(json.dumps({"suggestion": result.suggestion, "lowest_at": result.lowest_at}), flush=True)
         else:
-            raise RecipeError("the job has neither pretrain nor finetune", place=arguments[0])
+            raise RecipeError("the job has neither pretrain nor finetune nor range_test", place=arguments[0])
 
 
 def _print(metrics: StepMetrics) -> None:

@@ -94,7 +94,7 @@ def pretrain(
     # Every worker checks sizes, one compares checksums.
     train = TokenDataset.open(folder / "train", verify=world.leads)
     heldout = _optional_tokens(folder / "heldout", world)
-    model, config = _pretraining_model(job, train, world)
+    model, config = pretraining_model(job, train, world)
     objective = choose_objective(job.train, "causal_lm")
     if job.train.objective == "span_corruption":
         denoising = job.train.denoising or DenoisingOptions()
@@ -195,7 +195,13 @@ def _optional_tokens(folder: Path, world: World) -> TokenDataset | None:
     return TokenDataset.open(folder, verify=world.leads) if (folder / "index.json").exists() else None
 
 
-def _pretraining_model(job: PretrainJob, data: TokenDataset, world: World) -> tuple[nn.Module, PretrainedConfig]:
+def pretraining_model(job: PretrainJob, data: TokenDataset, world: World) -> tuple[nn.Module, PretrainedConfig]:
+    """The job's model, initialised or loaded, parallelised and on its device; and its configuration.
+
+    Raises:
+        RecipeError: neither a model to build nor one to start from is given, or it cannot be built.
+        DataError: the model does not fit the tokens.
+    """
     if job.start is not None:
         loaded = load_model(Path(job.start))
         check_vocabulary(loaded.config, data)
