@@ -84,7 +84,7 @@ def ours(folder: Path, plan: dict[str, Any], turns: Turns, compiled: bool = Fals
     initialise(built, 0)
     data, batch = TokenDataset.open(folder / "train"), plan["batch"]
     options = TrainOptions(steps=FOREVER, global_batch=batch, micro_batch=batch, learning_rate=1e-4, compile=compiled)
-    model = parallelize(built, options, world)
+    model = parallelize(built, options, world).model
     optimizer = make_optimizer(model, options)
     turns.start()
     job = Job(model, optimizer, causal_lm, data, plan["length"], options, sink=lambda metrics: turns.step())

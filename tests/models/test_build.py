@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from modelyard.errors import DataError, RecipeError
 from modelyard.models import PRESETS, ModelOptions, build_config, build_on_meta, count_parameters, initialise
 from modelyard.models.build import materialise
+from modelyard.models.presets import derived, learning_rate
 
 TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
@@ -30,7 +31,7 @@ def test_presets_have_the_published_parameters(preset: str, parameters: int) -> 
     assert count_parameters(build_on_meta(config)) == parameters
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral", "gpt2", "mixtral"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral", "gpt2", "mixtral", "qwen3_moe", "bloom"])
 def test_architectures_are_initialised_completely_and_by_the_seed(model_type: str) -> None:
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4} if model_type == "gpt2" else TINY
     options = ModelOptions(config={**sizes, "model_type": model_type})
@@ -84,3 +85,35 @@ def test_options_name_the_nearest_preset() -> None:
         ModelOptions()
     with pytest.raises(ValidationError, match="model_type"):
         ModelOptions(config={"hidden_size": 4})
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted"), [("2m", 2e6), ("30m", 3e7), ("350M", 3.5e8), ("1.2b", 1.2e9), ("70b", 7e10)]
+)
+def test_a_size_alone_makes_a_model(size: str, wanted: float) -> None:
+    shape = derived(size)
+    model = build_on_meta(build_config(ModelOptions(size=size), 1000))
+    ends = 1000 * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
+    assert count_parameters(model) - ends == pytest.approx(wanted, rel=0.15)
+    assert 30 <= shape.hidden_size / shape.num_hidden_layers <= 160
+    assert shape.num_attention_heads % shape.num_key_value_heads == 0
+
+
+def test_larger_models_get_lower_rates_unless_told_otherwise() -> None:
+    from modelyard.stages.pretrain import PretrainOptions
+
+    rates = [learning_rate(n) for n in (1e6, 3e7, 1e9, 7e10)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[1] == 1e-3
+    given = {"kind": "pretrain", "model": {"size": "1b"}}
+    assert PretrainOptions.model_validate(given).learning_rate == 5e-4
+    assert PretrainOptions.model_validate({**given, "learning_rate": 1e-4}).learning_rate == 1e-4
+    for wrong in ("30", "1k", "0.1m"):
+        with pytest.raises(ValidationError, match="size"):
+            PretrainOptions.model_validate({"kind": "pretrain", "model": {"size": wrong}})
+
+
+def test_mixtures_have_the_published_parameters() -> None:
+    for name, total in (("moe-9m", 9_182_976), ("moe-8x7b", 46_702_792_704)):
+        config = build_config(ModelOptions(preset=name), PRESETS[name].vocab_size)
+        assert count_parameters(build_on_meta(config)) == total

@@ -20,7 +20,7 @@ from modelyard.train.guard import DivergedError, Guard, Verdict
 from modelyard.train.metrics import Meter
 from modelyard.train.optimizer import local_gradients, parameter_groups, squared_norm
 from modelyard.train.options import ParallelOptions, TrainOptions
-from modelyard.train.parallel.mesh import degrees
+from modelyard.train.parallel.layout import degrees
 from modelyard.train.report import Line, Page, plot, thin
 from modelyard.train.run_options import ProfileOptions, SpikeOptions, StopOptions
 from modelyard.train.schedule import make_schedule
@@ -181,8 +181,12 @@ def test_feed_reads_ahead_and_refuses_too_many_workers() -> None:
 
 
 def test_mesh_degrees_multiply_to_the_workers() -> None:
-    assert degrees(ParallelOptions(), 8) == {"data": 1, "shard": 8}
-    assert degrees(ParallelOptions(data=2), 8) == {"data": 2, "shard": 4}
+    def used(options: ParallelOptions, workers: int) -> dict[str, int]:
+        return {name: size for name, size in degrees(options, workers).items() if size > 1}
+
+    assert used(ParallelOptions(), 8) == {"shard": 8}
+    assert used(ParallelOptions(data=2), 8) == {"data": 2, "shard": 4}
+    assert used(ParallelOptions(tensor=2, pipeline=2), 8) == {"pipeline": 2, "shard": 2, "tensor": 2}
     for wrong in (ParallelOptions(data=3), ParallelOptions(shard=4), ParallelOptions(data=2, shard=2)):
         with pytest.raises(ResourceError, match="but there are 8 workers"):
             degrees(wrong, 8)

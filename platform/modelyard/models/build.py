@@ -6,15 +6,21 @@ tensors, and each worker keeps its shard: one worker or a hundred start from the
 
 from __future__ import annotations
 
-import copy
 from typing import Any, cast
 
 import torch
 import xxhash
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from modelyard.errors import DataError, RecipeError
 from modelyard.models.options import ModelOptions
@@ -73,10 +79,16 @@ def check_shape(config: PretrainedConfig, sequence_length: int | None) -> None:
         )
 
 
+def attention(config: PretrainedConfig) -> str:
+    """SDPA; eager where the architecture has no other: the ALiBi of Bloom and MPT is a bias added there."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
+
+
 def build_on_meta(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal language model without storage: parameters are on the meta device, attention is SDPA."""
+    """A causal language model without storage: parameters are on the meta device."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention(config))
     model.tie_weights()
     return cast(PreTrainedModel, model)
 
@@ -124,7 +136,9 @@ def _module_seed(seed: int, name: str) -> int:
 
 def _draw(model: PreTrainedModel, module: nn.Module, seed: int) -> nn.Module:
     """A shallow copy of `module` with full tensors on the CPU, initialised by the architecture."""
-    full = copy.copy(module)
+    # Not `copy.copy`: the class FSDP gives a module builds a new one instead of copying.
+    full: nn.Module = object.__new__(type(module))
+    full.__dict__ = module.__dict__.copy()
     full._parameters = {k: _blank(v) for k, v in module._parameters.items()}
     full._buffers = {k: None if v is None else torch.empty_like(v, device="cpu") for k, v in module._buffers.items()}
     with torch.random.fork_rng(devices=[]):
@@ -142,9 +156,9 @@ def _blank(parameter: nn.Parameter | None) -> nn.Parameter | None:
 
 def _store(target: torch.Tensor, full: torch.Tensor) -> None:
     if isinstance(target, DTensor):
-        whole = full.detach().to(target.device)
-        # src_data_rank=None: every rank has drawn the same tensor, so no broadcast is needed.
-        shard = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
-        target.to_local().copy_(shard.to_local())
+        # Every rank has drawn the same tensor and keeps its part: nothing is sent.
+        shape, offset = compute_local_shape_and_global_offset(full.shape, target.device_mesh, target.placements)
+        part = full.detach()[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+        target.to_local().copy_(part)
     else:
         target.copy_(full)

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from modelyard.errors import DataError
-from modelyard.models.build import build_on_meta
+from modelyard.models.build import attention, build_on_meta
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -102,7 +102,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
         str(folder),
         config=config,
         dtype=dtype,
-        attn_implementation="sdpa",
+        attn_implementation=attention(config),
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from modelyard.models.presets import PRESETS
+from modelyard.models.presets import PRESETS, derived, parameters_of
 from modelyard.recipe.schema import Options
 
 OVERRIDES = (
@@ -23,9 +23,12 @@ OVERRIDES = (
 
 
 class ModelOptions(Options):
-    """A model to be built: `preset`, or `config` (a transformers configuration with `model_type`), with overrides."""
+    """A model to be built, with overrides: `preset`, `size`, or `config` (a transformers configuration)."""
 
     preset: str | None = Field(None, description=f"named shape: {', '.join(PRESETS)}")
+    size: str | None = Field(
+        None, description="parameters of the blocks, as 30m or 1.2b; width, depth and heads follow; instead of a preset"
+    )
     config: dict[str, Any] | None = Field(
         None, description="transformers configuration, `model_type` included; instead of a preset"
     )
@@ -44,8 +47,10 @@ class ModelOptions(Options):
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelOptions:
-        if (self.preset is None) == (self.config is None):
-            raise ValueError("give either preset or config")
+        if sum(value is not None for value in (self.preset, self.size, self.config)) != 1:
+            raise ValueError("give either preset or config, or a size")
+        if self.size is not None:
+            parameters_of(self.size)
         if self.preset is not None and self.preset not in PRESETS:
             near = difflib.get_close_matches(self.preset, PRESETS, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -56,8 +61,9 @@ class ModelOptions(Options):
 
     def settings(self) -> dict[str, Any]:
         """Preset or config with the overrides applied; `vocab_size` stays out unless it was asked for."""
-        if self.preset is not None:
-            base = PRESETS[self.preset].config()
+        if self.config is None:
+            shape = PRESETS[self.preset] if self.preset is not None else derived(str(self.size))
+            base = shape.config()
             base.pop("vocab_size")
         else:
             base = dict(self.config or {})

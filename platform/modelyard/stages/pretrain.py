@@ -6,10 +6,11 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from modelyard.errors import RecipeError
 from modelyard.models.options import ModelOptions
+from modelyard.models.presets import learning_rate, parameters_of
 from modelyard.planner.estimate import Estimate
 from modelyard.stages.base import InputSpec, PlanContext, Stage, StageContext, StageResult
 from modelyard.stages.training import (
@@ -38,6 +39,18 @@ class PretrainOptions(TrainingStageOptions):
 
     kind: Literal["pretrain"] = Field(description="stage kind")
     model: ModelOptions | None = Field(None, description="the model to build; null = continue the input `model`")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_size(cls, value: Any) -> Any:
+        """A model given by its size alone brings a learning rate, unless one is given."""
+        model = value.get("model") if isinstance(value, dict) else None
+        if not isinstance(model, dict) or "size" not in model or "learning_rate" in value:
+            return value
+        try:
+            return {**value, "learning_rate": learning_rate(parameters_of(str(model["size"])))}
+        except ValueError:
+            return value  # The model's own check says what is wrong with it.
 
 
 class PretrainStage(Stage[PretrainOptions]):

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from modelyard.errors import DataError, ModelyardError, RecipeError, ResourceError
+from modelyard.errors import DataError, ModelyardError, RecipeError
 from modelyard.models.options import ModelOptions
 from modelyard.planner.estimate import Estimate
 from modelyard.recipe.schema import Resources, StageOptions, runtime
 from modelyard.stages.base import StageContext
 from modelyard.storage import Artifact, Files, exists, join, read_bytes
 from modelyard.train.options import TrainOptions
+from modelyard.train.parallel.layout import check_layout, degrees, micro_batches, plan_layout
 
 if TYPE_CHECKING:
     from modelyard.train.loop import Outcome
@@ -74,7 +74,7 @@ def planned_config(options: ModelOptions, vocab_size: int) -> Config:
     """The configuration a model will be built with, defaults of its architecture included."""
     settings = options.settings()
     settings.setdefault("vocab_size", vocab_size)
-    if options.preset is not None:
+    if options.config is None:
         return settings
     from modelyard.models.build import build_config
 
@@ -88,13 +88,15 @@ def check_training(
 
     Raises:
         ResourceError: the mesh or the global batch does not fit the number of workers.
-        RecipeError: heads do not divide the width, or sequences are longer than the model's.
+        RecipeError: heads do not divide the width, sequences are longer than the model's, or the layout does not
+            divide heads, layers, experts or sequences.
         DataError: the tokens' vocabulary does not fit the model.
     """
-    _check_layout(options)
+    check_layout(options, options.resources.workers)
     if config is None:
         return
     _check_heads(config)
+    check_layout(options, options.resources.workers, config, sequence_length)
     longest = config.get("max_position_embeddings") or config.get("n_positions")
     if sequence_length and longest and sequence_length > longest:
         raise RecipeError(
@@ -108,29 +110,6 @@ def check_training(
             f"the tokens have a vocabulary of {vocab_size:,}, the model's embedding has {rows:,} rows",
             place="model.vocab_size",
             mend="leave model.vocab_size out, or tokenize with the model's own tokenizer",
-        )
-
-
-def _check_layout(options: TrainingStageOptions) -> None:
-    workers, parallel = options.resources.workers, options.parallel
-    if options.resources.min_workers is not None and (parallel.data != 1 or parallel.shard is not None):
-        raise ResourceError(
-            "an elastic number of workers leaves the degrees of the mesh open, but parallel fixes them",
-            place="parallel",
-            mend="leave parallel.data and parallel.shard out, or give one number of workers",
-        )
-    shard = parallel.shard or max(1, workers // parallel.data)
-    if parallel.data * shard != workers:
-        raise ResourceError(
-            f"data {parallel.data} x shard {shard} is {parallel.data * shard}, but there are {workers} workers",
-            place="parallel",
-            mend="choose degrees whose product is resources.workers, or leave parallel out",
-        )
-    if options.global_batch < workers:
-        raise ResourceError(
-            f"a global batch of {options.global_batch} sequences cannot feed {workers} workers",
-            place="global_batch",
-            mend=f"raise global_batch to at least {workers}, or use fewer workers",
         )
 
 
@@ -179,26 +158,22 @@ def predict(
         ResourceError: the memory predicted is above what a worker has; names the knob to turn.
     """
     from modelyard.planner.hardware import find_hardware
-    from modelyard.planner.layout import Layout
     from modelyard.planner.training import estimate_training
     from modelyard.stages.calibration import calibrated
 
     resources: Resources = options.resources
-    share = math.ceil(options.global_batch / resources.workers)
-    micro = math.ceil(share / options.accumulation(resources.workers))
-    shard = options.parallel.shard or max(1, resources.workers // options.parallel.data)
+    layout = plan_layout(options, resources.workers)
+    parts = micro_batches(options, degrees(options.parallel, resources.workers))
     gpu = bool(resources.gpus_per_worker) or find_hardware(resources.hardware).kind != "cpu"
     estimate = estimate_training(
         config,
         tokens,
         sequence_length,
         # The planner cuts evenly; the loop also takes a batch that does not divide.
-        micro * options.accumulation(resources.workers) * resources.workers,
+        layout.micro_batch * parts * layout.data,
         resources.workers,
         calibrated(root, resources.hardware, resources.cpus_per_worker),
-        layout=Layout(
-            data=resources.workers, shard=shard, zero=3 if options.parallel.reshard else 2, micro_batch=micro
-        ),
+        layout=layout,
         precision_name="mixed" if options.precision == "bf16" or (options.precision == "auto" and gpu) else "fp32",
         trainable=trainable,
         cores_per_worker=resources.cpus_per_worker,

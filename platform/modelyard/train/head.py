@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 from weakref import WeakSet
 
 import torch
@@ -52,6 +52,9 @@ def language_loss(
     Returns:
         The summed loss in nats, fp32, and the number of labels as `weight`.
     """
+    split: Callable[..., Any] | None = getattr(model, "language_loss", None)
+    if split is not None:  # A layout that splits sequences or layers cuts inputs and labels itself.
+        return cast(tuple[torch.Tensor, dict[str, torch.Tensor]], split(inputs, labels, sparse=sparse))
     head = _output_layer(model)
     if head is not None and model not in _plain_heads:
         fused = _FusedHead(head, labels, sparse, bool(getattr(model, "compiled_loss", False)))

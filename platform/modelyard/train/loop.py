@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from modelyard.train.checkpoint import Checkpoints, Row, State
 from modelyard.train.clock import Timings, time_collectives
@@ -128,18 +127,25 @@ def fit(job: Job, world: World) -> Outcome:
         ema.adopt()
     heldout = job.evaluate(None) if job.evaluate is not None else None
     outcome = _outcome(state, meter, options.batches.before(state.step) * job.sequence_length, heldout, began)
-    return replace(outcome, phases=run.timings.mean(), stopped=run.stopped, peak_bytes=peak_memory(world.device))
+    parameters, trainable = strategy.count()
+    return replace(
+        outcome,
+        parameters=parameters,
+        trainable=trainable,
+        phases=run.timings.mean(),
+        stopped=run.stopped,
+        peak_bytes=peak_memory(world.device),
+    )
 
 
 def _feed(job: Job, world: World, strategy: Strategy, step: int) -> Feed | StreamFeed:
     if job.stream is not None:
         return job.stream(step)
-    share = (strategy.reader, strategy.readers)
-    return Feed(job.data, make_order(job.data, job.options), job.options.micro_batch, *share, world.device)
+    share, micro = (strategy.reader, strategy.readers), strategy.micro_batch or job.options.micro_batch
+    return Feed(job.data, make_order(job.data, job.options), micro, *share, world.device)
 
 
 def _outcome(state: State, meter: Meter, tokens: int, heldout: float | None, began: float) -> Outcome:
-    parameters = list(state.model.parameters())
     return Outcome(
         steps=state.step,
         tokens=tokens,
@@ -147,8 +153,6 @@ def _outcome(state: State, meter: Meter, tokens: int, heldout: float | None, beg
         tokens_per_second=meter.mean_tokens_per_second,
         loss=state.history[-1]["loss"] if state.history else float("nan"),
         heldout_loss=heldout,
-        parameters=sum(p.numel() for p in parameters),
-        trainable=sum(p.numel() for p in parameters if p.requires_grad),
         skipped=sum(int(row.get("skipped", 0)) for row in state.history),
         history=state.history,
     )
@@ -188,7 +192,7 @@ class _Run:
         seed_everything(options.seed, step, self.strategy.reader)
         with self.clock("data"):
             batches, wait = feed.take(step, more=step + 1 < self.steps)
-        with _precision(self.job, self.world):
+        with _precision(self.job, self.strategy):
             loss_scale = self.scaler.value if self.scaler is not None else 1.0
             sums = self.strategy.forward_backward(self.objective, batches, loss_scale)
         means, norm = self._reduce(sums, loss_scale)
@@ -312,10 +316,11 @@ def seed_everything(seed: int, step: int, rank: int) -> None:
 
 
 @contextmanager
-def _precision(job: Job, world: World) -> Iterator[None]:
-    """bf16 autocast for one unsharded worker; a sharded model has its own mixed-precision policy."""
-    dtype = compute_dtype(job.options, world.device)
-    alone = dtype != torch.float32 and not isinstance(job.model, FSDPModule)
-    context: AbstractContextManager[object] = torch.autocast(world.device.type, dtype) if alone else nullcontext()
+def _precision(job: Job, strategy: Strategy) -> Iterator[None]:
+    """bf16 autocast where the model is not sharded; a sharded one has its own mixed-precision policy."""
+    device = strategy.world.device
+    dtype = compute_dtype(job.options, device)
+    alone = dtype != torch.float32 and not strategy.casts
+    context: AbstractContextManager[object] = torch.autocast(device.type, dtype) if alone else nullcontext()
     with context:
         yield

@@ -19,19 +19,17 @@ from modelyard.train.options import TrainOptions
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices decay; norms, biases and embeddings do not."""
+    """Trainable parameters: matrices decay; norms, biases and embeddings do not. One group each a device mesh."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    groups: dict[tuple[bool, object], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
-            (decayed if matrix else plain).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+            # A fused step takes tensors of one mesh at a time.
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            groups.setdefault((not matrix, mesh), []).append(parameter)
+    ordered = sorted(groups.items(), key=lambda item: item[0][0])
+    return [{"params": found, "weight_decay": 0.0 if plain else weight_decay} for (plain, _), found in ordered]
 
 
 def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
@@ -63,8 +61,9 @@ def _muon(model: nn.Module, groups: list[dict[str, Any]], options: TrainOptions)
     """Muon for the matrices of the blocks, AdamW for embeddings, output layer, norms and biases."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
-    decayed: list[nn.Parameter] = next((g["params"] for g in groups if g["weight_decay"] == options.weight_decay), [])
-    matrices = [p for p in decayed if p.ndim >= 2 and p is not getattr(head, "weight", None)]
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    apart = {*embeddings, id(getattr(head, "weight", None))}
+    matrices = [p for group in groups for p in group["params"] if p.ndim >= 2 and id(p) not in apart]
     chosen = {id(p) for p in matrices}
     rest = [{**group, "params": [p for p in group["params"] if id(p) not in chosen]} for group in groups]
     rest = [group for group in rest if group["params"]]
@@ -84,22 +83,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def local_gradients(parameters: Iterable[nn.Parameter]) -> list[tuple[torch.Tensor, int]]:
+def local_gradients(parameters: Iterable[nn.Parameter], owners: int | None = None) -> list[tuple[torch.Tensor, int]]:
     """This worker's part of every gradient, and on how many workers the same part lies.
 
-    The second number is 1 for an unsharded parameter on one worker or a fully sharded one; the mesh
-    dimensions a gradient is replicated over multiply.
+    Args:
+        parameters: any, on any mesh.
+        owners: workers that hold the parameters or a part of them; None = an unsharded one lies here alone, others
+            on the workers of their mesh.
     """
     found = []
     for parameter in parameters:
         gradient = parameter.grad
         if isinstance(gradient, DTensor):
-            copies = 1
+            copies = 1 if owners is None else owners // gradient.device_mesh.size()
             for size, placement in zip(gradient.device_mesh.shape, gradient.placements, strict=True):
-                copies *= 1 if placement.is_shard() else size
+                copies *= size if placement.is_replicate() else 1
             found.append((gradient.to_local(), copies))
         elif gradient is not None:
-            found.append((gradient, 1))
+            found.append((gradient, owners or 1))
     return found
 
 

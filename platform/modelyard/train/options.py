@@ -19,13 +19,37 @@ OBJECTIVE = r"^(causal_lm|prefix_lm|span_corruption|completion_lm|[A-Za-z_]\w*(\
 class ParallelOptions(Options):
     """Degrees of the device mesh; their product is the number of workers."""
 
-    data: int = Field(1, ge=1, description="replicas that hold the same shard (HSDP when above 1)")
+    data: int = Field(1, ge=1, description="replicas of the whole layout; with shard 1 this is DDP, above it HSDP")
     shard: int | None = Field(
         None, ge=1, description="workers one copy of parameters, gradients and optimizer is split over; null = the rest"
     )
+    tensor: int = Field(1, ge=1, description="workers the matrices of a layer are split over, column then row")
+    sequence: bool | int | None = Field(
+        None, description="sequence parallelism on the tensor axis: norms and residuals split too; null = with tensor"
+    )
+    pipeline: int = Field(1, ge=1, description="stages the layers are split into, one worker after the other")
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble", "zbv", "dualpipev"] = Field(
+        "1f1b", description="order of forward and backward in a pipeline; zbv and dualpipev place stages in a V"
+    )
+    virtual: int | None = Field(
+        None, ge=1, description="chunks of layers a pipeline worker holds; null = 1, or 2 where the schedule needs them"
+    )
+    context: int = Field(1, ge=1, description="workers one sequence is split over (Ulysses: heads move, not sequences)")
+    expert: int = Field(1, ge=1, description="workers the experts of a layer are spread over; each reads its own data")
     reshard: bool = Field(
         True, description="drop gathered parameters after forward (ZeRO-3); false keeps them for backward (ZeRO-2)"
     )
+    offload: bool = Field(False, description="keep sharded parameters and optimizer in the host's memory")
+    prefetch: int = Field(
+        1, ge=0, description="blocks whose parameters are gathered ahead of use; 1 = FSDP's own overlap"
+    )
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of layers a pipeline worker holds."""
+        if self.virtual is not None:
+            return self.virtual
+        return 1 if self.schedule in ("gpipe", "1f1b") else 2
 
 
 class TrainOptions(Options):
@@ -87,6 +111,9 @@ class TrainOptions(Options):
         None, "sequences a forward pass on one worker; null = 16, or fewer if the worker's share is smaller", ge=1
     )
     parallel: ParallelOptions = runtime(ParallelOptions(), "degrees of the device mesh")
+    recompute: Literal["none", "selective", "full"] = runtime(
+        "none", "activations of a block computed again in backward; selective keeps products of matrices and attention"
+    )
     compile: bool = runtime(False, "compile each block with torch.compile")
     checkpoint_every: int = runtime(100, "steps between checkpoints", ge=1)
     keep_checkpoints: int = runtime(2, "newest checkpoints kept", ge=1)
@@ -135,8 +162,3 @@ class TrainOptions(Options):
     def warmup_steps(self, steps: int) -> int:
         """Warm-up in steps; at most half the run when given as a number of steps."""
         return math.ceil(self.warmup * steps) if self.warmup < 1 else min(int(self.warmup), max(1, steps // 2))
-
-    def accumulation(self, workers: int) -> int:
-        """Forward passes a worker makes for one optimizer step."""
-        share = math.ceil(self.global_batch / workers)
-        return math.ceil(share / (self.micro_batch or 16))

@@ -18,13 +18,12 @@ from typing import Any, cast
 import torch
 from pydantic import Field
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
 from modelyard import storage
 from modelyard.errors import DataError, RecipeError
 from modelyard.models.adapters import add_adapter, merge_adapter, save_adapter
-from modelyard.models.build import build_config, build_on_meta, check_shape, initialise, materialise
+from modelyard.models.build import build_config, build_on_meta, check_shape
 from modelyard.models.export import copy_tokenizer, export_model, load_model, read_config
 from modelyard.models.options import LoraOptions, ModelOptions
 from modelyard.recipe.schema import Options
@@ -94,7 +93,7 @@ def pretrain(
     # Every worker checks sizes, one compares checksums.
     train = TokenDataset.open(folder / "train", verify=world.leads)
     heldout = _optional_tokens(folder / "heldout", world)
-    model, config = pretraining_model(job, train, world)
+    strategy, config = pretraining_model(job, train, world)
     objective = choose_objective(job.train, "causal_lm")
     if job.train.objective == "span_corruption":
         denoising = job.train.denoising or DenoisingOptions()
@@ -103,8 +102,8 @@ def pretrain(
     setup = _Setup(
         job.train, objective, identity, job.checkpoints, train.sequence_length, job.reports, folder / "tokenizer"
     )
-    outcome = _fit(setup, model, train, heldout, world, sink, say, hooks)
-    state = full_state(model, world)
+    outcome = _fit(setup, strategy, train, heldout, sink, say, hooks)
+    state = strategy.full_state()
     if world.leads:
         with _written(job.output) as target:
             export_model(config, state, target, folder / "tokenizer")
@@ -128,10 +127,10 @@ def finetune(
     identity = (
         f"{_architecture(config)}, {objective_name(objective)}, lora {job.lora.model_dump() if job.lora else None}"
     )
-    model = parallelize(model.to(world.device), job.train, world)
+    strategy = parallelize(model.to(world.device), job.train, world)
     setup = _Setup(job.train, objective, identity, job.checkpoints, data.sequence_length, job.reports, source)
-    outcome = _fit(setup, model, data, heldout, world, sink, say, hooks)
-    state = full_state(model, world, trainable_only=job.lora is not None)
+    outcome = _fit(setup, strategy, data, heldout, sink, say, hooks)
+    state = strategy.full_state(trainable_only=job.lora is not None)
     if world.leads:
         with _written(job.output) as target:
             _write_finetuned(job, config, state, target)
@@ -154,16 +153,14 @@ class _Setup:
 
 def _fit(
     setup: _Setup,
-    model: nn.Module,
+    strategy: Strategy,
     data: Sequences,
     heldout: Sequences | None,
-    world: World,
     sink: Sink,
     say: Say,
     hooks: Hooks | None,
 ) -> Outcome:
-    options, objective = setup.options, setup.objective
-    strategy = Strategy(model, world)
+    options, objective, model, world = setup.options, setup.objective, strategy.model, strategy.world
     keeper = None
     if setup.checkpoints:
         keep = Keep(options.keep_checkpoints, options.keep_best, options.keep_every)
@@ -195,7 +192,7 @@ def _optional_tokens(folder: Path, world: World) -> TokenDataset | None:
     return TokenDataset.open(folder, verify=world.leads) if (folder / "index.json").exists() else None
 
 
-def pretraining_model(job: PretrainJob, data: TokenDataset, world: World) -> tuple[nn.Module, PretrainedConfig]:
+def pretraining_model(job: PretrainJob, data: TokenDataset, world: World) -> tuple[Strategy, PretrainedConfig]:
     """The job's model, initialised or loaded, parallelised and on its device; and its configuration.
 
     Raises:
@@ -210,11 +207,9 @@ def pretraining_model(job: PretrainJob, data: TokenDataset, world: World) -> tup
     if job.model is None:
         raise RecipeError("nothing to train", mend="give model (preset or config) or an input model to start from")
     config = build_config(job.model, data.vocab_size, data.sequence_length)
-    built = build_on_meta(config)
-    model = parallelize(built, job.train, world)
-    materialise(model, world.device)
-    initialise(built, job.train.seed)
-    return model, config
+    strategy = parallelize(build_on_meta(config), job.train, world)
+    strategy.materialise(job.train.seed)
+    return strategy, config
 
 
 def check_vocabulary(config: PretrainedConfig, data: TokenDataset) -> None:
@@ -232,22 +227,6 @@ def _architecture(config: PretrainedConfig) -> str:
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     sizes = " ".join(f"{name}={getattr(config, name)}" for name in names if hasattr(config, name))
     return f"{config.model_type} {sizes}"
-
-
-@torch.no_grad()
-def full_state(model: nn.Module, world: World, trainable_only: bool = False) -> dict[str, torch.Tensor]:
-    """Unsharded parameters on rank 0's CPU (other ranks: empty), by name. All ranks call it together.
-
-    One parameter is gathered at a time, so other ranks never hold a second copy of the model.
-    """
-    found: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if trainable_only and not parameter.requires_grad:
-            continue
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        if world.leads:
-            found[name] = whole.detach().cpu().clone()
-    return found
 
 
 def _write_finetuned(job: FinetuneJob, config: PretrainedConfig, state: dict[str, torch.Tensor], target: Path) -> None:

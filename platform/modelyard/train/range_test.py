@@ -22,7 +22,6 @@ from modelyard.train.choose_objective import choose_objective
 from modelyard.train.data import Feed, make_order
 from modelyard.train.objective import checked
 from modelyard.train.optimizer import make_optimizer, set_learning_rate
-from modelyard.train.parallel.strategy import Strategy
 from modelyard.train.programs import PretrainJob, pretraining_model
 from modelyard.train.report import Line, Page
 from modelyard.train.world import World
@@ -87,8 +86,9 @@ def judge(points: list[tuple[float, float]]) -> RangeResult:
 def _losses(test: RangeTest, world: World) -> list[tuple[float, float]]:
     options = test.job.train
     data = TokenDataset.open(Path(test.job.tokens) / "train")
-    model, _ = pretraining_model(test.job, data, world)
-    optimizer, strategy = make_optimizer(model, options), Strategy(model, world)
+    strategy, _ = pretraining_model(test.job, data, world)
+    model = strategy.model
+    optimizer = make_optimizer(model, options)
     objective, best = checked(choose_objective(options, "causal_lm")), math.inf
     points: list[tuple[float, float]] = []
     model.train()

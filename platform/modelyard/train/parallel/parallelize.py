@@ -1,4 +1,8 @@
-"""Applies a layout to a plain model, in a fixed order: compile each block, then shard each block, then the rest."""
+"""Applies a layout to a plain model, in a fixed order.
+
+Pipeline stages are cut out first; in each: tensors (and experts, context) are split, blocks recompute, blocks are
+compiled, and FSDP shards each block, then the rest. Every step works on what the one before left.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,23 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import PreTrainedModel
 
+from modelyard.errors import RecipeError
 from modelyard.train.fp8 import to_fp8
 from modelyard.train.options import TrainOptions
-from modelyard.train.parallel.mesh import build_mesh, degrees
+from modelyard.train.parallel.blocks import blocks
+from modelyard.train.parallel.context import split_context
+from modelyard.train.parallel.experts import expert_layers, split_experts
+from modelyard.train.parallel.layout import check_layout, degrees, sequence_parallel
+from modelyard.train.parallel.mesh import Topology, build_topology
+from modelyard.train.parallel.pipeline import Pipeline, cut_stages
+from modelyard.train.parallel.recompute import recompute
+from modelyard.train.parallel.strategy import Strategy
+from modelyard.train.parallel.tensor import split_tensors
 from modelyard.train.world import World
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a transformer: the members of its longest `ModuleList`."""
-    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return max(lists, key=len) if lists else []
 
 
 def compute_dtype(options: TrainOptions, device: torch.device) -> torch.dtype:
@@ -29,29 +38,112 @@ def compute_dtype(options: TrainOptions, device: torch.device) -> torch.dtype:
     return known[options.precision]
 
 
-def parallelize(model: nn.Module, options: TrainOptions, world: World) -> nn.Module:
-    """Compiles and shards `model` in place and returns it. Weights may still be on the meta device.
+def parallelize(model: nn.Module, options: TrainOptions, world: World) -> Strategy:
+    """Cuts, compiles and shards `model` in place. Weights may still be on the meta device (`Strategy.materialise`).
 
     Weights stay fp32 and gradients are reduced in fp32 whatever the compute dtype.
 
     Raises:
         ResourceError: the mesh degrees do not multiply to the number of workers, or there are no fp8 units.
+        RecipeError: the model cannot be cut that way.
     """
     sizes = degrees(options.parallel, world.size)
     if options.precision == "fp8":
         to_fp8(blocks(model), world.device)
-    if options.compile:
-        for block in blocks(model):
-            block.compile()
-        model.compiled_loss = True  # type: ignore[assignment]  # read by train.head
     if world.size == 1:
-        return model
-    mesh = build_mesh(sizes, world.device.type)
-    dtype = compute_dtype(options, world.device)
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
-    settings: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": options.parallel.reshard}
-    if dtype == torch.float32:
-        settings.pop("mp_policy")
+        _local_steps(model, options)
+        return Strategy(model, world)
+    config = getattr(model, "config", None)
+    check_layout(options, world.size, None if config is None else config.to_dict())
+    if not isinstance(model, PreTrainedModel) and world.size != sizes["data"] * sizes["shard"]:
+        raise RecipeError(
+            f"a {type(model).__name__} is split by data and shard only",
+            place="parallel",
+            mend="leave tensor, pipeline, context and expert out when training an adapter",
+        )
+    topology = build_topology(sizes, world)
+    if sizes["pipeline"] == 1:
+        terms = _split(cast(Any, model), options, topology)
+        _local_steps(model, options)
+        _shard(model, options, topology, world)
+        return Strategy(model, world, topology, terms, averaged=False)
+    stages = cut_stages(cast(PreTrainedModel, model), topology, options.parallel)
+    terms = []
+    for _, stage in stages:
+        terms += _split(stage, options, topology)
+        _local_steps(stage, options)
+        _shard(stage, options, topology, world)
+    return Pipeline(stages, world, topology, options, terms)
+
+
+def _split(model: PreTrainedModel, options: TrainOptions, topology: Topology) -> list[str]:
+    """Splits layers over the tensor, expert and context axes; names of parameters whose gradients stay terms."""
+    sizes, terms = topology.sizes, []
+    if sizes["expert"] > 1 or sizes["tensor"] > 1:
+        split_experts(model, topology)
+    if sizes["tensor"] > 1:
+        terms = split_tensors(model, topology.dense["tensor"], sequence_parallel(options.parallel))
+    if sizes["context"] > 1:
+        split_context(model, topology.group("context"))
+    return terms
+
+
+def _local_steps(model: nn.Module, options: TrainOptions) -> None:
     for block in blocks(model):
-        fully_shard(block, **settings)
-    return cast(nn.Module, fully_shard(model, **settings))
+        if options.recompute != "none":
+            recompute(block, options.recompute)
+        if options.compile:
+            block.compile()
+    if options.compile:
+        model.compiled_loss = True  # type: ignore[assignment]  # read by train.head
+
+
+def _shard(model: nn.Module, options: TrainOptions, topology: Topology, world: World) -> None:
+    """FSDP over everything but plain replicas (DDP) and workers that share nothing."""
+    mesh, sizes = topology.fsdp, topology.sizes
+    dtype = compute_dtype(options, world.device)
+    if mesh is None and dtype != torch.float32:
+        mesh = topology.dense["fsdp"]  # One worker: nothing to share, but the policy casts.
+    if mesh is None or sizes["data"] == world.size:
+        return
+    settings: dict[str, Any] = {"reshard_after_forward": options.parallel.reshard}
+    if dtype != torch.float32:
+        settings["mp_policy"] = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32
+        )
+    if options.parallel.offload:
+        settings["offload_policy"] = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+    alone = _shard_experts(model, topology, settings)
+    units = blocks(model)
+    for block in units:
+        fully_shard(block, mesh=mesh, ignored_params=alone, **settings)
+    fully_shard(model, mesh=mesh, ignored_params=alone, **settings)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Gradients are sums; the loop divides by the global weight, which no worker knows before the end.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    _prefetch(units, options.parallel.prefetch)
+
+
+def _shard_experts(model: nn.Module, topology: Topology, settings: dict[str, Any]) -> set[nn.Parameter]:
+    """Shards experts over their own mesh; returns those that no other worker shares."""
+    if topology.sizes["expert"] == 1:
+        return set()
+    mesh: DeviceMesh | None = topology.expert_fsdp
+    alone: set[nn.Parameter] = set()
+    for experts in expert_layers(model):
+        if mesh is None:
+            alone |= set(experts.parameters())
+        else:
+            fully_shard(experts, mesh=mesh, **settings)
+    return alone
+
+
+def _prefetch(units: list[nn.Module], ahead: int) -> None:
+    """Gathers the parameters of `ahead` blocks while one computes; one ahead is what FSDP does by itself."""
+    if ahead == 1:
+        return
+    for index, unit in enumerate(cast(list[FSDPModule], units)):
+        unit.set_modules_to_forward_prefetch(cast(Any, units[index + 1 : index + 1 + ahead]))
+        unit.set_modules_to_backward_prefetch(cast(Any, units[max(0, index - ahead) : index][::-1]))
