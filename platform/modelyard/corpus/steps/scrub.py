@@ -69,19 +69,23 @@ class Scrub(Step):
         """
         counts = np.zeros(len(text), np.int32) if counts is None else counts
         reasons = [None] * len(text) if reasons is None else reasons
+        rows: list[int] | None = None
         for turn in range(_PASSES):
-            found = self._find(text, column)
+            found = self._find(text, column, rows)
             if turn == 0 and self._names is not None and column in ("text", "prompt"):
                 found = _merged(found, self._names.find(text))
             if not found:
                 break
             text = self._rewrite(text, found, counts, reasons, column == "meta")
+            rows = sorted(found)  # only what was changed can hold something new
         return text
 
-    def _find(self, text: Any, column: str) -> Found:
+    def _find(self, text: Any, column: str, rows: list[int] | None = None) -> Found:
         from modelyard.corpus.entities import find
 
-        return find(_without_escapes(text) if column == "meta" else text, self._types, self.options.region)
+        text = text if rows is None else text.take(pa.array(rows, pa.int64()))
+        found = find(_without_escapes(text) if column == "meta" else text, self._types, self.options.region)
+        return found if rows is None else {rows[place]: spans for place, spans in found.items()}
 
     def _rewrite(self, text: Any, found: Found, counts: Any, reasons: list[str | None], is_json: bool) -> Any:
         rows, texts = [], []
