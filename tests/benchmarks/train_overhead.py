@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from contract import tree_cpu_seconds
 
 HERE = Path(__file__).resolve().parent
@@ -66,6 +67,21 @@ def say(text: str) -> None:
 def settled(history: list[dict[str, float]]) -> float:
     """Median seconds of a step, the first three left out."""
     return statistics.median(row["seconds"] for row in history[3:])
+
+
+def write_tokens(folder: Path) -> Path:
+    """A token artifact's folder: 512 sequences of 256 random ids, and a minimal tokenizer, which the model needs."""
+    from modelyard.tokens import Sequences, TokenWriter
+    from modelyard.tokens.tokenizer import save_tokenizer, train_tokenizer
+
+    rows = np.random.default_rng(0).integers(8, 8192, (512, 256))
+    writer = TokenWriter(folder / "train", 256, 8192)
+    writer.add(Sequences(rows, np.zeros(rows.shape, dtype=bool), np.full(len(rows), 256)))
+    writer.close(len(rows), rows.size)
+    save_tokenizer(train_tokenizer(["some words"], 261), folder / "tokenizer")
+    facts = {"vocab_size": 8192, "sequence_length": 256, "train_sequences": 512, "unigram_entropy": 9.0}
+    (folder / "tokens.json").write_text(json.dumps(facts))
+    return folder
 
 
 def without_ray(tokens: Path, folder: Path) -> Turn:
@@ -132,8 +148,6 @@ def with_ray(tokens: Path, folder: Path) -> Turn:
 
 def main() -> None:
     """Prints the result as one JSON object."""
-    from train_throughput import make_tokenizer, write_tokens
-
     from modelyard.stages import session
 
     session.start(2)
@@ -141,9 +155,6 @@ def main() -> None:
     bare: list[Turn] = []
     with tempfile.TemporaryDirectory() as name:
         tokens = write_tokens(Path(name) / "tokens")
-        make_tokenizer(tokens)
-        facts = {"vocab_size": 8192, "sequence_length": 256, "train_sequences": 512, "unigram_entropy": 9.0}
-        (tokens / "tokens.json").write_text(json.dumps(facts))
         for turn in range(REPEATS):
             ray.append(with_ray(tokens, Path(name) / f"ray{turn}"))
             (Path(name) / f"bare{turn}").mkdir()
