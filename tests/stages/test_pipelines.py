@@ -15,7 +15,7 @@ from modelyard.planner.hardware import find_hardware
 from modelyard.stages import api
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
-BIG = ("pretrain_1b", "pretrain_moe")
+BIG = ("pretrain_1b", "pretrain_70b", "pretrain_moe")
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from modelyard.errors import DataError, ModelyardError, RecipeError
+from modelyard.errors import DataError, ModelyardError, RecipeError, ResourceError
 from modelyard.models.options import ModelOptions
 from modelyard.planner.estimate import Estimate
 from modelyard.recipe.schema import Resources, StageOptions, runtime
@@ -87,11 +87,12 @@ def check_training(
     """Refuses what cannot work, as far as it is known.
 
     Raises:
-        ResourceError: the mesh or the global batch does not fit the number of workers.
+        ResourceError: the mesh or the global batch does not fit the number of workers, or all of a range.
         RecipeError: heads do not divide the width, sequences are longer than the model's, or the layout does not
             divide heads, layers, experts or sequences.
         DataError: the tokens' vocabulary does not fit the model.
     """
+    _check_elastic(options)
     check_layout(options, options.resources.workers)
     if config is None:
         return
@@ -110,6 +111,18 @@ def check_training(
             f"the tokens have a vocabulary of {vocab_size:,}, the model's embedding has {rows:,} rows",
             place="model.vocab_size",
             mend="leave model.vocab_size out, or tokenize with the model's own tokenizer",
+        )
+
+
+def _check_elastic(options: TrainingStageOptions) -> None:
+    """A mesh with a fixed degree does not fit every number of workers of a range."""
+    p = options.parallel
+    fixed = p.shard is not None or any(n > 1 for n in (p.data, p.tensor, p.pipeline, p.context, p.expert))
+    if options.resources.min_workers is not None and fixed:
+        raise ResourceError(
+            "an elastic number of workers leaves the degrees of the mesh open, but parallel fixes them",
+            place="parallel",
+            mend="leave the degrees out (the workers then shard), or give one number of workers",
         )
 
 
