@@ -144,8 +144,10 @@ async def _ask(
 
 def plot(results: Sequence[Result], title: str) -> str:
     """A page with latency against offered load (p50 and p99) as inline SVG, and the table."""
-    curves = [("first token p50", lambda r: r.first(0.5)), ("first token p99", lambda r: r.first(0.99)),
-              ("answer p50", lambda r: r.total(0.5)), ("answer p99", lambda r: r.total(0.99))]  # fmt: skip
+    curves: list[tuple[str, Callable[[Result], float]]] = [
+        ("first token p50", lambda r: r.first(0.5)), ("first token p99", lambda r: r.first(0.99)),
+        ("answer p50", lambda r: r.total(0.5)), ("answer p99", lambda r: r.total(0.99)),
+    ]  # fmt: skip
     drawn = [(name, [(r.load.rate, of(r)) for r in results if not math.isnan(of(r))]) for name, of in curves]
     rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row(r)) + "</tr>" for r in results)
     return (

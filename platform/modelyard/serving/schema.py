@@ -95,6 +95,7 @@ class _Common(BaseModel):
 
     def _sampling(self, max_tokens: int, logprobs: int | None) -> Sampling:
         format_ = self.response_format
+        grammar = format_.grammar() if format_ is not None else None
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return Sampling(
             max_tokens=max_tokens,
@@ -109,7 +110,7 @@ class _Common(BaseModel):
             seed=self.seed,
             stop=stop,
             logprobs=logprobs,
-            grammar=Grammar("regex", self.regex) if self.regex else format_ and format_.grammar(),
+            grammar=Grammar("regex", self.regex) if self.regex else grammar,
         )
 
 
