@@ -90,7 +90,7 @@ def calibrate(measurements: Sequence[Measurement], hardware: Hardware) -> Calibr
         y /= scale
         # A negative part means the runs do not tell the two apart: keep the table's bandwidth.
         if x > 0 and y > 0:
-            best = replace(hardware, efficiency=min(float(1 / x), 1.0), bandwidth=float(1 / y))
+            best = replace(hardware, efficiency=min(float(1 / x), _most(hardware)), bandwidth=float(1 / y))
     errors = [abs(predicted(m, best) / m.seconds - 1) for m in measurements]
     return Calibration(best, statistics.fmean(errors), max(errors), len(measurements))
 
@@ -109,7 +109,12 @@ def _one(flops: Any, moved: Any, hw: Hardware) -> Hardware:
     """Only the efficiency: what the bytes do not explain at the table's bandwidth is arithmetic."""
     rest = np.clip(1 - moved / hw.bandwidth, 0.2, None)
     x = float((flops * rest).sum() / (flops**2).sum())
-    return hw.calibrated(min(1 / x, 1.0))
+    return hw.calibrated(min(1 / x, _most(hw)))
+
+
+def _most(hw: Hardware) -> float:
+    """The largest efficiency to believe: a CPU's peak is that of its base clock, which it runs above."""
+    return 2.0 if hw.kind == "cpu" else 1.0
 
 
 def predicted(m: Measurement, hw: Hardware) -> float:
