@@ -302,7 +302,7 @@ def test_any_damage_is_told_and_leaves_the_rest_readable(tmp_path_factory: Any, 
     kept, bad, _ = read(path)
     bounds = [sum(map(len, packed[: n + 1])) for n in range(8)]
     before = sum(b <= at for b in bounds)
-    assert [row["meta"]["url"] for row in kept][:before] == [f"http://site/{n}" for n in range(before)]
+    assert [row["meta"].get("url") for row in kept[:before]] == [f"http://site/{n}" for n in range(before)]
     if change == "truncate" and at not in (0, *bounds):
         # A member that lacks its last bytes alone, the checksum, still gives its record.
         assert before <= len(kept) <= before + 1 and len(bad) == 1

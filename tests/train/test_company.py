@@ -55,7 +55,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
             loss = loss * math.nan
         return loss, metrics
 
-    monkeypatch.setattr("modelyard.train.programs.causal_lm", objective)
+    monkeypatch.setattr("modelyard.train.choose_objective.causal_lm", objective)
     return state
 
 
