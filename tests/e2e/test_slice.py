@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from modelyard.storage import ArtifactStore
-from modelyard.tracking import resolve, status
+from modelyard.tracking import History, resolve, status
 
 RECIPE = Path(__file__).parent / "slice.yaml"
 MODELYARD = [sys.executable, "-c", "from modelyard.cli import main; main()"]
@@ -77,6 +77,9 @@ def test_raw_text_to_served_model_through_kills(no_ray: None, tmp_path: Path) ->
     assert base["energy_kwh"] > 0 and base["cost_usd"] > 0 and base["step_seconds"] > 0
     assert "Predicted against measured" in artifacts["base"].local("report.html").read_text()
     assert all("energy_kwh" in a.manifest.metrics for a in artifacts.values())
+    (run,) = History(str(root)).finished(("pretrain",))
+    assert run.tags["modelyard.energy_source"] and run.metrics["predicted_seconds"] > 0
+    assert run.metrics["peak_memory_bytes"] == base["peak_memory_bytes"] > 50e6
     evaluation = json.loads(artifacts["evaluation"].local("evaluation.json").read_text())
     assert evaluation
     uri, version = resolve("models:/slice@champion", root=str(root))
