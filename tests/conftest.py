@@ -62,6 +62,8 @@ def moto_server(_moto: str) -> str:
 def _moto() -> Iterator[str]:
     from moto.server import ThreadedMotoServer
 
+    from modelyard.stages import session
+
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
@@ -75,6 +77,8 @@ def _moto() -> Iterator[str]:
     }
     before = {key: os.environ.get(key) for key in values}
     os.environ.update(values)
+    # Workers inherit the environment their Ray was started with: one that runs already knows no key of this server.
+    session.stop()
     yield endpoint
     server.stop()
     for key, value in before.items():
