@@ -64,15 +64,23 @@ def _powers(n: Any) -> Any:
 
 
 @kernel
-def _push(word: Any, count: Any, n: Any, top: Any, rolling: Any, ring: Any, out: Any, k: Any) -> Any:
-    """Moves the window on by one word; returns (rolling hash, shingles so far)."""
-    slot = count % n
-    rolling = rolling * _M + word - ring[slot] * top
-    ring[slot] = word
-    if count + 1 >= n:
+def _roll(out: Any, count: Any, n: Any) -> Any:
+    """Turns `count` word hashes in `out` into the hashes of their n-grams, in place; returns how many."""
+    if count == 0:
+        return 0
+    top = _powers(n)
+    rolling = np.uint64(0)
+    for j in range(min(count, n)):
+        rolling = rolling * _M + out[j]
+    if count <= n:
+        out[0] = mix(rolling)
+        return 1
+    for k in range(count - n):
+        leaving = out[k]
         out[k] = mix(rolling)
-        k += 1
-    return rolling, k
+        rolling = rolling * _M + out[k + n] - leaving * top
+    out[count - n] = mix(rolling)
+    return count - n + 1
 
 
 @kernel
@@ -81,79 +89,70 @@ def word_shingles(data: Any, start: Any, end: Any, n: Any, fold: Any, out: Any) 
 
     A text of fewer than n words is one shingle; a text without words has none. `out` must hold
     end - start + 1 values.
+
+    ASCII goes without a branch: where words end cannot be predicted, and a wrong guess costs as much as
+    four bytes. So the hash so far is written at every byte, and only the place moves on.
     """
-    ring = np.zeros(n, np.uint64)
-    top = _powers(n)
-    rolling, count, k = np.uint64(0), 0, 0
-    h, inside = SEED, False
+    count, inside, h = 0, 0, SEED
     i = start
     while i < end:
         byte = fold[data[i]]
-        step = 1
-        if byte >= 0x80:
-            step = _skip(data, i, end)
-            if step == 0:
-                h = (h ^ np.uint64(byte)) * PRIME
-                inside = True
-                i += 1
-                continue
-        elif byte:
+        if byte < 0x80:
+            out[count] = h
+            gap = np.int64(byte == 0)
+            count += gap & inside
+            h = SEED if gap else (h ^ np.uint64(byte)) * PRIME
+            inside = 1 - gap
+            i += 1
+            continue
+        step = _skip(data, i, end)
+        if step == 0:
             h = (h ^ np.uint64(byte)) * PRIME
-            inside = True
+            inside = 1
             i += 1
             continue
         if inside:
-            rolling, k = _push(h, count, n, top, rolling, ring, out, k)
+            out[count] = h
             count += 1
-            h, inside = SEED, False
+            h, inside = SEED, 0
         if step < 0:
             step = -step
             for j in range(i, i + step):
                 h = (h ^ np.uint64(data[j])) * PRIME
-            rolling, k = _push(h, count, n, top, rolling, ring, out, k)
+            out[count] = h
             count += 1
             h = SEED
         i += step
     if inside:
-        rolling, k = _push(h, count, n, top, rolling, ring, out, k)
+        out[count] = h
         count += 1
-    if 0 < count < n:
-        out[0] = mix(rolling)
-        k = 1
-    return k
+    return _roll(out, count, n)
 
 
 @kernel
 def character_shingles(data: Any, start: Any, end: Any, n: Any, fold: Any, out: Any) -> Any:
     """The same for n-grams of code points; runs of ASCII white space count as one blank."""
-    ring = np.zeros(n, np.uint64)
-    top = _powers(n)
-    rolling, count, k = np.uint64(0), 0, 0
-    blank = True
+    count, blank = 0, True
     i = start
     while i < end:
         byte = data[i]
         j = i + 1
-        h = SEED
         if byte == 0x20 or (0x09 <= byte <= 0x0D):
             if not blank:
-                rolling, k = _push(h, count, n, top, rolling, ring, out, k)
+                out[count] = SEED
                 count += 1
             blank = True
             i = j
             continue
         blank = False
-        h = (h ^ np.uint64(fold[byte] if fold[byte] else byte)) * PRIME
+        h = (SEED ^ np.uint64(fold[byte] if fold[byte] else byte)) * PRIME
         while j < end and (data[j] & 0xC0) == 0x80:
             h = (h ^ np.uint64(data[j])) * PRIME
             j += 1
-        rolling, k = _push(h, count, n, top, rolling, ring, out, k)
+        out[count] = h
         count += 1
         i = j
-    if 0 < count < n:
-        out[0] = mix(rolling)
-        k = 1
-    return k
+    return _roll(out, count, n)
 
 
 @kernel
