@@ -68,6 +68,8 @@ def _table() -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8]]:
 
 
 KEYS, BITS = _table()
+LONGEST = max(len(word.encode()) for words in WORDS.values() for word in words.split())
+"""Bytes of the longest telling word: a longer one needs no look-up."""
 
 
 @kernel

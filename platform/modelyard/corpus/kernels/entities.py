@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from modelyard.corpus.kernels import kernel
 from modelyard.corpus.kernels.forms import ALPHA, DIGIT, FORMS, HEX, LOCAL, TOKEN, UPPER, has, run_end
-from modelyard.corpus.kernels.keys import PREFIXES, assigned, prefixed, private
+from modelyard.corpus.kernels.keys import ANCHORS, PREFIXES, assigned, prefixed, private
 from modelyard.corpus.kernels.persons import address, called, coordinates, date, identity
 
 # In the order in which they claim a place: the more specific before the looser.
@@ -23,14 +23,17 @@ TYPES = (
 )  # fmt: skip
 URL, KEY, EMAIL, IBAN, CARD, MAC, IP, SSN, IDENTITY, BIRTH, POSITION, PHONE, ADDRESS = range(len(TYPES))
 
-# What to do at a byte that can stand in or begin an entity.
-_T_AT, _T_COLON, _T_DIGIT, _T_EQUALS, _T_DASH, _T_PREFIX = 1, 2, 3, 4, 5, 6
+# What to do at a byte that can stand in or begin an entity: any of these.
+_T_AT, _T_COLON, _T_DIGIT, _T_EQUALS, _T_DASH, _T_PREFIX = 1, 2, 4, 8, 16, 32
 
 
 TRIGGERS = np.zeros(256, np.uint8)
 for _char, _code in ((b"@", _T_AT), (b":", _T_COLON), (b"0123456789", _T_DIGIT), (b"=", _T_EQUALS), (b"-", _T_DASH)):
     TRIGGERS[list(_char)] = _code
-TRIGGERS[list({prefix[0] for prefix, _ in PREFIXES})] = _T_PREFIX
+TRIGGERS[list({prefix[place] for (prefix, _), place in zip(PREFIXES, ANCHORS, strict=True)})] |= _T_PREFIX
+
+
+_DATE_MARKS = tuple(b"-/.")
 
 
 @kernel
@@ -81,6 +84,8 @@ def _url(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
 @kernel
 def _colons(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
     """(type, start, end) of an IPv6 or MAC address whose first colon is at i; type -1 = none."""
+    if i + 1 >= end or not (forms[data[i + 1]] & HEX or data[i + 1] == 0x3A):
+        return -1, 0, 0
     left = i
     while left > start and i - left < 5 and forms[data[left - 1]] & HEX:
         left -= 1
@@ -121,7 +126,7 @@ def _colons(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
 def _dashes(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
     """Span of a MAC address written with dashes whose first dash is at i; (0, 0) = none."""
     left, right = i - 2, i + 15
-    if left < start or right > end:
+    if left < start or right > end or data[i + 3] != 0x2D:
         return 0, 0
     if has(data, left - 1, start, end, forms, TOKEN) or has(data, right, start, end, forms, TOKEN):
         return 0, 0
@@ -195,6 +200,15 @@ def _ssn(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
 
 
 @kernel
+def _calendar(data: Any, i: Any, end: Any, forms: Any) -> Any:
+    """Whether data[i:end] begins with a date, year first: 2024-05-01, 2024/5/1."""
+    if i + 8 > end or not (data[i + 4] in _DATE_MARKS and run_end(data, i, end, forms, DIGIT) == i + 4):
+        return False
+    k = run_end(data, i + 5, end, forms, DIGIT)
+    return 1 <= k - i - 5 <= 2 and k + 1 < end and data[k] in _DATE_MARKS and forms[data[k + 1]] & DIGIT != 0
+
+
+@kernel
 def _phone(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
     """Span of 7 to 15 digits in groups, or any with + before it; (0, 0) = none."""
     left = i
@@ -221,7 +235,7 @@ def _phone(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
         k += 1
     if not plus and not i < paren < last:
         left = i
-    if digits < 7 or digits > 15:
+    if digits < 7 or digits > 15 or (left == i and _calendar(data, i, last, forms)):
         return 0, 0
     if not plus and groups == 1 and not (digits >= 9 and called(data, left, last, start, end, forms)):
         return 0, 0
@@ -264,23 +278,51 @@ def _emit(out: Any, used: Any, d: Any, start: Any, end: Any, kind: Any) -> Any:
 
 @kernel
 def _number(data: Any, i: Any, start: Any, end: Any, forms: Any, d: Any, out: Any, used: Any) -> Any:
-    """Everything that begins with a number at i, whose previous byte is no digit."""
-    left, right = _iban(data, i, start, end, forms)
-    used = _emit(out, used, d, left, right, IBAN)
-    left, right = identity(data, i, start, end, forms)
-    used = _emit(out, used, d, left, right, IDENTITY)
-    if has(data, i - 1, start, end, forms, ALPHA | DIGIT) or (i > start and data[i - 1] == 0x5F):
+    """Everything that begins with a number at i, whose previous byte is no digit.
+
+    Most numbers are short and stand alone (a year, a page): what `last` and the two bytes behind it rule out is
+    not looked for.
+    """
+    last = run_end(data, i, end, forms, DIGIT)
+    size, mark = last - i, data[last] if last < end else 0
+    word = has(data, i - 1, start, end, forms, ALPHA)
+    if word:
+        left, right = _iban(data, i, start, end, forms)
+        used = _emit(out, used, d, left, right, IBAN)
+    # A digit behind at most three blanks and marks: part of the same number, perhaps.
+    more = has(data, last + 1, start, end, forms, DIGIT) or (
+        not has(data, last, start, end, forms, ALPHA)
+        and (has(data, last + 2, start, end, forms, DIGIT) or has(data, last + 3, start, end, forms, DIGIT))
+    )
+    if size >= 4 or more or has(data, last, start, end, forms, UPPER) or has(data, last + 1, start, end, forms, UPPER):
+        left, right = identity(data, i, start, end, forms)
+        used = _emit(out, used, d, left, right, IDENTITY)
+    if word or (i > start and data[i - 1] == 0x5F):
         return used
-    used = _emit(out, used, d, i, _ipv4(data, i, start, end, forms), IP)
-    used = _emit(out, used, d, i, _card(data, i, start, end, forms), CARD)
-    if not (i > start and data[i - 1] in (0x2D, 0x2E)):
+    if more or size >= 7:
+        used = _long(data, i, start, end, forms, d, out, used, last)
+    if size <= 4 and mark:
+        left, right = date(data, i, start, end, forms)
+        used = _emit(out, used, d, left, right, BIRTH)
+    if mark == 0x2E or mark == 0xC2:
+        left, right = coordinates(data, i, start, end, forms)
+        used = _emit(out, used, d, left, right, POSITION)
+    if size <= 5:
+        left, right = address(data, i, start, end, forms)
+        used = _emit(out, used, d, left, right, ADDRESS)
+    return used
+
+
+@kernel
+def _long(data: Any, i: Any, start: Any, end: Any, forms: Any, d: Any, out: Any, used: Any, last: Any) -> Any:
+    """Numbers of several groups, or of one long one, whose first group ends at `last`."""
+    size, mark = last - i, data[last] if last < end else 0
+    if size <= 3 and mark == 0x2E:
+        used = _emit(out, used, d, i, _ipv4(data, i, start, end, forms), IP)
+    if size >= 12 or has(data, last + 1, start, end, forms, DIGIT):
+        used = _emit(out, used, d, i, _card(data, i, start, end, forms), CARD)
+    if size == 3 and not (i > start and data[i - 1] in (0x2D, 0x2E)):
         used = _emit(out, used, d, i, _ssn(data, i, start, end, forms), SSN)
-    left, right = date(data, i, start, end, forms)
-    used = _emit(out, used, d, left, right, BIRTH)
-    left, right = coordinates(data, i, start, end, forms)
-    used = _emit(out, used, d, left, right, POSITION)
-    left, right = address(data, i, start, end, forms)
-    used = _emit(out, used, d, left, right, ADDRESS)
     left, right = _phone(data, i, start, end, forms)
     return _emit(out, used, d, left, right, PHONE)
 
@@ -288,16 +330,16 @@ def _number(data: Any, i: Any, start: Any, end: Any, forms: Any, d: Any, out: An
 @kernel
 def _mark(data: Any, i: Any, start: Any, end: Any, forms: Any, trigger: Any, d: Any, out: Any, used: Any) -> Any:
     """Everything that a mark at i (@ : = -) may be part of."""
-    if trigger == _T_AT:
+    if trigger & _T_AT:
         left, right = _email(data, i, start, end, forms)
         return _emit(out, used, d, left, right, EMAIL)
-    if trigger == _T_DASH:
+    if trigger & _T_DASH:
         left, right = _dashes(data, i, start, end, forms)
         used = _emit(out, used, d, left, right, MAC)
         if i == start or data[i - 1] != 0x2D:
             used = _emit(out, used, d, i, private(data, i, end), KEY)
         return used
-    if trigger == _T_COLON:
+    if trigger & _T_COLON:
         left, right = _url(data, i, start, end, forms)
         used = _emit(out, used, d, left, right, URL)
         kind, left, right = _colons(data, i, start, end, forms)
@@ -323,20 +365,21 @@ def scan(data: Any, offsets: Any, forms: Any, triggers: Any, out: Any) -> Any:
             trigger = triggers[data[i]]
             if trigger == 0:
                 continue
-            if trigger == _T_DIGIT:
+            if trigger & _T_PREFIX:
+                left, right = prefixed(data, i, start, end, forms)
+                used = _emit(out, used, d, left, right, KEY)
+            if trigger & _T_DIGIT:
                 if not has(data, i - 1, start, end, forms, DIGIT):
                     used = _number(data, i, start, end, forms, d, out, used)
-            elif trigger == _T_PREFIX:
-                if not has(data, i - 1, start, end, forms, TOKEN):
-                    used = _emit(out, used, d, i, prefixed(data, i, start, end, forms), KEY)
-            else:
+            elif trigger != _T_PREFIX:
                 used = _mark(data, i, start, end, forms, trigger, d, out, used)
     return used
 
 
 def candidates(data: Any, offsets: Any) -> npt.NDArray[np.int64]:
     """Spans that may be personal data, int64 [spans, 4], in document order. See `scan`."""
-    out = np.empty((1024, 4), np.int64)
+    # Enough for one in 100 bytes (pages that are not touched cost nothing): a second scan is for lists of numbers.
+    out = np.empty((max(1024, int(offsets[-1] - offsets[0]) // 100), 4), np.int64)
     while (found := scan(data, offsets, FORMS, TRIGGERS, out)) > len(out):
         out = np.empty((found, 4), np.int64)
     return out[:found]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from modelyard.corpus.kernels import kernel
-from modelyard.corpus.kernels.forms import ALPHA, TOKEN, begins
+from modelyard.corpus.kernels.forms import ALPHA, TOKEN, begins, has
 
 # Prefixes that providers put before their keys, and the fewest token bytes that follow.
 _GIVEN: tuple[tuple[bytes, int], ...] = (
@@ -18,9 +18,23 @@ _GIVEN: tuple[tuple[bytes, int], ...] = (
     (b"shpat_", 32), (b"sq0atp-", 22), (b"sq0csp-", 40), (b"dapi", 32), (b"AGE-SECRET-KEY-1", 50), (b"gsk_", 40),
     (b"eyJ", 30), (b"hf_", 30), (b"npm_", 36), (b"pypi-AgEI", 40), (b"SG.", 40), (b"dop_v1_", 60),
 )  # fmt: skip
-PREFIXES = tuple(sorted(_GIVEN, key=lambda p: p[0][0]))
-# Where the prefixes with a first byte begin; those of byte b are FIRST[b] to FIRST[b + 1].
-FIRST = np.searchsorted([p[0] for p, _ in PREFIXES], np.arange(257)).astype(np.int64)
+# Bytes from rare to frequent in text, as far as prefixes need it: a scan stops at a prefix's rarest byte, not at its
+# first (an s begins every tenth word).
+_RARE = b"JXZQKqxzVGIUP_-9/vkgwpb"
+
+
+def _anchor(prefix: bytes) -> int:
+    """Place of the prefix's rarest byte, the first one apart."""
+    return min(range(1, len(prefix)), key=lambda k: _RARE.find(prefix[k]) % 256)
+
+
+PREFIXES = tuple(sorted(_GIVEN, key=lambda p: p[0][_anchor(p[0])]))
+ANCHORS = np.array([_anchor(p) for p, _ in PREFIXES], np.int64)
+# Where the prefixes with a rarest byte begin; those of byte b are FIRST[b] to FIRST[b + 1].
+FIRST = np.searchsorted([p[_anchor(p)] for p, _ in PREFIXES], np.arange(257)).astype(np.int64)
+# Whether a byte, times 256, and the next one are a rarest byte of a prefix with the one before it.
+PAIRS = np.zeros(65536, np.bool_)
+PAIRS[[p[k - 1] << 8 | p[k] for (p, _), k in zip(PREFIXES, ANCHORS, strict=True)]] = True
 PREFIX_BYTES = np.frombuffer(b"".join(p for p, _ in PREFIXES), np.uint8)
 PREFIX_ENDS = np.cumsum([0] + [len(p) for p, _ in PREFIXES]).astype(np.int64)
 PREFIX_LEAST = np.array([n for _, n in PREFIXES], np.int64)
@@ -31,6 +45,8 @@ KEYWORDS = (
 )  # fmt: skip
 KEYWORD_BYTES = np.frombuffer(b"".join(KEYWORDS), np.uint8)
 KEYWORD_ENDS = np.cumsum([0] + [len(p) for p in KEYWORDS]).astype(np.int64)
+_LAST = np.zeros(256, np.bool_)
+_LAST[[word[-1] for word in KEYWORDS]] = True
 _BEGIN = np.frombuffer(b"-----BEGIN ", np.uint8)
 _PRIVATE = np.frombuffer(b"PRIVATE KEY", np.uint8)
 _END = np.frombuffer(b"-----END ", np.uint8)
@@ -38,24 +54,30 @@ _END = np.frombuffer(b"-----END ", np.uint8)
 
 @kernel
 def prefixed(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
-    """End of a key with a provider's prefix at i; 0 = none."""
+    """Span of a key with a provider's prefix whose rarest byte is at i; (0, 0) = none."""
+    if i == start or not PAIRS[np.int64(data[i - 1]) << 8 | data[i]]:
+        return 0, 0
     for p in range(FIRST[data[i]], FIRST[data[i] + 1]):
+        left = i - ANCHORS[p]
+        if left < start or data[left] != PREFIX_BYTES[PREFIX_ENDS[p]]:
+            continue
         phrase = PREFIX_BYTES[PREFIX_ENDS[p] : PREFIX_ENDS[p + 1]]
-        if begins(data, i, end, phrase):
-            k = i + len(phrase)
-            dots = data[i] == 0x65 or data[i] == 0x53  # JWT and SendGrid keys have parts
-            paths = data[k - 1] == 0x2F
-            while k < end and (forms[data[k]] & TOKEN or (dots and data[k] == 0x2E) or (paths and data[k] == 0x2F)):
-                k += 1
-            if k - i - len(phrase) >= PREFIX_LEAST[p]:
-                return k
-    return 0
+        if not begins(data, left, end, phrase) or has(data, left - 1, start, end, forms, TOKEN):
+            continue
+        k = left + len(phrase)
+        dots = data[left] == 0x65 or data[left] == 0x53  # JWT and SendGrid keys have parts
+        paths = data[k - 1] == 0x2F
+        while k < end and (forms[data[k]] & TOKEN or (dots and data[k] == 0x2E) or (paths and data[k] == 0x2F)):
+            k += 1
+        if k - left - len(phrase) >= PREFIX_LEAST[p]:
+            return left, k
+    return 0, 0
 
 
 @kernel
 def private(data: Any, i: Any, end: Any) -> Any:
     """End of a PEM private key block at i; 0 = none. A block without its end runs to the text's end."""
-    if not begins(data, i, end, _BEGIN):
+    if i + 1 >= end or data[i + 1] != 0x2D or not begins(data, i, end, _BEGIN):
         return 0
     k = i + len(_BEGIN)
     while k < end and k - i < 60 and not begins(data, k, end, _PRIVATE):
@@ -75,6 +97,24 @@ def private(data: Any, i: Any, end: Any) -> Any:
 
 
 @kernel
+def _keyword(data: Any, stop: Any, start: Any, forms: Any) -> Any:
+    """Whether a telling name (`password`, in any case) ends at `stop`."""
+    for p in range(len(KEYWORD_ENDS) - 1):
+        first, last = KEYWORD_ENDS[p], KEYWORD_ENDS[p + 1]
+        at, j = stop - (last - first), last - 1
+        if at < start:
+            continue
+        while j >= first:
+            byte = data[at + j - first]
+            if (byte | 0x20 if forms[byte] & ALPHA else byte) != KEYWORD_BYTES[j]:
+                break
+            j -= 1
+        if j < first:
+            return True
+    return False
+
+
+@kernel
 def assigned(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
     """Span of a value behind `password =`, `"api_key":` and the like, with = or : at i; (0, 0) = none.
 
@@ -83,18 +123,7 @@ def assigned(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
     k = i - 1
     while k > start and data[k] in (0x20, 0x22, 0x27, 0x5D):
         k -= 1
-    found = False
-    for p in range(len(KEYWORD_ENDS) - 1):
-        phrase = KEYWORD_BYTES[KEYWORD_ENDS[p] : KEYWORD_ENDS[p + 1]]
-        at = k + 1 - len(phrase)
-        if at < start or (data[k] | 0x20) != phrase[-1]:
-            continue
-        same = True
-        for j in range(len(phrase)):
-            byte = data[at + j]
-            same = same and (byte | 0x20 if forms[byte] & ALPHA else byte) == phrase[j]
-        found = found or same
-    if not found:
+    if k < start or not _LAST[data[k] | 0x20] or not _keyword(data, k + 1, start, forms):
         return 0, 0
     k = i + 1
     while k < end and data[k] in (0x20, 0x3D, 0x3E):

@@ -19,6 +19,7 @@ from modelyard.corpus.kernels.context import (
     IDENTITY,
     LEAD,
     LINK,
+    LONGEST,
     SUFFIX,
     adjacent,
     after,
@@ -34,6 +35,8 @@ _TAILS = (
 )  # fmt: skip
 _TAIL_BYTES = np.frombuffer("".join(_TAILS).encode(), np.uint8)
 _TAIL_ENDS = np.cumsum([0] + [len(t.encode()) for t in _TAILS]).astype(np.int64)
+_TAIL_LAST = np.zeros(256, np.bool_)
+_TAIL_LAST[[byte for t in _TAILS for byte in (t.encode()[-1], t.upper().encode()[-1])]] = True
 
 _IN_DEGREES = tuple(b" ',.\"-")
 _BETWEEN = tuple(b" ,;NSns" + "°".encode())
@@ -163,16 +166,20 @@ def coordinates(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
 @kernel
 def _street_tail(data: Any, start: Any, end: Any, forms: Any) -> Any:
     """Whether the word data[start:end] ends like the name of a street (Hauptstraße, Nybyvägen)."""
+    if not _TAIL_LAST[data[end - 1]]:
+        return False
     for t in range(len(_TAIL_ENDS) - 1):
-        size = _TAIL_ENDS[t + 1] - _TAIL_ENDS[t]
+        first, j = _TAIL_ENDS[t], _TAIL_ENDS[t + 1] - 1
+        size = j + 1 - first
         # Some letters must come before: "Weg" and "Platz" alone are words.
         if end - start < size + 2:
             continue
-        same = True
-        for j in range(size):
-            byte = data[end - size + j]
-            same = same and (byte | 0x20 if forms[byte] & UPPER else byte) == _TAIL_BYTES[_TAIL_ENDS[t] + j]
-        if same:
+        while j >= first:
+            byte = data[end - size + j - first]
+            if (byte | 0x20 if forms[byte] & UPPER else byte) != _TAIL_BYTES[j]:
+                break
+            j -= 1
+        if j < first:
             return True
     return False
 
@@ -209,7 +216,7 @@ def address(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
     while words < 7 and k + 1 < end and data[k] == 0x20:
         word = k + 1
         k = _name(data, word, end, forms)
-        bits = word_bits(data, word, k, forms)
+        bits = word_bits(data, word, k, forms) if k - word <= LONGEST else 0
         if k == word or (words == 0 and not named and bits & LINK):
             break
         if bits & SUFFIX and named:
@@ -244,15 +251,16 @@ def _street_before(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
             word -= 1
         if word == stop or has(data, word - 1, start, end, forms, DIGIT):
             return i
-        bits = word_bits(data, word, stop, forms)
-        if words == 0 and _capital(data[word], forms) and _street_tail(data, word, stop, forms):
+        capital = _capital(data[word], forms)
+        if words == 0 and capital and _street_tail(data, word, stop, forms):
             return word
-        if bits & LEAD and named:
-            return word
-        if _capital(data[word], forms):
-            named = True
-        elif not bits & LINK:
-            return i
+        if named or not capital:
+            bits = word_bits(data, word, stop, forms) if stop - word <= LONGEST else 0
+            if bits & LEAD and named:
+                return word
+            if not capital and not bits & LINK:
+                return i
+        named = named or capital
         words += 1
         k = word
     return i
