@@ -88,9 +88,13 @@ def calibrate(measurements: Sequence[Measurement], hardware: Hardware) -> Calibr
         scale = moved.mean()
         (x, y), *_ = np.linalg.lstsq(np.stack([flops, moved / scale], axis=1), np.ones_like(flops), rcond=None)
         y /= scale
+        least = 1 / _most(hardware)
+        if 0 < x < least:
+            # With the efficiency at its bound, the bytes explain the rest.
+            x, y = least, (moved * (1 - least * flops)).sum() / (moved**2).sum()
         # A negative part means the runs do not tell the two apart: keep the table's bandwidth.
         if x > 0 and y > 0:
-            best = replace(hardware, efficiency=min(float(1 / x), _most(hardware)), bandwidth=float(1 / y))
+            best = replace(hardware, efficiency=float(1 / x), bandwidth=float(1 / y))
     errors = [abs(predicted(m, best) / m.seconds - 1) for m in measurements]
     return Calibration(best, statistics.fmean(errors), max(errors), len(measurements))
 
