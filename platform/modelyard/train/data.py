@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -44,6 +45,14 @@ def read(data: Sequences, indices: Indices, device: torch.device) -> dict[str, t
         if "loss_mask" in batch:
             batch["loss_mask"].fill_(False)
     return batch
+
+
+class Batches(AbstractContextManager["Batches"], Protocol):
+    """Hands out the micro-batches of one step after the other: a `Feed`, a `StreamFeed`, or rollouts of a policy."""
+
+    def take(self, step: int, more: bool) -> tuple[MicroBatches, float]:
+        """The micro-batches of `step` and the seconds they were waited for; `more`: another step follows."""
+        ...
 
 
 Order = Callable[[int], Indices]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from modelyard.train.checkpoint import Checkpoints, Row, State
 from modelyard.train.clock import Timings, time_collectives
-from modelyard.train.data import Feed, Sequences, StreamFeed, make_order
+from modelyard.train.data import Batches, Feed, Sequences, StreamFeed, make_order
 from modelyard.train.ema import Ema
 from modelyard.train.guard import DivergedError, Guard, Verdict, skipped_in_a_row
 from modelyard.train.hooks import Hooks, Pulse
@@ -31,6 +31,22 @@ from modelyard.train.world import World
 
 TIMED_EVERY = 10
 """Steps between reports of where time goes: rare enough to cost nothing in MLflow."""
+
+
+@dataclass(frozen=True)
+class Additions:
+    """What a program adds to the loop where its data come about while it trains (rollouts of a policy).
+
+    Attributes:
+        batches: makes what hands out the batches from the given step on; None = the job's data by their order.
+        figures: further figures of the step just taken, reported with it. All workers call it together.
+        ends: another reason to end before the budget, from the table of all steps; empty = go on. A function of the
+            table alone, so that all workers and a resumed run agree.
+    """
+
+    batches: Callable[[int], Batches] | None = None
+    figures: Callable[[], dict[str, float]] = dict
+    ends: Callable[[Sequence[Row]], str] = lambda _: ""
 
 
 @dataclass
@@ -52,6 +68,7 @@ class Job:
         hooks: what the outside adds to every step, on all workers.
         sample: writes text with the model as it is at a step. All workers call it together.
         stream: makes the feed of a run that reads a stream from the given step on; None = `data` by its order.
+        additions: of a program whose data come about while it trains.
     """
 
     model: nn.Module
@@ -68,6 +85,7 @@ class Job:
     hooks: Hooks = field(default_factory=Hooks)
     sample: Callable[[int], None] | None = None
     stream: Callable[[int], StreamFeed] | None = None
+    additions: Additions = field(default_factory=Additions)
 
 
 @dataclass
@@ -76,7 +94,7 @@ class Outcome:
 
     `phases` are mean seconds a step by phase since the last start, `stopped` why it ended before its budget, and
     `peak_bytes` the most memory a worker of this machine held, `by_source` the held-out loss of
-    each source where there are several.
+    each source where there are several, `figures` what the program measured besides.
     """
 
     steps: int
@@ -93,6 +111,7 @@ class Outcome:
     stopped: str = ""
     peak_bytes: int = 0
     by_source: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 def fit(job: Job, world: World) -> Outcome:
@@ -138,7 +157,9 @@ def fit(job: Job, world: World) -> Outcome:
     )
 
 
-def _feed(job: Job, world: World, strategy: Strategy, step: int) -> Feed | StreamFeed:
+def _feed(job: Job, world: World, strategy: Strategy, step: int) -> Batches:
+    if job.additions.batches is not None:
+        return job.additions.batches(step)
     if job.stream is not None:
         return job.stream(step)
     share, micro = (strategy.reader, strategy.readers), strategy.micro_batch or job.options.micro_batch
@@ -180,10 +201,10 @@ class _Run:
         self.clock, self.pulse = strategy.clock, Pulse(world, job.hooks)
         time_collectives(job.model, self.clock, world.device)
         self.timings = Timings()
-        self.stopped = stop_reason(job.options.stop, state.history)
+        self.stopped = self._reason_to_end()
         self.objective = checked(job.objective)
 
-    def step(self, step: int, feed: Feed | StreamFeed) -> None:
+    def step(self, step: int, feed: Batches) -> None:
         """One optimizer step: forward and backward, one reduction of everything measured, update, report."""
         options, began = self.job.options, time.perf_counter()
         self.job.hooks.begin(step, self.steps)
@@ -245,7 +266,7 @@ class _Run:
 
     def _report(self, rate: float, means: dict[str, float], norm: float, accepted: bool, seconds: float) -> None:
         done, options = self.state.step, self.job.options
-        extra = {name: value for name, value in means.items() if name != "loss"}
+        extra = {name: value for name, value in means.items() if name != "loss"} | self.job.additions.figures()
         due, limit = options.evaluation(done)
         if self.job.evaluate is not None and due:
             with self.clock("evaluation"):
@@ -266,9 +287,13 @@ class _Run:
             timings=self._timings(),
         )
         self.state.history.append({"step": done, **metrics.series(), **self._marks(accepted)})
-        self.stopped = stop_reason(options.stop, self.state.history)
+        self.stopped = self._reason_to_end()
         if self.world.leads:
             self.job.sink(metrics)
+
+    def _reason_to_end(self) -> str:
+        history = self.state.history
+        return stop_reason(self.job.options.stop, history) or self.job.additions.ends(history)
 
     def _marks(self, accepted: bool) -> Row:
         rewinds = self.guard.rewinds(self.state.history)

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,7 +34,7 @@ from modelyard.train.data import Sequences
 from modelyard.train.denoise import check_sentinels
 from modelyard.train.heldout import Heldout
 from modelyard.train.hooks import Chain, Hooks
-from modelyard.train.loop import Job, Outcome, fit
+from modelyard.train.loop import Additions, Job, Outcome, fit
 from modelyard.train.memory import memory_named
 from modelyard.train.method_options import DenoisingOptions
 from modelyard.train.metrics import Say, Sink, no_say, no_sink
@@ -98,14 +98,14 @@ def pretrain(
     if job.train.objective == "span_corruption":
         denoising = job.train.denoising or DenoisingOptions()
         check_sentinels(config.vocab_size, train.vocab_size, denoising, train.sequence_length)
-    identity = f"{_architecture(config)}, {objective_name(objective)}"
-    setup = _Setup(
+    identity = f"{architecture(config)}, {objective_name(objective)}"
+    setup = Setup(
         job.train, objective, identity, job.checkpoints, train.sequence_length, job.reports, folder / "tokenizer"
     )
-    outcome = _fit(setup, strategy, train, heldout, sink, say, hooks)
+    outcome = run_loop(setup, strategy, train, heldout, sink, say, hooks)
     state = strategy.full_state()
     if world.leads:
-        with _written(job.output) as target:
+        with written(job.output) as target:
             export_model(config, state, target, folder / "tokenizer")
     world.barrier()
     return outcome
@@ -125,22 +125,22 @@ def finetune(
     config = read_config(source)
     objective = choose_objective(job.train, "completion_lm")
     identity = (
-        f"{_architecture(config)}, {objective_name(objective)}, lora {job.lora.model_dump() if job.lora else None}"
+        f"{architecture(config)}, {objective_name(objective)}, lora {job.lora.model_dump() if job.lora else None}"
     )
     strategy = parallelize(model.to(world.device), job.train, world)
-    setup = _Setup(job.train, objective, identity, job.checkpoints, data.sequence_length, job.reports, source)
-    outcome = _fit(setup, strategy, data, heldout, sink, say, hooks)
+    setup = Setup(job.train, objective, identity, job.checkpoints, data.sequence_length, job.reports, source)
+    outcome = run_loop(setup, strategy, data, heldout, sink, say, hooks)
     state = strategy.full_state(trainable_only=job.lora is not None)
     if world.leads:
-        with _written(job.output) as target:
+        with written(job.output) as target:
             _write_finetuned(job, config, state, target)
     world.barrier()
     return outcome
 
 
 @dataclass(frozen=True)
-class _Setup:
-    """What the two programs do differently around the same loop."""
+class Setup:
+    """What the programs do differently around the same loop."""
 
     options: TrainOptions
     objective: Objective
@@ -149,10 +149,11 @@ class _Setup:
     sequence_length: int
     reports: str | None
     tokenizer: Path
+    additions: Additions = field(default_factory=Additions)
 
 
-def _fit(
-    setup: _Setup,
+def run_loop(
+    setup: Setup,
     strategy: Strategy,
     data: Sequences,
     heldout: Sequences | None,
@@ -160,6 +161,7 @@ def _fit(
     say: Say,
     hooks: Hooks | None,
 ) -> Outcome:
+    """The loop with checkpoints, held-out losses, samples and watches as the options ask for them."""
     options, objective, model, world = setup.options, setup.objective, strategy.model, strategy.world
     keeper = None
     if setup.checkpoints:
@@ -171,6 +173,7 @@ def _fit(
     optimizer = make_optimizer(model, options)
     job = Job(model, optimizer, objective, data, setup.sequence_length, options, keeper, evaluate, sink, say, strategy)
     job.hooks = _hooks(setup, world, say, hooks)
+    job.additions = setup.additions
     if options.samples is not None and setup.reports is not None and writes_text(strategy, say):
         job.sample = Sampler(model, setup.tokenizer, options.samples, world, setup.reports)
     with memory_named(world.device):
@@ -178,7 +181,7 @@ def _fit(
     return replace(outcome, by_source=evaluate.by_source if evaluate is not None else {})
 
 
-def _hooks(setup: _Setup, world: World, say: Say, outer: Hooks | None) -> Hooks:
+def _hooks(setup: Setup, world: World, say: Say, outer: Hooks | None) -> Hooks:
     """What the options ask for: a watch over steps, a profile; and what the caller adds."""
     options, found = setup.options, [outer] if outer is not None else []
     if options.step_timeout:
@@ -222,7 +225,7 @@ def check_vocabulary(config: PretrainedConfig, data: TokenDataset) -> None:
         )
 
 
-def _architecture(config: PretrainedConfig) -> str:
+def architecture(config: PretrainedConfig) -> str:
     """What a checkpoint must agree with: the model's type and widths, short enough to print."""
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     sizes = " ".join(f"{name}={getattr(config, name)}" for name in names if hasattr(config, name))
@@ -251,7 +254,7 @@ def _write_finetuned(job: FinetuneJob, config: PretrainedConfig, state: dict[str
 
 
 @contextmanager
-def _written(uri: str) -> Iterator[Path]:
+def written(uri: str) -> Iterator[Path]:
     """A local folder whose content ends up below `uri`, over whatever an interrupted try left there."""
     with tempfile.TemporaryDirectory(prefix="modelyard-model-") as folder:
         yield Path(folder)
