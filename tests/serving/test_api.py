@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from local import LocalServer
 from modelyard.engine import EngineOptions
 from modelyard.serving.keys import add_key, read_keys
 
+# One client for all: each new one reads the certificates of the world, 40 ms.
+HTTP = httpx.Client(timeout=30, limits=httpx.Limits(max_connections=100))
 MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
 
 
@@ -33,7 +36,22 @@ def post(local: LocalServer, body: Any, path: str = "/v1/chat/completions", **kw
     if not isinstance(body, bytes):
         body = json.dumps(body).encode()
     headers = {"content-type": "application/json"} | kwargs.pop("headers", {})
-    return httpx.post(local.url + path, content=body, headers=headers, timeout=30, **kwargs)
+    return HTTP.post(local.url + path, content=body, headers=headers, **kwargs)
+
+
+def connect(local: LocalServer) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", int(local.url.rsplit(":", 1)[1])))
+
+
+def head(length: int) -> bytes:
+    """Of a request whose body of `length` bytes follows."""
+    lines = (
+        "POST /v1/chat/completions HTTP/1.1",
+        "host: x",
+        "content-type: application/json",
+        f"content-length: {length}",
+    )
+    return "\r\n".join((*lines, "", "")).encode()
 
 
 def refusal(response: httpx.Response, status: int) -> dict[str, Any]:
@@ -165,6 +183,7 @@ def test_bad_fields_are_400_and_named(local: LocalServer, change: dict[str, Any]
     error = refusal(post(local, CHAT | change), 400)
     if param is not None:
         assert param in (error["param"] or "")
+    assert "Value error" not in error["message"] and "constrained" not in error["message"] + (error["param"] or "")
     assert local.idle()
 
 
@@ -185,13 +204,20 @@ def test_malformed_bodies_are_400(local: LocalServer, body: bytes) -> None:
     refusal(post(local, body), 400)
 
 
+def test_a_field_of_many_types_is_explained_by_the_nearest(local: LocalServer) -> None:
+    assert refusal(post(local, CHAT | {"stop": ["a", ""]}), 400)["param"] == "stop.1"
+    assert refusal(post(local, b'{"a": '), 400)["message"].startswith("the body is not JSON: ")
+
+
 def test_unknown_model_is_404(local: LocalServer) -> None:
     assert refusal(post(local, CHAT | {"model": "gpt-9"}), 404)["code"] == "model_not_found"
 
 
 def test_unknown_route_and_method(local: LocalServer) -> None:
-    refusal(httpx.get(local.url + "/v2/nothing"), 404)
-    refusal(httpx.get(local.url + "/v1/chat/completions"), 405)
+    refusal(HTTP.get(local.url + "/v2/nothing"), 404)
+    wrong = HTTP.get(local.url + "/v1/chat/completions")
+    refusal(wrong, 405)
+    assert wrong.headers["allow"] == "POST"
 
 
 def test_overlong_prompts_are_400(local: LocalServer) -> None:
@@ -214,12 +240,30 @@ def test_large_bodies_are_413_without_being_read(local: LocalServer) -> None:
         for _ in range(1000):
             yield b"x" * 1000
 
-    response = httpx.post(local.url + "/v1/chat/completions", content=endless(), timeout=30)
+    response = HTTP.post(local.url + "/v1/chat/completions", content=endless(), timeout=30)
     refusal(response, 413)
+    with connect(local) as raw:  # 100 MB, of which not a byte is sent: the answer comes at once
+        raw.sendall(head(100_000_000))
+        assert raw.recv(1000).startswith(b"HTTP/1.1 413")
+
+
+def test_a_body_that_trickles_in_is_given_up(local: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modelyard.serving.middleware.BODY_SECONDS", 0.4)
+    with connect(local) as raw:
+        raw.sendall(head(1000))
+        answer = b""
+        raw.settimeout(0.05)
+        for _ in range(1000):
+            raw.sendall(b" ")
+            with suppress(TimeoutError):
+                answer = raw.recv(1000)
+                break
+        assert answer.startswith(b"HTTP/1.1 408")
+    assert local.idle()
 
 
 def test_a_full_queue_is_429_with_retry_after(local: LocalServer) -> None:
-    body = CHAT | {"max_tokens": 200, "temperature": 0, "logit_bias": {"1": -100}}
+    body = CHAT | {"max_tokens": 100, "temperature": 0, "logit_bias": {"1": -100}}
     with ThreadPoolExecutor(40) as pool:
         codes = list(pool.map(lambda _: post(local, body), range(40)))
     refused = [r for r in codes if r.status_code == 429]
@@ -234,10 +278,8 @@ def test_disconnects_abort_whole_and_streamed(local: LocalServer) -> None:
     before = local.engine.stats().aborted_total
     for stream in (False, True):
         body = json.dumps(CHAT | {"max_tokens": 240, "stream": stream, "logit_bias": {"1": -100}}).encode()
-        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-        head += f"content-length: {len(body)}\r\n\r\n"
-        with socket.create_connection(("127.0.0.1", int(local.url.rsplit(":", 1)[1]))) as raw:
-            raw.sendall(head.encode() + body)
+        with connect(local) as raw:
+            raw.sendall(head(len(body)) + body)
             while local.engine.stats().running == 0:
                 time.sleep(0.001)
             if stream:
@@ -269,8 +311,8 @@ def test_keys_are_asked_for_and_not_stored(tiny_model: Path, tmp_path: Path) -> 
     try:
         for header in ({}, {"authorization": "Bearer wrong"}, {"authorization": key}):
             assert refusal(post(server, CHAT, headers=header), 401)["code"] == "invalid_api_key"
-        assert refusal(httpx.get(server.url + "/metrics"), 401)
-        assert httpx.get(server.url + "/healthz").status_code == 200
+        assert refusal(HTTP.get(server.url + "/metrics"), 401)
+        assert HTTP.get(server.url + "/healthz").status_code == 200
         with openai.OpenAI(base_url=server.url + "/v1", api_key=key) as client:
             assert client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=1).choices
     finally:
@@ -280,15 +322,15 @@ def test_keys_are_asked_for_and_not_stored(tiny_model: Path, tmp_path: Path) -> 
 def test_metrics_and_pages(local: LocalServer) -> None:
     post(local, CHAT | {"max_tokens": 3})
     post(local, CHAT | {"max_tokens": 0})
-    text = httpx.get(local.url + "/metrics").text
+    text = HTTP.get(local.url + "/metrics").text
     values = dict(re.findall(r"^(modelyard_\S+) ([0-9.e+-]+)$", text, re.MULTILINE))
     assert float(values['modelyard_requests_total{code="200",endpoint="/v1/chat/completions"}']) >= 1
     assert float(values['modelyard_errors_total{type="invalid_request_error"}']) >= 1
     assert float(values['modelyard_tokens_total{direction="completion"}']) >= 3
     assert float(values["modelyard_time_to_first_token_seconds_count"]) >= 1
     assert values["modelyard_replicas"] == "1.0"
-    assert httpx.get(local.url + "/healthz").json()["status"] == "ok"
-    assert "<title>modelyard chat</title>" in httpx.get(local.url + "/").text
+    assert HTTP.get(local.url + "/healthz").json()["status"] == "ok"
+    assert "<title>modelyard chat</title>" in HTTP.get(local.url + "/").text
 
 
 def test_embeddings(client: openai.OpenAI, local: LocalServer) -> None:
@@ -298,10 +340,10 @@ def test_embeddings(client: openai.OpenAI, local: LocalServer) -> None:
     assert vectors[0] == vectors[2] != vectors[1]
     assert all(abs(sum(x * x for x in v) - 1) < 1e-4 for v in vectors)
     assert found.usage.prompt_tokens == found.usage.total_tokens > 3
-    one = httpx.post(local.url + "/v1/embeddings", json={"model": "tiny", "input": texts[0]}).json()
+    one = HTTP.post(local.url + "/v1/embeddings", json={"model": "tiny", "input": texts[0]}).json()
     assert one["data"][0]["embedding"] == pytest.approx(vectors[0], abs=1e-6)
     for bad in ({"input": []}, {"input": ""}, {"input": "x", "dimensions": 4}, {"input": "word " * 3000}):
-        assert httpx.post(local.url + "/v1/embeddings", json={"model": "tiny", **bad}).status_code == 400, bad
+        assert HTTP.post(local.url + "/v1/embeddings", json={"model": "tiny", **bad}).status_code == 400, bad
     assert local.idle()
 
 
@@ -313,13 +355,25 @@ def test_answers_match_what_was_asked_for(client: openai.OpenAI, local: LocalSer
     assert json.loads(answer.choices[0].message.content or "")["n"] in (1, 2)
     text = post(local, CHAT | {"regex": "[a-c]{3}", "max_tokens": 20}).json()["choices"][0]["message"]["content"]
     assert re.fullmatch("[a-c]{3}", text)
-    bad = {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}
-    for change in ({"response_format": bad}, {"response_format": {"type": "json_schema"}}, {"regex": "(["},
+    for change in ({"response_format": {"type": "json_schema"}}, {"regex": "(["},
                    {"regex": "a", "response_format": {"type": "json_object"}}):  # fmt: skip
         assert post(local, CHAT | change).status_code == 400, change
     assert local.idle()
 
 
+def test_constraints_nothing_can_satisfy_are_400(local: LocalServer) -> None:
+    pytest.importorskip("llguidance")
+    endless = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}  # shows after its first token
+    for schema in ({"type": "nonsense"}, {"type": "integer", "minimum": 5, "maximum": 3}, {"enum": []}, {"$ref": "#"},
+                   {"const": 1, "type": "string"}, {"$ref": "#/nowhere"}, endless):  # fmt: skip
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        error = refusal(post(local, CHAT | {"response_format": form}), 400)
+        assert error["param"] == "response_format", schema
+    for regex in ("[^\\s\\S]", "a{1000000}"):  # nothing; too large to follow
+        assert refusal(post(local, CHAT | {"regex": regex}), 400)["param"] == "regex"
+    assert local.idle()
+
+
 def test_openapi_describes_the_requests(local: LocalServer) -> None:
-    document = httpx.get(local.url + "/openapi.json").json()
+    document = HTTP.get(local.url + "/openapi.json").json()
     assert {"/v1/completions", "/v1/chat/completions", "/v1/models"} <= set(document["paths"])

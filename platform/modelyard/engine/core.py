@@ -17,9 +17,9 @@ from modelyard.engine.batch import Span, StepBatch, lay_out
 from modelyard.engine.blocks import Blocks
 from modelyard.engine.build import build
 from modelyard.engine.detokenize import Detokenizer
-from modelyard.engine.grammar import Grammars
+from modelyard.engine.grammar import Grammars, Matcher
 from modelyard.engine.options import EngineOptions
-from modelyard.engine.request import EngineStats, Finish, Request, StepOutput
+from modelyard.engine.request import UNSATISFIED, EngineStats, Finish, Request, StepOutput
 from modelyard.engine.sampler import Choice, prompt_logprobs, sample
 from modelyard.engine.scheduler import Scheduler, Sequence
 from modelyard.errors import DataError, ResourceError
@@ -108,8 +108,16 @@ class EngineCore:
         if request.logprobs_from < 1:
             raise DataError("the first token has no probability", place="logprobs_from", mend="begin at 1 or later")
 
-    def add(self, request: Request) -> None:
-        """Queues a request. Raises DataError when it can never run, ResourceError when too many wait."""
+    def compile(self, request: Request) -> Matcher | None:
+        """The matcher of a request with a grammar, else None. Any thread may call it. Raises as `Grammars.compile`."""
+        grammar = request.sampling.grammar
+        return self._grammars.compile(grammar) if grammar and self._grammars else None
+
+    def add(self, request: Request, matcher: Matcher | None = None) -> None:
+        """Queues a request, with what `compile` made of its grammar or else compiling it now.
+
+        Raises DataError when it can never run, ResourceError when too many wait.
+        """
         self.check(request)
         if request.id in self._sequences:
             raise DataError(f"request {request.id} is already running", place="id", mend="use another id")
@@ -117,7 +125,7 @@ class EngineCore:
         if self.scheduler.waiting >= self.options.max_waiting + free:
             raise ResourceError("too many requests are waiting", place="engine", mend="try again later")
         p, adapter = request.sampling, self.adapters[request.adapter] if request.adapter else None
-        matcher = self._grammars.compile(p.grammar) if p.grammar and self._grammars else None
+        matcher = matcher or self.compile(request)
         self._arrivals += 1
         sequence = Sequence(
             request=request,
@@ -284,14 +292,17 @@ class EngineCore:
             self._remove(sequence)
         logprobs = (choice.logprob,) if choice.logprob is not None else ()
         scored = tuple(sequence.scored) if first else ()
-        v = self.version
-        return StepOutput((token,), text, logprobs, finish, v, sequence.waited, "", v, scored, (), sequence.cached)
+        v, matcher = self.version, sequence.matcher
+        error = f"{UNSATISFIED}: {matcher.error}" if finish == "error" and matcher is not None else ""
+        return StepOutput((token,), text, logprobs, finish, v, sequence.waited, error, v, scored, (), sequence.cached)
 
     def _read(self, sequence: Sequence, token: int) -> tuple[str, Finish | None]:
         """Text that became certain with `token`, and why the answer ends with it, if it does."""
         p = sequence.request.sampling
         text = self._text.get(sequence.request.id)
         complete = sequence.matcher is not None and sequence.matcher.accept(token)
+        if sequence.matcher is not None and sequence.matcher.error:
+            return "", "error"
         ends = token in self.config.end_tokens and (sequence.matcher is not None or not p.ignore_eos)
         if token in p.stop_tokens or ends:
             return (text.flush() if text else ""), "stop"

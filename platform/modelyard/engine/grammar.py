@@ -7,6 +7,7 @@ sampling parameters; the model's end token is allowed only where the match may e
 from __future__ import annotations
 
 import json
+import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,9 +28,10 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocabulary: int, ends: Sequence[int]) -> None:
         self._tokenizer, self._vocabulary, self._ends = tokenizer, vocabulary, list(ends)
         self._backend: Any = None
+        self._lock = threading.Lock()
 
     def compile(self, grammar: Grammar) -> Matcher:
-        """A matcher at the beginning of an answer.
+        """A matcher at the beginning of an answer. May take a second for a hostile grammar; any thread may call it.
 
         Raises DataError for a grammar that is malformed or that no answer can satisfy, ResourceError when
         llguidance is not installed.
@@ -37,24 +39,24 @@ class Grammars:
         library = _library()
         source = _source(library, grammar)
         backend = self._tokens(library)
-        state = library.LLMatcher(backend, source, log_level=0)
-        if not state.is_error():
-            matcher = Matcher(state, self._vocabulary)
-            if matcher.allowed().any():
-                return matcher
+        limits = library.LLParserLimits(verbose_errors=False)
+        matcher = Matcher(library.LLMatcher(backend, source, log_level=0, limits=limits), self._vocabulary)
+        if not matcher.error and matcher.allowed().any() and not matcher.error:
+            return matcher
         raise DataError(
-            f"the {grammar.kind} cannot be satisfied: {state.get_error().strip()[:300] or 'no token may begin it'}",
+            f"the {grammar.kind} cannot be satisfied: {matcher.error or 'no token may begin it'}",
             place="grammar",
             mend="correct the schema or expression",
         )
 
     def _tokens(self, library: Any) -> Any:
-        if self._backend is None:
-            ends = self._ends or [self._vocabulary - 1]
-            self._backend = library.LLTokenizer(
-                self._tokenizer.backend.to_str(), n_vocab=self._vocabulary, eos_token=ends
-            )
-        return self._backend
+        with self._lock:
+            if self._backend is None:
+                ends = self._ends or [self._vocabulary - 1]
+                self._backend = library.LLTokenizer(
+                    self._tokenizer.backend.to_str(), n_vocab=self._vocabulary, eos_token=ends
+                )
+            return self._backend
 
 
 class Matcher:
@@ -63,6 +65,17 @@ class Matcher:
     def __init__(self, state: Any, vocabulary: int) -> None:
         self._state, self._vocabulary = state, vocabulary
         self._bits = np.zeros((1, (vocabulary + 31) // 32), dtype=np.int32)
+
+    @property
+    def error(self) -> str:
+        """Why nothing can match any more, empty while something can.
+
+        Some grammars show only on the way that no answer of finite length matches, or that a step costs too much.
+        """
+        if not self._state.is_error():
+            return ""
+        reason = str(self._state.get_error()).removesuffix("<non-verbose/>").strip()
+        return "no token may come next" if reason.startswith("NoExtension") else reason[:300]
 
     def allowed(self) -> np.ndarray:
         """bool [vocabulary]."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelyard.engine.core import EngineCore
+from modelyard.engine.grammar import Matcher
 from modelyard.engine.options import EngineOptions
 from modelyard.engine.request import EngineStats, EngineStopped, Pooling, Request, Scored, StepOutput
 from modelyard.engine.tasks import embed_all, score_all
@@ -84,7 +85,9 @@ class NativeEngine:
     async def submit(self, request: Request) -> AsyncGenerator[StepOutput, None]:
         """See `protocol.Engine.submit`."""
         box = _Mailbox(asyncio.get_running_loop())
-        adding = self._call(lambda: self._add(request, box))
+        # A grammar may take a second to compile, in which the other requests would stand still.
+        matcher = await asyncio.to_thread(self._core.compile, request) if request.sampling.grammar else None
+        adding = self._call(lambda: self._add(request, box, matcher))
         try:
             await asyncio.wrap_future(adding)
         except asyncio.CancelledError:
@@ -100,8 +103,8 @@ class NativeEngine:
             if not finished:
                 self.abort(request.id)
 
-    def _add(self, request: Request, box: _Mailbox) -> None:
-        self._core.add(request)
+    def _add(self, request: Request, box: _Mailbox, matcher: Matcher | None) -> None:
+        self._core.add(request, matcher)
         self._readers[request.id] = box
 
     def abort(self, request_id: str) -> None:

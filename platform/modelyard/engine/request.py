@@ -20,6 +20,10 @@ MAX_STOP_CHARACTERS = 256
 MAX_GRAMMAR_CHARACTERS = 200_000
 
 
+UNSATISFIED = "the answer cannot go on as the grammar asks"
+"""Begins `StepOutput.error` when a grammar turned out to have no matching answer, or to cost too much to follow."""
+
+
 class EngineStopped(ModelyardError):
     """The engine was closed or has failed; another one may answer."""
 

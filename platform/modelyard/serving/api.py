@@ -19,8 +19,9 @@ from starlette.exceptions import HTTPException
 
 from modelyard.engine.request import StepOutput
 from modelyard.errors import StorageError
+from modelyard.serving import describe
 from modelyard.serving.answers import ChatForm, Form, TextForm
-from modelyard.serving.errors import ApiError, unavailable
+from modelyard.serving.errors import ApiError, invalid_field, unavailable
 from modelyard.serving.feedback import FeedbackStore
 from modelyard.serving.middleware import Gate
 from modelyard.serving.schema import ChatRequest, CompletionRequest, EmbeddingRequest, FeedbackRequest
@@ -47,8 +48,9 @@ def build_app(
     _information(app, service, feedback is not None)
     _opinions(app, service, feedback)
     _embeddings(app, service)
+    describe.complete(app, keys=keys is not None)
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None, responses=describe.answers(describe.CHAT, stream=True))
     async def chat(body: ChatRequest, request: Request) -> Response:
         service.check_model(body.model)
         include_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -56,7 +58,7 @@ def build_app(
         jobs = await service.chat_jobs(body, form, _holder(request))
         return await _respond(service, request, jobs, form, stream=body.stream, include_usage=include_usage)
 
-    @app.post("/v1/completions", response_model=None)
+    @app.post("/v1/completions", response_model=None, responses=describe.answers(describe.COMPLETION, stream=True))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         service.check_model(body.model)
         include_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -68,7 +70,7 @@ def build_app(
 
 
 def _embeddings(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/embeddings", response_model=None)
+    @app.post("/v1/embeddings", response_model=None, responses=describe.answers(describe.EMBEDDINGS))
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
         service.check_model(body.model)
         jobs = await service.embedding_jobs(body, f"embd-{uuid.uuid4().hex}", _holder(request))
@@ -95,7 +97,7 @@ def _holder(request: Request) -> str:
 
 
 def _opinions(app: FastAPI, service: Service, store: FeedbackStore | None) -> None:
-    @app.post("/v1/feedback", response_model=None)
+    @app.post("/v1/feedback", response_model=None, responses=describe.answers(describe.FEEDBACK))
     async def feedback(body: FeedbackRequest, request: Request) -> JSONResponse:
         if store is None:
             raise ApiError(404, "this server keeps no feedback", code="feedback_off")
@@ -122,11 +124,11 @@ def _information(app: FastAPI, service: Service, feedback: bool) -> None:
         "feedback": feedback,
     }
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=describe.answers(describe.MODELS))
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [card]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", responses=describe.answers(describe.MODEL))
     async def model(name: str) -> dict[str, Any]:
         service.check_model(name)
         return card
@@ -158,13 +160,14 @@ def _handle_errors(app: FastAPI, service: Service) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"] if part != "body")
-        return respond(ApiError(400, f"{field}: {first['msg']}" if field else first["msg"], param=field or None))
+        return respond(invalid_field(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> JSONResponse:
-        return respond(ApiError(error.status_code, str(error.detail)))
+        unread = error.status_code == 400  # FastAPI's word for bytes that are not UTF-8, or brackets nested too deep
+        answer = respond(ApiError(error.status_code, "the body is not JSON in UTF-8" if unread else str(error.detail)))
+        answer.headers.update(error.headers or {})  # Allow, of a 405
+        return answer
 
 
 async def _respond(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -50,3 +51,34 @@ def overloaded() -> ApiError:
 def unavailable(message: str) -> ApiError:
     """503: no replica can answer now."""
     return ApiError(503, message, kind="server_error", code="unavailable", retry_after=2)
+
+
+_ALTERNATIVES = frozenset({"str", "int", "float", "bool", "Literal"})
+
+
+def invalid_field(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """400: what pydantic found wrong with a body, as one sentence about one field.
+
+    Where a field may be of several types, each alternative has its own complaint: the one that got furthest into the
+    value is the one the sender meant. errors: pydantic's, at least one, with `loc`, `msg` and `type`.
+    """
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        reason = str(first.get("ctx", {}).get("error", "")).rstrip(".")
+        return ApiError(400, f"the body is not JSON: {reason} (at character {first['loc'][-1]})")
+    if first["loc"] == ("body",):
+        return ApiError(400, f"the body: {_sentence(first)}")
+    mine = [e for e in errors if e["loc"][:2] == first["loc"][:2]]
+    best = max(mine, key=lambda e: len(_path(e["loc"])))
+    field = ".".join(_path(best["loc"]))
+    return ApiError(400, f"{field}: {_sentence(best)}", param=field)
+
+
+def _path(loc: Sequence[str | int]) -> list[str]:
+    """Field names and positions, without the names of a union's alternatives."""
+    inner = [str(p) for p in loc[1:2]]
+    return inner + [str(p) for p in loc[2:] if isinstance(p, int) or (p.isidentifier() and p not in _ALTERNATIVES)]
+
+
+def _sentence(error: Mapping[str, Any]) -> str:
+    return str(error["msg"]).removeprefix("Value error, ")

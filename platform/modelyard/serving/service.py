@@ -11,7 +11,7 @@ from functools import reduce
 from importlib.util import find_spec
 from operator import add
 
-from modelyard.engine.request import EngineStopped, Request, Sampling, StepOutput
+from modelyard.engine.request import UNSATISFIED, EngineStopped, Request, Sampling, StepOutput
 from modelyard.engine.tokenizer import Tokenizer
 from modelyard.errors import DataError, ResourceError
 from modelyard.serving.answers import Form
@@ -203,13 +203,13 @@ class Service:
                     if output is None:
                         return
                     watch.saw(output)
-                    _check_finish(output)
+                    _check_finish(output, job.request)
                     yield output
         except TimeoutError:
             message = f"no answer within {self.timeout:.0f} s"
             raise ApiError(504, message, kind="server_error", code="timeout") from None
         except DataError as error:
-            raise ApiError(400, f"{error.what}; {error.mend}", param=error.place) from None
+            raise ApiError(400, f"{error.what}; {error.mend}", param=_field(error.place, job.request)) from None
         except ResourceError:
             raise overloaded() from None
         except EngineStopped:
@@ -311,8 +311,18 @@ class Service:
         return _prompt_tokens(jobs)
 
 
-def _check_finish(output: StepOutput) -> None:
+def _field(place: str, request: Request) -> str:
+    """What an engine's parameter is called in the API."""
+    grammar = request.sampling.grammar
+    if place != "grammar" or grammar is None:
+        return place
+    return "regex" if grammar.kind == "regex" else "response_format"
+
+
+def _check_finish(output: StepOutput, request: Request) -> None:
     """Raises ApiError when the engine gave the request up."""
+    if output.error.startswith(UNSATISFIED):
+        raise ApiError(400, output.error, param=_field("grammar", request), code="grammar")
     if output.finish == "error":
         raise ApiError(500, output.error, kind="server_error", code="engine")
     if output.finish == "abort":
