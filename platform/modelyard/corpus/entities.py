@@ -163,13 +163,12 @@ def _plan(region: str) -> re.Pattern[str] | None:
     The matcher of phonenumbers takes half a millisecond: most numbers are turned away here, none that it would take.
     """
     known = phonenumbers.PhoneMetadata.metadata_for_region(region)
-    if known is None or known.national_prefix_transform_rule or not known.general_desc.national_number_pattern:
+    pattern = known.general_desc.national_number_pattern if known is not None and known.general_desc else None
+    if known is None or known.national_prefix_transform_rule or not pattern:
         return None
     abroad = known.international_prefix or "(?!)"
     national = known.national_prefix_for_parsing or ""
-    return re.compile(
-        f"(?:{abroad})|(?:{known.country_code})?(?:{national})?(?:{known.general_desc.national_number_pattern})"
-    )
+    return re.compile(f"(?:{abroad})|(?:{known.country_code})?(?:{national})?(?:{pattern})")
 
 
 @functools.lru_cache(65536)

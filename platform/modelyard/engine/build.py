@@ -18,6 +18,7 @@ from modelyard.engine.speculate import DraftModel, Guesser, PromptLookup
 from modelyard.engine.tokenizer import Tokenizer
 from modelyard.engine.weights import Weights
 from modelyard.errors import ResourceError
+from modelyard.planner.machine import free_memory
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,7 @@ def _guesser(config: DecoderConfig, length: int, options: EngineOptions) -> Gues
 
 def _blocks(config: DecoderConfig, length: int, options: EngineOptions) -> int:
     """Blocks of the prefix cache: as many as wanted, else as fill all slots, else as memory allows."""
-    import psutil
-
-    bound = options.cache_bytes if options.cache_bytes is not None else int(0.6 * psutil.virtual_memory().available)
+    bound = options.cache_bytes if options.cache_bytes is not None else int(0.6 * free_memory())
     size, token = options.block_tokens, config.cache_bytes_per_token
     slot = -(-length // size)
     slots = slot * options.max_sequences * size * token

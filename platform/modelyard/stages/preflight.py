@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
-
-import psutil
 
 from modelyard.errors import ModelyardError, ResourceError
 from modelyard.planner.cost import carbon_intensity
 from modelyard.planner.estimate import Estimate
+from modelyard.planner.machine import free_memory
 from modelyard.recipe import Recipe
 from modelyard.stages.graph import Planned, plan_context
 from modelyard.storage import Artifact, is_remote
@@ -20,8 +18,16 @@ RAY_BYTES = 1_200_000_000
 DISK_BYTES = 1_000_000_000
 
 
-def preflight(recipe: Recipe, planned: Mapping[str, Planned], artifacts: Mapping[str, Artifact]) -> dict[str, Estimate]:
+def preflight(
+    recipe: Recipe, planned: Mapping[str, Planned], artifacts: Mapping[str, Artifact], *, here: bool = True
+) -> dict[str, Estimate]:
     """Checks every stage that would run and returns its estimate.
+
+    Args:
+        recipe: the loaded recipe.
+        planned: its stages, in order.
+        artifacts: what is published already, by stage.
+        here: the workers will be on this machine, whose memory is known; False on a cluster.
 
     Raises:
         ModelyardError: from a stage's `check`, with the stage named.
@@ -39,12 +45,12 @@ def preflight(recipe: Recipe, planned: Mapping[str, Planned], artifacts: Mapping
         except ModelyardError as error:
             error.place = f"stages.{name}: {error.place}".rstrip(": ")
             raise
-        _memory(name, entry, estimates[name])
+        _memory(name, entry, estimates[name], here)
     _disk(recipe.root)
     return estimates
 
 
-def _memory(name: str, entry: Planned, estimate: Estimate) -> None:
+def _memory(name: str, entry: Planned, estimate: Estimate, here: bool) -> None:
     resources = entry.node.options.resources
     needed = estimate.memory_bytes
     if needed is None:
@@ -57,21 +63,17 @@ def _memory(name: str, entry: Planned, estimate: Estimate) -> None:
             mend="raise it, use more workers (the model is sharded over them), a smaller model, batch or sequence",
         )
     # GPU workers and clusters have memory we cannot see from here.
-    if resources.gpus_per_worker or resources.hardware:
+    if resources.gpus_per_worker or resources.hardware or not here:
         return
-    have = psutil.virtual_memory().available
+    have = free_memory()
     total = needed * resources.workers + RAY_BYTES
-    if total > have and not _on_cluster():
+    if total > have:
         raise ResourceError(
             f"{resources.workers} workers are predicted to need {total / 2**30:.1f} GiB here"
             f" and {have / 2**30:.1f} GiB are free",
             place=f"stages.{name}",
             mend="use fewer workers, a smaller model, batch or sequence, close other programs, or submit to a cluster",
         )
-
-
-def _on_cluster() -> bool:
-    return "RAY_ADDRESS" in os.environ
 
 
 def _disk(root: str) -> None:

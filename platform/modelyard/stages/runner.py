@@ -89,9 +89,10 @@ def run(
         outcome = Outcome(recipe, {name: e.artifact for name, e in planned.items() if e.artifact})
         todo = [entry for entry in planned.values() if entry.artifact is None]
         if todo:
-            preflight(recipe, planned, outcome.artifacts)
+            here = address is None and "RAY_ADDRESS" not in os.environ
+            preflight(recipe, planned, outcome.artifacts, here=here)
             with display or Display() as screen:
-                _execute(recipe, planned, store, outcome, screen, keep, address)
+                _execute(recipe, planned, store, outcome, screen, keep, address, here)
     outcome.seconds = time.monotonic() - started
     return outcome
 
@@ -131,6 +132,7 @@ def _execute(
     display: Display,
     keep: bool,
     address: str | None,
+    here: bool,
 ) -> None:
     from modelyard.tracking import Tracker
 
@@ -141,7 +143,6 @@ def _execute(
     parent = tracker.start_recipe(
         params={"root": recipe.root}, tags={"stages": ",".join(todo)}, fingerprint=_identity(planned)
     )
-    here = address is None and "RAY_ADDRESS" not in os.environ
     execution = _Execution(recipe, planned, store, tracker, parent, display, keep, outcome, here)
     status = "KILLED"
     try:

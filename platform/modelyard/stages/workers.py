@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from modelyard.errors import ResourceError, StageError
+from modelyard.planner.machine import free_memory
 from modelyard.recipe.schema import Options, Resources
 from modelyard.stages.base import StageContext
 from modelyard.stages.live import Rates, drained, make_rates
@@ -213,13 +214,11 @@ def _named(failure: Exception | None, stage: str, estimate: Estimate | None, sai
     """The error a person sees when Ray Train has given up."""
     text = str(failure) if failure is not None else ""
     if any(sign in text for sign in _KILLED_FOR_MEMORY):
-        import psutil
-
         from modelyard.train.memory import out_of_memory
 
         predicted = estimate.memory_bytes if estimate is not None else None
         return out_of_memory("Ray ended a worker because its machine ran out of memory",
-                             psutil.virtual_memory().available, predicted)  # fmt: skip
+                             free_memory(), predicted)  # fmt: skip
     lines = text.strip().splitlines()
     last = f" (before that: {said})" if said else ""
     return StageError(

@@ -12,6 +12,7 @@ import torch
 
 from modelyard.errors import ResourceError
 from modelyard.planner import formatting as fmt
+from modelyard.planner.machine import free_memory
 
 _CPU_SIGN = "can't allocate memory"
 """What torch's CPU allocator says in a plain RuntimeError."""
@@ -34,7 +35,7 @@ def room(device: torch.device) -> int:
     """Bytes this worker could hold: the GPU's memory, or what it has and what the machine has free."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return int(psutil.Process().memory_info().rss + psutil.virtual_memory().available)
+    return int(psutil.Process().memory_info().rss + free_memory())
 
 
 def lacks_memory(error: BaseException) -> bool:

@@ -93,7 +93,9 @@ def word_shingles(data: Any, start: Any, end: Any, n: Any, fold: Any, out: Any) 
     ASCII goes without a branch: where words end cannot be predicted, and a wrong guess costs as much as
     four bytes. So the hash so far is written at every byte, and only the place moves on.
     """
-    count, inside, h = 0, 0, SEED
+    count: Any = 0
+    inside: Any = 0
+    h: Any = SEED
     i = start
     while i < end:
         byte = fold[data[i]]
