@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -128,6 +130,29 @@ def test_history_is_newest_first(tmp_path: Path) -> None:
 def test_unknown_scheme_is_named() -> None:
     with pytest.raises(StorageError, match="gopher:// is not supported"):
         exists("gopher://x")
+
+
+@pytest.mark.parametrize("work", [exists, read_bytes, lambda uri: list(list_files(uri)), lambda uri: find_files([uri])])
+def test_what_keeps_us_from_s3_is_named(work: Callable[[str], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free.getsockname()[1]}")
+    with pytest.raises(StorageError, match="cannot be reached") as caught:
+        work("s3://yard/a")
+    assert "AWS_ACCESS_KEY_ID" in str(caught.value.mend)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    filesystem("s3://yard/a")[0].clear_instance_cache()
+    with pytest.raises(StorageError, match="cannot be reached") as caught:
+        work("s3://yard/a")
+    assert "AWS_ENDPOINT_URL" in str(caught.value.mend)
+    filesystem("s3://yard/a")[0].clear_instance_cache()
 
 
 def test_find_files_on_s3_and_disk_choose_alike(moto_server: str, tmp_path: Path) -> None:

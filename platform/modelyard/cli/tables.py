@@ -26,18 +26,6 @@ if TYPE_CHECKING:
     from modelyard.planner.search import Search
     from modelyard.stages.calibration import Fitted
 
-_UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-
-
-def amount(value: float | None, unit: str = "") -> str:
-    """A number for people: 4.2 M, 1.3 G; empty for None."""
-    if value is None:
-        return ""
-    for size, letter in _UNITS:
-        if abs(value) >= size:
-            return f"{value / size:.1f} {letter}{unit}"
-    return f"{value:,.0f} {unit}".rstrip()
-
 
 def duration(seconds: float | None) -> str:
     """A time for people: 42 s, 5 min 10 s, 2 h 05 min."""
@@ -68,21 +56,23 @@ def _table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
 
 def plan_table(recipe: Recipe, plans: Sequence[StagePlan]) -> RenderableType:
     """The plan: what is done, what runs and why, and the predictions."""
-    right = ("params", "FLOPs", "mem/worker", "time", "cost", "kWh")
+    right = ("params", "FLOPs", "mem/worker", "time", "cost", "energy")
     table = _table(f"{recipe.name}  ->  {short(recipe.root)}", "stage", "kind", "", *right, right=right)
+    # Names are what people look for: they are not broken, and what is empty need not say so.
+    table.columns[0].no_wrap = table.columns[1].no_wrap = table.collapse_padding = True
     for item in plans:
         e = item.estimate
         state = Text("done", "green") if item.cached else Text("runs", "yellow")
-        table.add_row(
-            item.name, item.kind, state, amount(e.parameters), amount(e.flops), amount(e.memory_bytes, "B"),
-            "" if item.cached else duration(e.seconds), f"${e.cost_usd:.2f}" if e.cost_usd else "",
-            f"{e.energy_kwh:.3f}" if e.energy_kwh else "",
+        cells = (
+            fmt.number(e.parameters), fmt.number(e.flops), fmt.size(e.memory_bytes),
+            fmt.duration(None if item.cached else e.seconds), fmt.money(e.cost_usd), fmt.energy(e.energy_kwh),
         )  # fmt: skip
+        table.add_row(item.name, item.kind, state, *("" if cell == "-" else cell for cell in cells))
     reasons = [Text.assemble((f"{p.name} runs: ", "bold"), _reason(p)) for p in plans if not p.cached]
     notes = [Text(f"{p.name}: {note}", "dim") for p in plans for note in p.estimate.notes]
     known = [p.estimate.seconds for p in plans if not p.cached and p.estimate.seconds]
     total = f"{sum(not p.cached for p in plans)} of {len(plans)} stages run; "
-    total += f"predicted {duration(sum(known))}" if known else "time unknown"
+    total += f"predicted {fmt.duration(sum(known))}" if known else "time unknown"
     return Group(table, Text(), *reasons, *notes, Text(total))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from modelyard.errors import DataError
 from modelyard.storage.publish import checksum
-from modelyard.storage.uri import FileRef, Files, filesystem, is_remote, write_bytes
+from modelyard.storage.uri import FileRef, Files, filesystem, is_remote, reached, write_bytes
 
 _MAGIC = "*?["
 
@@ -35,6 +35,7 @@ def find_files(
 
     Raises:
         DataError: a pattern matches nothing, or a file cannot be read.
+        StorageError: S3 cannot be reached.
     """
     found: dict[str, tuple[str, int, str]] = {}
     for pattern in paths:
@@ -68,7 +69,8 @@ def _cap(rows: list[tuple[str, str, int, str]], max_bytes: int | None) -> list[t
 
 def _expand(pattern: str) -> Iterable[tuple[str, int, str, str]]:
     """(uri, bytes, relative name, ETag or empty) of every file a pattern names."""
-    rows = list(_expand_remote(pattern) if is_remote(pattern) else _expand_local(pattern))
+    with reached(pattern):
+        rows = list(_expand_remote(pattern) if is_remote(pattern) else _expand_local(pattern))
     if not rows:
         raise DataError(
             "no file matches this input", place=pattern, mend="check the path; relative paths start where you run"

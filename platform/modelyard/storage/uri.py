@@ -12,6 +12,7 @@ import os
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,17 +121,46 @@ def absolute(uri: str) -> str:
     return uri.rstrip("/") if is_remote(uri) else filesystem(uri)[1]
 
 
+@contextmanager
+def reached(uri: str) -> Iterator[None]:
+    """Names what keeps the body from an S3 URI; a missing file stays a FileNotFoundError.
+
+    Raises:
+        StorageError: no credentials, not allowed, or no answer.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # s3fs, botocore and aiohttp share no base class
+        if not is_remote(uri):
+            raise
+        # Named by class, so that local work never loads botocore.
+        names = {cls.__name__ for cls in type(error).__mro__}
+        if names & {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"}:
+            mend = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or run where a role gives them"
+        elif isinstance(error, PermissionError):
+            mend = "these credentials may not read it: check them and the bucket's policy"
+        elif names & {"BotoCoreError", "ClientError", "OSError"}:
+            mend = "check the network and the endpoint (`endpoint` in the recipe, or AWS_ENDPOINT_URL)"
+        else:
+            raise
+        raise StorageError(f"cannot be reached: {error}", place=uri, mend=mend) from error
+
+
 def exists(uri: str) -> bool:
-    """Whether a file or folder is there."""
+    """Whether a file or folder is there. Raises StorageError when that cannot be told."""
     fs, path = filesystem(uri)
-    return bool(fs.exists(path))
+    with reached(uri):
+        return bool(fs.exists(path))
 
 
 def read_bytes(uri: str) -> bytes:
     """The content of one file. Raises StorageError when it cannot be read."""
     fs, path = filesystem(uri)
     try:
-        return bytes(fs.cat_file(path))
+        with reached(uri):
+            return bytes(fs.cat_file(path))
     except OSError as error:
         raise StorageError(f"cannot read: {error}", place=uri) from error
 
@@ -160,9 +190,10 @@ def list_files(uri: str) -> Iterator[tuple[str, int]]:
     What `write_bytes` of a killed process left half-written is no file: it was never renamed.
     """
     fs, path = filesystem(uri)
-    if not fs.exists(path):
-        return
-    found = fs.find(path, detail=True)
+    with reached(uri):
+        if not fs.exists(path):
+            return
+        found = fs.find(path, detail=True)
     prefix = path.rstrip("/") + "/"
     for name in sorted(found):
         if found[name]["type"] == "file" and not _TEMPORARY.search(name):
