@@ -5,7 +5,8 @@
 One random Llama of 32 M parameters, or the given model; one thread, 64-token prompts, greedy, the same number of tokens
 from every side. Ours keeps no prefixes, since the rounds repeat their prompts. Headline: 32 concurrent requests in
 float32 against transformers' continuous batching. vLLM's CPU build joins when .venv-vllm exists
-(requirements-vllm.txt) or MODELYARD_VLLM_PYTHON names an interpreter that has it.
+(requirements-vllm.txt) or MODELYARD_VLLM_PYTHON names an interpreter that has it, llama.cpp in q8_0 likewise
+(.venv-llama, requirements-llama.txt, MODELYARD_LLAMA_PYTHON).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,23 +99,27 @@ def continuous(model: LlamaForCausalLM, prompts: list[list[int]], tokens: int) -
     return answers
 
 
-def vllm_rates(folder: Path, tokens: int, repeats: int) -> dict[str, Any]:
-    """{"rates", "answers", "version"} of vLLM's CPU build, in float32 and its own process; empty when it is absent."""
-    python = Path(os.environ.get("MODELYARD_VLLM_PYTHON") or CHECKOUT / ".venv-vllm" / "bin" / "python")
+def foreign_rates(name: str, batches: Sequence[int], folder: Path, tokens: int, repeats: int) -> dict[str, Any]:
+    """{"rates", "answers", "version"} of a peer with an interpreter of its own; empty when it is absent.
+
+    name: `vllm` (its CPU build, in float32) or `llama` (llama.cpp, in q8_0).
+    """
+    named = os.environ.get(f"MODELYARD_{name.upper()}_PYTHON")
+    python = Path(named or CHECKOUT / f".venv-{name}" / "bin" / "python")
     if not python.exists():
-        say("vLLM is absent: see tests/benchmarks/requirements-vllm.txt")
+        say(f"{name} is absent: see tests/benchmarks/requirements-{name}.txt")
         return {}
-    script = Path(__file__).parent / "peers" / "vllm_generate.py"
+    script = Path(__file__).parent / "peers" / f"{name}_generate.py"
     done = subprocess.run(
         [str(python), str(script), str(folder), str(tokens), str(repeats)],
-        input=json.dumps([make_prompts(n) for n in CONCURRENT[1:]]),
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        input=json.dumps([make_prompts(n) for n in batches]),
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    say(f"vllm {found['version']}: {found['rates']}")
+    say(f"{name} {found['version']}: {found['rates']}")
     return found
 
 
@@ -131,8 +136,9 @@ def main() -> None:
         if args.model is None:
             save_model(folder)
         results = measure(folder, args.tokens, args.repeats)
-        vllm = vllm_rates(folder, args.tokens, args.repeats)
-    finish(results, vllm)
+        vllm = foreign_rates("vllm", CONCURRENT[1:], folder, args.tokens, args.repeats)
+        llama = foreign_rates("llama", CONCURRENT, folder, args.tokens, args.repeats)
+    finish(results, vllm, llama)
 
 
 def measure(folder: Path, tokens: int, repeats: int) -> dict[str, tuple[float, Answers]]:
@@ -158,8 +164,8 @@ def measure(folder: Path, tokens: int, repeats: int) -> dict[str, tuple[float, A
     return found
 
 
-def finish(found: dict[str, tuple[float, Answers]], vllm: dict[str, Any]) -> None:
-    """Prints the result line. The llama.cpp ratios are null: its build is left to the person who has the time."""
+def finish(found: dict[str, tuple[float, Answers]], vllm: dict[str, Any], llama: dict[str, Any]) -> None:
+    """Prints the result line; ratios to an absent peer are null."""
     rate = {name: value[0] for name, value in found.items()}
     against_vllm = {
         f"ratio_vllm_{n}": rate[f"native fp16 {n}"] / vllm["rates"][str(n)] if vllm else None for n in CONCURRENT[1:]
@@ -183,9 +189,12 @@ def finish(found: dict[str, tuple[float, Answers]], vllm: dict[str, Any]) -> Non
         ratio_static_32=rate["native 32"] / rate["static 32"],
         **against_vllm,
         vllm_version=vllm.get("version"),
-        ratio_llama_1=None,
-        ratio_llama_32=None,
-        rates=rate | {f"vllm {n}": r for n, r in vllm.get("rates", {}).items()},
+        ratio_llama_1=rate["native int8 1"] / llama["rates"]["1"] if llama else None,
+        ratio_llama_32=rate["native int8 32"] / llama["rates"]["32"] if llama else None,
+        llama_version=llama.get("version"),
+        rates=rate
+        | {f"vllm {n}": r for n, r in vllm.get("rates", {}).items()}
+        | {f"llama.cpp q8_0 {n}": r for n, r in llama.get("rates", {}).items()},
     )
 
 

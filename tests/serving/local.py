@@ -30,6 +30,8 @@ class LocalServer:
         timeout: float = 60.0,
         *,
         feedback: FeedbackStore | None = None,
+        adapters: Mapping[str, str] | None = None,
+        max_adapters: int = 8,
         **service: Any,
     ) -> None:
         self.feedback = feedback
@@ -37,11 +39,12 @@ class LocalServer:
         self.service = Service(
             "tiny",
             Tokenizer(folder),
-            LocalBackend(self.engine),
+            LocalBackend(self.engine, adapters, max_adapters),
             max_length=self.engine.max_length,
             max_choices=8,
             timeout=timeout,
             metrics=Metrics(),
+            adapters=tuple(adapters or ()),
             **service,
         )
         app = build_app(self.service, keys=keys, max_body=100_000, feedback=feedback)

@@ -162,6 +162,14 @@ def submit(
             raise ResourceError(f"the job ended as {status}", place=job, mend=f"ray job logs --address {address} {job}")
 
 
+def _adapters(pairs: list[str]) -> dict[str, str]:
+    """Name -> folder from NAME=FOLDER."""
+    found = dict(pair.partition("=")[::2] for pair in pairs)
+    if not all(found.values()):
+        raise typer.BadParameter("write NAME=FOLDER", param_hint="--adapter")
+    return found
+
+
 def serve(
     model: Annotated[str, typer.Argument(help="models:/name@champion, an artifact folder, or a Hugging Face folder")],
     port: Annotated[int, typer.Option(help="0 = any free port")] = 8000,
@@ -180,6 +188,9 @@ def serve(
     feedback: Annotated[
         str | None, typer.Option(help="folder or s3:// URI where thumbs and corrections are kept")
     ] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="NAME=FOLDER of a LoRA adapter, asked for by that model name; repeatable")
+    ] = None,
 ) -> None:
     """Serves a model behind an OpenAI-compatible API until Ctrl-C."""
     from modelyard.serving import Autoscaling, ServeOptions
@@ -195,6 +206,7 @@ def serve(
         cache=CacheOptions(redis_url=redis_url) if cache or redis_url else None,
         limits=Limits(requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute),
         feedback=feedback,
+        adapters=_adapters(adapter or []),
     )
     handle = serve_model(model, root, options, name)
     console.print(f"[bold]{handle.name}[/] at {handle.url}/v1  (chat page {handle.url}/, metrics {handle.url}/metrics)")

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelyard.engine.checkpoint import check_unsafe, read_json, read_tensors
+from modelyard.engine.checkpoint import check_adapter, read_tensors
 from modelyard.engine.weights import Module
 from modelyard.errors import DataError
 
 _NAME = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
-_REFUSED = {"use_dora": "DoRA", "modules_to_save": "fully trained modules", "trainable_token_indices": "token rows"}
 
 
 @dataclass
@@ -52,12 +51,7 @@ def read_adapter(name: str, folder: Path, modules: Mapping[str, Module], salt: b
 
     Raises DataError for a folder that is no LoRA adapter, holds what could execute, or belongs to another base.
     """
-    config_file = folder / "adapter_config.json"
-    if not config_file.is_file():
-        raise DataError("this is not an adapter folder: it has no adapter_config.json", place=str(folder))
-    check_unsafe(folder)
-    config = read_json(config_file)
-    _check(config, str(config_file))
+    config = check_adapter(folder)
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, value in read_tensors(folder):
         found = _NAME.match(key)
@@ -75,16 +69,6 @@ def read_adapter(name: str, folder: Path, modules: Mapping[str, Module], salt: b
         parts.setdefault(module.key, []).append((module, pair["A"], pair["B"] * _scale(config, module_name, pair["A"])))
     adapter.deltas = {key: _fuse(items) for key, items in parts.items()}
     return adapter
-
-
-def _check(config: Mapping[str, Any], place: str) -> None:
-    if config.get("peft_type") != "LORA":
-        raise DataError(f"adapter type {config.get('peft_type')!r} is not supported", place=place, mend="use LoRA")
-    for key, meaning in _REFUSED.items():
-        if config.get(key):
-            raise DataError(f"{meaning} ({key}) are not supported", place=place, mend="merge the adapter into its base")
-    if config.get("bias", "none") != "none":
-        raise DataError("adapters with biases are not supported", place=place, mend="merge the adapter into its base")
 
 
 def _module(name: str, pair: Mapping[str, Tensor], modules: Mapping[str, Module], place: str) -> Module:

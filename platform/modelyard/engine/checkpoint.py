@@ -28,6 +28,11 @@ FAMILIES = {
     "GPT2LMHeadModel": "gpt2",
 }
 _UNSAFE = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".py", ".so")
+_REFUSED_IN_ADAPTERS = {
+    "use_dora": "DoRA",
+    "modules_to_save": "fully trained modules",
+    "trainable_token_indices": "token rows",
+}
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,26 @@ def check_folder(folder: Path) -> None:
                 place=str(folder / name),
                 mend="use a checkpoint of a supported architecture: " + ", ".join(FAMILIES),
             )
+
+
+def check_adapter(folder: Path) -> dict[str, Any]:
+    """The adapter_config.json of a PEFT LoRA folder.
+
+    Raises DataError for a folder that is none, holds what could execute, or has parts the engine does not apply.
+    """
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise DataError("this is not an adapter folder: it has no adapter_config.json", place=str(folder))
+    check_unsafe(folder)
+    config, place = read_json(file), str(file)
+    if config.get("peft_type") != "LORA":
+        raise DataError(f"adapter type {config.get('peft_type')!r} is not supported", place=place, mend="use LoRA")
+    for key, meaning in _REFUSED_IN_ADAPTERS.items():
+        if config.get(key):
+            raise DataError(f"{meaning} ({key}) are not supported", place=place, mend="merge the adapter into its base")
+    if config.get("bias", "none") != "none":
+        raise DataError("adapters with biases are not supported", place=place, mend="merge the adapter into its base")
+    return config
 
 
 def check_unsafe(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 import time
@@ -72,7 +73,7 @@ class EngineCore:
         )
         self._sequences: dict[str, Sequence] = {}
         self._text: dict[str, Detokenizer] = {}
-        self._arrivals = self._adapters_read = 0
+        self._arrivals, self._adapters_read = 0, itertools.count(1)
         self._totals = _Totals()
 
     @property
@@ -332,13 +333,16 @@ class EngineCore:
         finally:  # whatever was replaced before an error makes cached keys and values wrong
             self.scheduler.recompute()
 
-    def load_adapter(self, name: str, folder: str | Path) -> None:
-        """See `protocol.Engine.load_adapter`."""
+    def read_adapter(self, name: str, folder: str | Path) -> Adapter:
+        """An adapter of this model, not loaded yet. Any thread may call it. Raises as `Engine.load_adapter`."""
+        salt = f"{next(self._adapters_read)}:{name}".encode()
+        return read_adapter(name, Path(folder), self.decoder.weights.modules, salt)
+
+    def load_adapter(self, name: str, folder: str | Path | Adapter) -> None:
+        """See `protocol.Engine.load_adapter`; takes what `read_adapter` read, too."""
         if not name or name in self.adapters:
             raise DataError(f"adapter name {name!r} is empty or taken", place="adapter", mend="unload it first")
-        self._adapters_read += 1
-        salt = f"{self._adapters_read}:{name}".encode()
-        self.adapters[name] = read_adapter(name, Path(folder), self.decoder.weights.modules, salt)
+        self.adapters[name] = folder if isinstance(folder, Adapter) else self.read_adapter(name, folder)
 
     def unload_adapter(self, name: str) -> None:
         """See `protocol.Engine.unload_adapter`."""

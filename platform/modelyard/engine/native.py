@@ -152,8 +152,9 @@ class NativeEngine:
         self._call(lambda: setattr(self._core, "paused", False)).result()
 
     def load_adapter(self, name: str, folder: str) -> None:
-        """See `protocol.Engine.load_adapter`. Blocks until the step in progress has ended."""
-        self._call(lambda: self._core.load_adapter(name, folder)).result()
+        """See `protocol.Engine.load_adapter`. Reads in the caller's thread while the engine goes on."""
+        adapter = self._core.read_adapter(name, folder)
+        self._call(lambda: self._core.load_adapter(name, adapter)).result()
 
     def unload_adapter(self, name: str) -> None:
         """See `protocol.Engine.unload_adapter`."""

@@ -54,7 +54,7 @@ def build_app(
     async def chat(body: ChatRequest, request: Request) -> Response:
         service.check_model(body.model)
         include_usage = body.stream_options is not None and body.stream_options.include_usage
-        form = ChatForm(service.name, service.tokenizer, include_usage=include_usage)
+        form = ChatForm(body.model, service.tokenizer, include_usage=include_usage)
         jobs = await service.chat_jobs(body, form, _holder(request))
         return await _respond(service, request, jobs, form, stream=body.stream, include_usage=include_usage)
 
@@ -62,7 +62,7 @@ def build_app(
     async def completions(body: CompletionRequest, request: Request) -> Response:
         service.check_model(body.model)
         include_usage = body.stream_options is not None and body.stream_options.include_usage
-        form = TextForm(service.name, service.tokenizer, include_usage=include_usage)
+        form = TextForm(body.model, service.tokenizer, include_usage=include_usage)
         jobs = await service.text_jobs(body, form, _holder(request))
         return await _respond(service, request, jobs, form, stream=body.stream, include_usage=include_usage)
 
@@ -81,7 +81,7 @@ def _embeddings(app: FastAPI, service: Service) -> None:
         ]
         tokens = service.usage_tokens(jobs)
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return JSONResponse({"object": "list", "model": service.name, "data": data, "usage": usage})
+        return JSONResponse({"object": "list", "model": body.model, "data": data, "usage": usage})
 
 
 def _vector(values: tuple[float, ...], form: str) -> list[float] | str:
@@ -124,14 +124,17 @@ def _information(app: FastAPI, service: Service, feedback: bool) -> None:
         "feedback": feedback,
     }
 
+    def adapted(name: str) -> dict[str, Any]:
+        return card | {"id": name, "root": service.name, "parent": service.name}
+
     @app.get("/v1/models", responses=describe.answers(describe.MODELS))
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card]}
+        return {"object": "list", "data": [card, *(adapted(name) for name in service.adapters)]}
 
     @app.get("/v1/models/{name:path}", responses=describe.answers(describe.MODEL))
     async def model(name: str) -> dict[str, Any]:
-        service.check_model(name)
-        return card
+        adapter = service.check_model(name)
+        return card if adapter is None else adapted(adapter)
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:

@@ -11,7 +11,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from modelyard.engine.checkpoint import check_folder, read_config
+from modelyard.engine.checkpoint import check_adapter, check_folder, read_config
 from modelyard.engine.request import EngineStats, Request, StepOutput
 from modelyard.engine.tokenizer import Tokenizer
 from modelyard.serving.api import build_app
@@ -32,6 +32,7 @@ from modelyard.serving.limits import Limiter
 from modelyard.serving.metrics import Metrics
 from modelyard.serving.options import ServeOptions
 from modelyard.serving.service import Service
+from modelyard.serving.shelf import Shelf
 from modelyard.storage import filesystem, is_remote, join, list_files
 
 log = logging.getLogger(__name__)
@@ -68,16 +69,20 @@ def local_folder(model: str, *, weights: bool) -> Path:
 class EngineReplica:
     """One native engine behind a deployment handle."""
 
-    def __init__(self, model: str, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: str, options: Mapping[str, Any], adapters: Mapping[str, str] | None = None, most: int = 8
+    ) -> None:
         from modelyard.engine.native import NativeEngine
         from modelyard.engine.options import EngineOptions
 
         self._engine = NativeEngine(local_folder(model, weights=True), EngineOptions.model_validate(options))
+        self._shelf = Shelf(self._engine, adapters or {}, most, lambda place: local_folder(place, weights=True))
 
     async def stream(self, request: Request) -> AsyncGenerator[StepOutput, None]:
         """Outputs of one request; what piled up since the last message comes as one."""
-        async for output in self._engine.submit(request):
-            yield output
+        async with self._shelf.lent(request.adapter), aclosing(self._engine.submit(request)) as outputs:
+            async for output in outputs:
+                yield output
 
     async def stats(self) -> EngineStats:
         """The engine's statistics."""
@@ -163,6 +168,7 @@ class Ingress:
             share=c is not None and c.share,
             limiter=Limiter(o.limits),
             version=version,
+            adapters=tuple(o.adapters),
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -185,6 +191,8 @@ def build(
         DataError: the folder cannot be served.
     """
     check_folder(local_folder(model, weights=False))
+    for place in options.adapters.values():
+        check_adapter(local_folder(place, weights=False))
     a = options.autoscaling
     # The engine queues what exceeds its slots, so that a freed slot is filled in the next step, not a round trip later.
     ongoing = options.engine.max_sequences * 2
@@ -210,7 +218,7 @@ def build(
         graceful_shutdown_timeout_s=20,
         ray_actor_options={"num_cpus": 0},
     )
-    engine = replicas.bind(model, options.engine.model_dump())
+    engine = replicas.bind(model, options.engine.model_dump(), options.adapters, options.max_adapters)
     bound: serve.Application = ingress.bind(
         engine, model, name, options.model_dump(), dict(keys) if keys else None, version
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Protocol
 
 from modelyard.engine.request import EngineStats, Request, StepOutput
+from modelyard.serving.shelf import Shelf
 
 if TYPE_CHECKING:
     from modelyard.engine.native import NativeEngine
@@ -27,14 +29,22 @@ class Backend(Protocol):
 
 
 class LocalBackend:
-    """An engine in this process: the application without Ray, as benchmarks and notebooks use it."""
+    """An engine in this process: the application without Ray, as benchmarks and notebooks use it.
 
-    def __init__(self, engine: NativeEngine) -> None:
-        self._engine = engine
+    Args:
+        engine: continues prompts.
+        adapters: name -> folder of LoRA adapters it may load.
+        most: adapters loaded at a time.
+    """
 
-    def stream(self, request: Request) -> AsyncGenerator[StepOutput, None]:
+    def __init__(self, engine: NativeEngine, adapters: Mapping[str, str] | None = None, most: int = 8) -> None:
+        self._engine, self._shelf = engine, Shelf(engine, adapters or {}, most)
+
+    async def stream(self, request: Request) -> AsyncGenerator[StepOutput, None]:
         """See `Backend.stream`."""
-        return self._engine.submit(request)
+        async with self._shelf.lent(request.adapter), aclosing(self._engine.submit(request)) as outputs:
+            async for output in outputs:
+                yield output
 
     async def stats(self) -> list[EngineStats]:
         """See `Backend.stats`."""

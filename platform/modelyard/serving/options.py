@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field, model_validator
 
 from modelyard.engine.options import EngineOptions
 from modelyard.recipe.schema import Bytes, Options
 
+AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
@@ -61,6 +64,10 @@ class ServeOptions(Options):
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 = any free one")
     autoscaling: Autoscaling = Field(Autoscaling(), description="number of engine replicas")
     engine: EngineOptions = Field(EngineOptions(), description="engine of each replica")
+    adapters: dict[AdapterName, str] = Field(
+        {}, description="LoRA adapters by their model name in the API: folder or URI, loaded when first asked for"
+    )
+    max_adapters: int = Field(8, ge=1, description="adapters a replica keeps in memory; the least recently used go")
     cpus_per_replica: float = Field(1.0, gt=0, description="CPU cores Ray reserves for an engine replica")
     gpus_per_replica: float = Field(0.0, ge=0, description="GPUs Ray reserves for an engine replica")
     api_keys: str | None = Field(None, description="file of hashed API keys (modelyard.serving.keys); null = open")

@@ -54,6 +54,7 @@ class Service:
         share: whether an answer is given to other holders of keys.
         limiter: what each holder may use; None = no limits.
         version: of the model, for the cache, headers and feedback.
+        adapters: names of LoRA adapters requests may ask for in place of the model.
     """
 
     def __init__(
@@ -70,17 +71,27 @@ class Service:
         share: bool = False,
         limiter: Limiter | None = None,
         version: str = "",
+        adapters: Sequence[str] = (),
     ) -> None:
         self.name, self.tokenizer, self.backend = name, tokenizer, backend
         self.max_length, self.max_choices, self.timeout = max_length, max_choices, timeout
         self.metrics = metrics
         self.cache, self._share, self.limiter, self.version = cache, share, limiter, version
+        self.adapters = tuple(adapters)
 
-    def check_model(self, name: str) -> None:
-        """Raises a 404 ApiError for another model's name."""
-        if name != self.name:
-            message = f"the model {name[:100]!r} does not exist; this server has {self.name!r}"
+    def check_model(self, name: str) -> str | None:
+        """The adapter a model's name means, written `adapter` or `model:adapter`; None for the model itself.
+
+        Raises a 404 ApiError for another model's name.
+        """
+        if name == self.name:
+            return None
+        adapter = name.removeprefix(f"{self.name}:")
+        if adapter not in self.adapters:
+            message = f"the model {name[:100]!r} does not exist; /v1/models lists what this server has: {self.name!r}"
+            message += f" and {len(self.adapters)} adapters" if self.adapters else ""
             raise ApiError(404, message, param="model", code="model_not_found")
+        return adapter
 
     async def chat_jobs(self, body: ChatRequest, form: Form, holder: str = "") -> list[Job]:
         """The choices of a chat request of a key's holder.
@@ -118,13 +129,14 @@ class Service:
     ) -> list[Job]:
         if len(prompts) * body.n > self.max_choices:
             raise ApiError(400, f"at most {self.max_choices} answers a request", param="n")
+        adapter = self.check_model(body.model)
         jobs: list[Job] = []
         for tokens in prompts:
             sampling = body.sampling(self._room(tokens, field))
             self._check(sampling)
             prompt = tuple(tokens)
             for copy in range(body.n):
-                request = Request(f"{form.id}-{len(jobs)}", prompt, _seeded(sampling, copy))
+                request = Request(f"{form.id}-{len(jobs)}", prompt, _seeded(sampling, copy), adapter=adapter)
                 jobs.append(Job(len(jobs), request, self._key(request, holder)))
         if self.limiter is not None:
             self.limiter.admit(holder, _prompt_tokens(jobs))
@@ -133,10 +145,12 @@ class Service:
     async def embedding_jobs(self, body: EmbeddingRequest, name: str, holder: str = "") -> list[Job]:
         """One job an input. Raises ApiError as above."""
         inputs = [p if isinstance(p, list) else await self._encode(p, special=True) for p in body.inputs()]
-        jobs = []
+        jobs, adapter = [], self.check_model(body.model)
         for i, tokens in enumerate(inputs):
             self._room(tokens, "input")
-            request = Request(f"{name}-{i}", tuple(tokens), task="embed", pooling=body.pooling, detokenize=False)
+            request = Request(
+                f"{name}-{i}", tuple(tokens), task="embed", pooling=body.pooling, detokenize=False, adapter=adapter
+            )
             jobs.append(Job(i, request))
         if self.limiter is not None:
             self.limiter.admit(holder, _prompt_tokens(jobs))

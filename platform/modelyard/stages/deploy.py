@@ -16,7 +16,7 @@ from modelyard.engine.options import EngineOptions
 from modelyard.errors import DataError, StageError
 from modelyard.planner.estimate import Estimate
 from modelyard.recipe.schema import Options, StageOptions, runtime
-from modelyard.serving.options import Autoscaling, CacheOptions, Limits, ServeOptions
+from modelyard.serving.options import AdapterName, Autoscaling, CacheOptions, Limits, ServeOptions
 from modelyard.stages.base import InputSpec, PlanContext, Stage, StageContext, StageResult
 from modelyard.storage import Artifact, Files, is_remote, join, write_bytes
 
@@ -48,6 +48,7 @@ class DeployOptions(StageOptions):
     cache: CacheOptions | None = runtime(None, "response cache; null = every request is computed")
     limits: Limits = runtime(Limits(), "requests and tokens a minute and key")
     feedback: str | None = runtime(None, "folder or s3:// URI for what people say of answers; null = off")
+    adapters: dict[AdapterName, str] = runtime({}, "LoRA adapters by model name in the API: folder or URI")
     haproxy: bool | None = runtime(None, "HAProxy in front (needs api_keys); null = on beyond loopback")
     ready_timeout_s: float = runtime(180.0, "seconds until a server that does not answer is given up", gt=0)
 
@@ -64,6 +65,7 @@ class DeployOptions(StageOptions):
             cache=self.cache,
             limits=self.limits,
             feedback=self.feedback,
+            adapters=self.adapters,
             haproxy=self.haproxy,
             ready_timeout_s=self.ready_timeout_s,
         )
