@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,13 @@ from modelyard.engine import EngineOptions
 from modelyard.errors import DataError, RecipeError, ResourceError
 from modelyard.serving import Autoscaling, ServeOptions, ServerHandle, launch
 from modelyard.serving.keys import add_key
+from modelyard.serving.rollout import calls
 from modelyard.serving.server import check, free_port
+from modelyard.serving.traffic import Variant
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
+
+from tiny import save_model
 
 MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
 CHAT = {"model": "tiny", "messages": MESSAGES}
@@ -38,7 +47,7 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         max_queued=4,
         api_keys=str(keys),
     )
-    handle = launch(str(tiny_model), "tiny", options)
+    handle = launch(str(tiny_model), "tiny", options, version="1")
     yield handle
     handle.shutdown()
 
@@ -52,9 +61,7 @@ def client(server: ServerHandle) -> Iterator[openai.OpenAI]:
 
 def engine_call(method: str) -> list[Any]:
     """What every engine replica answers."""
-    from ray import serve
-
-    return list(serve.get_deployment_handle("engine", "modelyard").broadcast(method).results(timeout_s=10))
+    return calls("engine-1", method, "modelyard")
 
 
 def idle() -> bool:
@@ -176,3 +183,51 @@ def test_key_files_with_raw_keys_are_refused(tmp_path: Path) -> None:
         check(ServeOptions(api_keys=str(tmp_path / "keys.txt"), port=free_port()))
     assert "my-secret" not in str(caught.value)
     assert "keys.txt:1" in caught.value.place
+
+
+def test_another_version_takes_over_without_a_failed_request(
+    server: ServerHandle, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Runs last: from version 1 by a canary to version 2, under load."""
+    other = save_model(tmp_path / "other", seed=5)
+    body = CHAT | {"max_tokens": 12, "temperature": 0, "logit_bias": {"1": -100}}
+    headers = {"authorization": f"Bearer {server.key}"}
+    done = threading.Event()
+
+    def ask(stream: bool) -> set[tuple[int, str, str]]:
+        seen = set()
+        with httpx.Client(headers=headers, timeout=60) as client:
+            while not done.is_set():
+                session = {"x-session-id": str(len(seen))} if stream else {}
+                answer = client.post(
+                    server.url + "/v1/chat/completions", json=body | {"stream": stream}, headers=session
+                )
+                text = answer.text if not stream else "error" * ('"error"' in answer.text)
+                text = answer.json()["choices"][0]["message"]["content"] if answer.is_success and not stream else text
+                seen.add((answer.status_code, answer.headers.get("x-modelyard-version", ""), text))
+        return seen
+
+    rollout = server.rollout
+    assert rollout is not None
+    one, two = Variant("1", str(tiny_model)), Variant("2", str(other))
+    with ThreadPoolExecutor(2) as pool:
+        asking = [pool.submit(ask, stream) for stream in (False, True)]
+        try:
+            rollout.move([one, replace(two, share=0.5)])
+            named = httpx.post(
+                server.url + "/v1/chat/completions", json=body, headers=headers | {"x-modelyard-version": "2"}
+            )
+            rollout.move([two])
+            time.sleep(0.5)
+        finally:
+            done.set()
+        whole, streamed = (future.result() for future in asking)
+    assert named.headers["x-modelyard-version"] == "2"
+    assert {status for status, _, _ in whole | streamed} == {200}
+    assert {text for _, _, text in streamed} == {""}
+    answers = {version: {text for _, v, text in whole if v == version} for version in "12"}
+    assert [len(texts) for texts in answers.values()] == [1, 1], "a prompt met the engine of another version"
+    assert answers["1"] != answers["2"]
+    text = httpx.get(server.url + "/metrics", headers=headers).text
+    assert 'modelyard_replicas{version="1"} 0.0' in text
+    assert 'modelyard_replicas{version="2"} 1.0' in text

@@ -89,6 +89,10 @@ REQUEST_SECONDS = Metric(
 BATCH_OCCUPANCY = Metric("modelyard_batch_occupancy", "gauge", "Requests in the last engine step.")
 KV_SLOTS_USED = Metric("modelyard_kv_slots_used", "gauge", "KV-cache slots in use.")
 REPLICAS = Metric("modelyard_replicas", "gauge", "Engine replicas that answer.")
+SHADOW = Metric(
+    "modelyard_shadow_answers_total", "counter",
+    "Copies answered in the shadow: result is same, different, failed or dropped.", ("result",),
+)  # fmt: skip
 
 _STAGE = ("recipe", "stage")
 TRAIN_LOSS = Metric("modelyard_train_loss", "gauge", "Training loss, nats a token.", _STAGE)
@@ -107,7 +111,7 @@ CURATE_BYTES_KEPT = Metric("modelyard_curate_kept_bytes", "gauge", "UTF-8 bytes 
 
 SERVING = (
     REQUESTS, ERRORS, TOKENS, CACHE, TIME_TO_FIRST_TOKEN, INTER_TOKEN, QUEUE, REQUEST_SECONDS, BATCH_OCCUPANCY,
-    KV_SLOTS_USED, REPLICAS,
+    KV_SLOTS_USED, REPLICAS, SHADOW,
 )  # fmt: skip
 TRAINING = (
     TRAIN_LOSS, TRAIN_HELDOUT_LOSS, TRAIN_STEP, TRAIN_TOKENS, TRAIN_TOKENS_PER_SECOND, TRAIN_LEARNING_RATE,

@@ -8,7 +8,7 @@ import logging
 import struct
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +32,12 @@ log = logging.getLogger(__name__)
 
 
 def build_app(
-    service: Service, *, keys: Mapping[str, str] | None, max_body: int, feedback: FeedbackStore | None = None
+    service: Service,
+    *,
+    keys: Mapping[str, str] | None,
+    max_body: int,
+    feedback: FeedbackStore | None = None,
+    exposition: Callable[[], Awaitable[bytes]] | None = None,
 ) -> FastAPI:
     """The application that serves one model.
 
@@ -41,11 +46,12 @@ def build_app(
         keys: digests of API keys and their holders; None = no key is asked for.
         max_body: largest request body in bytes.
         feedback: keeps what people say of answers; None = the route answers 404.
+        exposition: makes the page of `/metrics`; None = the service's own metrics.
     """
     app = FastAPI(title="modelyard", summary="OpenAI-compatible inference", docs_url=None, redoc_url=None)
     app.add_middleware(Gate, keys=keys, max_body=max_body, metrics=service.metrics)
     _handle_errors(app, service)
-    _information(app, service, feedback is not None)
+    _information(app, service, feedback is not None, exposition)
     _opinions(app, service, feedback)
     _embeddings(app, service)
     describe.complete(app, keys=keys is not None)
@@ -111,7 +117,9 @@ def _opinions(app: FastAPI, service: Service, store: FeedbackStore | None) -> No
         return JSONResponse({"id": name, "object": "feedback"})
 
 
-def _information(app: FastAPI, service: Service, feedback: bool) -> None:
+def _information(
+    app: FastAPI, service: Service, feedback: bool, exposition: Callable[[], Awaitable[bytes]] | None
+) -> None:
     """Routes that generate nothing."""
     created = int(time.time())
     page = (Path(__file__).parent / "static" / "chat.html").read_text(encoding="utf-8")
@@ -142,7 +150,10 @@ def _information(app: FastAPI, service: Service, feedback: bool) -> None:
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        text = service.metrics.render(await service.backend.stats())
+        if exposition is not None:
+            text = await exposition()
+        else:
+            text = service.metrics.render(await service.backend.stats())
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)

@@ -1,4 +1,4 @@
-"""The two Ray Serve deployments: engine replicas that compute, and the ingress that speaks HTTP.
+"""The Ray Serve deployments: engine replicas that compute, a set for each version, and the ingress that speaks HTTP.
 
 The ingress tokenizes and checks, so that what reaches a replica's queue can run; a replica sends one message a
 step a request. A replica that dies before a request's first token costs nothing but time: the ingress asks another.
@@ -6,36 +6,45 @@ step a request. A replica that dies before a request's first token costs nothing
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import shutil
 import tempfile
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
 from ray import serve
 from ray.exceptions import RayActorError
+from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from modelyard.engine.checkpoint import check_adapter, check_folder, read_config
 from modelyard.engine.request import EngineStats, Request, StepOutput
 from modelyard.engine.tokenizer import Tokenizer
+from modelyard.monitor.metrics import SHADOW
+from modelyard.serving import scaling
 from modelyard.serving.api import build_app
 from modelyard.serving.cache import MemoryCache, RedisCache
 from modelyard.serving.errors import overloaded, unavailable
-from modelyard.serving.feedback import FeedbackStore
+from modelyard.serving.feedback import FeedbackStore, append_row
 from modelyard.serving.limits import Limiter
-from modelyard.serving.metrics import Metrics
+from modelyard.serving.metrics import Exposition, Metrics
 from modelyard.serving.options import ServeOptions
 from modelyard.serving.service import Service
 from modelyard.serving.shelf import Shelf
+from modelyard.serving.traffic import Door, Mirror, Route, Traffic, Variant
 from modelyard.storage import filesystem, is_remote, join, list_files
 
 log = logging.getLogger(__name__)
+
+APPLICATION = "modelyard"
 
 ATTEMPTS = 4
 """Replicas asked in turn until one sends a first token."""
@@ -70,12 +79,22 @@ class EngineReplica:
     """One native engine behind a deployment handle."""
 
     def __init__(
-        self, model: str, options: Mapping[str, Any], adapters: Mapping[str, str] | None = None, most: int = 8
+        self,
+        model: str,
+        options: Mapping[str, Any],
+        adapters: Mapping[str, str] | None = None,
+        most: int = 8,
+        *,
+        warm: bool = True,
     ) -> None:
         from modelyard.engine.native import NativeEngine
         from modelyard.engine.options import EngineOptions
+        from modelyard.serving.warm import warm_up
 
-        self._engine = NativeEngine(local_folder(model, weights=True), EngineOptions.model_validate(options))
+        chosen = EngineOptions.model_validate(options)
+        self._engine = NativeEngine(local_folder(model, weights=True), chosen)
+        if warm:
+            log.warning("warmed up in %.1f s", warm_up(self._engine, chosen))
         self._shelf = Shelf(self._engine, adapters or {}, most, lambda place: local_folder(place, weights=True))
 
     async def stream(self, request: Request) -> AsyncGenerator[StepOutput, None]:
@@ -87,6 +106,13 @@ class EngineReplica:
     async def stats(self) -> EngineStats:
         """The engine's statistics."""
         return self._engine.stats()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve's hook: what the autoscaling policy sees of this replica."""
+        stats = self._engine.stats()
+        slots = stats.running / max(1, stats.slots)
+        blocks = stats.blocks_used / max(1, stats.blocks)
+        return {scaling.KV_USED: max(slots, blocks), scaling.WAITING_TOKENS: float(stats.waiting_tokens)}
 
     async def invariants(self) -> list[str]:
         """What is wrong with the engine's bookkeeping; empty when nothing is."""
@@ -136,90 +162,202 @@ class ServeBackend:
 
 
 class Ingress:
-    """HTTP in front of the replicas."""
+    """HTTP in front of the replicas of every version.
+
+    What serves now comes as Serve's `user_config`, so that a change reaches a running ingress and a new one alike:
+    `{"variants": [...]}`, as of `Variant`. Requests in progress end in the version that began them.
+
+    Args:
+        name: the model's name in the API.
+        options: as `ServeOptions`.
+        keys: digests of API keys and their holders, or None.
+        replicas: the engines' handles; unused, but they make the engines part of the application.
+    """
 
     def __init__(
-        self,
-        replicas: DeploymentHandle[Any],
-        model: str,
-        name: str,
-        options: Mapping[str, Any],
-        keys: Mapping[str, str] | None,
-        version: str = "",
+        self, name: str, options: Mapping[str, Any], keys: Mapping[str, str] | None, *replicas: DeploymentHandle[Any]
     ) -> None:
         o = ServeOptions.model_validate(options)
-        folder = local_folder(model, weights=False)
-        self._keys, self._max_body = keys, o.max_body
+        self._name, self._options, self._keys = name, o, keys
         self._feedback = FeedbackStore(o.feedback) if o.feedback else None
-        c = o.cache
-        self._service = Service(
-            name,
-            Tokenizer(folder),
-            ServeBackend(replicas),
+        self._limiter, self._cache = Limiter(o.limits), _cache(o)
+        self._metrics, self._exposition = dict[str, Metrics](), Exposition()
+        self._shadowed: dict[str, CollectorRegistry] = {}
+        self._routes: dict[Variant, Route] = {}
+        self._services: dict[str, Service] = {}
+        self._traffic = Traffic(sticky=o.traffic.sticky)
+
+    async def reconfigure(self, table: Mapping[str, Any]) -> None:
+        """Serve's hook: the versions that serve from now on. A version already here keeps its application."""
+        variants = [Variant(**fields) for fields in table["variants"]]
+        routes = {v: self._routes.get(v) or await self._route(v) for v in variants}
+        shadow = next((route for variant, route in routes.items() if variant.shadow), None)
+        answering = [route for variant, route in routes.items() if not variant.shadow]
+        self._traffic.adopt(answering, self._mirror(shadow) if shadow is not None else None)
+        self._routes = routes
+        self._services = {v.version: self._services[v.version] for v in variants}
+        for version in self._metrics.keys() - self._services.keys():
+            self._metrics[version].observe([])  # its engines are ending: no gauge keeps its last value
+
+    async def versions(self) -> list[str]:
+        """Versions requests are sent to now, the stable one first."""
+        return [route.variant.version for route in self._routes.values()]
+
+    async def _route(self, variant: Variant) -> Route:
+        o, version = self._options, variant.version
+        folder = await asyncio.to_thread(local_folder, variant.model, weights=False)
+        tokenizer = await asyncio.to_thread(Tokenizer, folder)
+        metrics = Metrics() if variant.shadow else self._metrics_of(version)
+        self._services[version] = service = Service(
+            self._name,
+            tokenizer,
+            ServeBackend(serve.get_deployment_handle(engine_name(version), APPLICATION)),
             max_length=read_config(folder).length(o.engine.max_length),
             max_choices=o.max_choices,
             timeout=o.request_timeout_s,
-            metrics=Metrics(),
-            cache=None
-            if c is None
-            else RedisCache(c.redis_url, c.ttl_s)
-            if c.redis_url
-            else MemoryCache(c.max_bytes, c.ttl_s),
-            share=c is not None and c.share,
-            limiter=Limiter(o.limits),
+            metrics=metrics,
+            cache=None if variant.shadow else self._cache,
+            share=o.cache is not None and o.cache.share,
+            limiter=None if variant.shadow else self._limiter,
             version=version,
             adapters=tuple(o.adapters),
         )
+        app = build_app(service, keys=self._keys, max_body=o.max_body, feedback=self._feedback, exposition=self._render)
+        return Route(variant, app)
+
+    def _metrics_of(self, version: str) -> Metrics:
+        if version not in self._metrics:
+            self._metrics[version] = Metrics()
+            self._exposition.add(version, self._metrics[version].registry)
+        return self._metrics[version]
+
+    def _mirror(self, route: Route) -> Mirror:
+        shadow, version = self._options.traffic.shadow, route.variant.version
+        if version not in self._shadowed:
+            self._shadowed[version] = CollectorRegistry()
+            self._exposition.add(version, self._shadowed[version])
+            self._counts = SHADOW.counter(self._shadowed[version])
+        counts, place = self._counts, shadow.log if shadow is not None else None
+
+        def keep(row: Mapping[str, Any]) -> None:
+            if place is not None:
+                append_row(place, row)
+
+        return Mirror(route, route.variant.share, count=lambda result: counts.labels(result).inc(), keep=keep,
+                      texts=shadow is not None and shadow.texts)  # fmt: skip
+
+    async def _render(self) -> bytes:
+        for version, service in list(self._services.items()):
+            if version in self._metrics:
+                self._metrics[version].observe(await service.backend.stats())
+        return self._exposition.render()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self._service, keys=self._keys, max_body=self._max_body, feedback=self._feedback)
+        app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+        app.add_middleware(Door, state=self._traffic)
+        return app
+
+
+def _cache(options: ServeOptions) -> MemoryCache | RedisCache | None:
+    c = options.cache
+    if c is None:
+        return None
+    return RedisCache(c.redis_url, c.ttl_s) if c.redis_url else MemoryCache(c.max_bytes, c.ttl_s)
+
+
+def engine_name(version: str) -> str:
+    """Name of the Serve deployment that computes a version."""
+    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in version)
+    return f"engine-{safe}" if safe else "engine"
 
 
 def build(
-    model: str, name: str, options: ServeOptions, keys: Mapping[str, str] | None, version: str = ""
+    name: str,
+    options: ServeOptions,
+    keys: Mapping[str, str] | None,
+    variants: Sequence[Variant],
+    others: Sequence[Variant] = (),
 ) -> serve.Application:
-    """The Serve application of one model.
+    """The Serve application of one model: an ingress, and a deployment of engine replicas for each version.
+
+    Deployed again with other variants, engines and ingress that stay go on running: Serve compares their versions,
+    which are fixed here by what decides them.
 
     Args:
-        model: URI or path of the model folder, readable from every node.
         name: the model's name in the API.
         options: replicas, limits, engine.
         keys: digests of API keys and their holders, or None.
-        version: of the model, as answers name it.
+        variants: versions that requests go to, the stable one first; their folders are readable from every node.
+        others: versions whose engines run besides: about to be used, or ending what they have begun.
 
     Raises:
-        DataError: the folder cannot be served.
+        DataError: a folder cannot be served.
     """
-    check_folder(local_folder(model, weights=False))
+    engines = {v.version: v for v in (*others, *variants)}
+    for variant in engines.values():
+        check_folder(local_folder(variant.model, weights=False))
     for place in options.adapters.values():
         check_adapter(local_folder(place, weights=False))
-    a = options.autoscaling
     # The engine queues what exceeds its slots, so that a freed slot is filled in the next step, not a round trip later.
     ongoing = options.engine.max_sequences * 2
+    ingress = serve.deployment(serve.ingress()(Ingress)).options(  # type: ignore[attr-defined]
+        name="ingress",
+        # Room for two versions' replicas whatever runs: a changed bound would make Serve announce the ingress anew.
+        max_ongoing_requests=2 * ongoing * options.autoscaling.max_replicas + options.max_queued + 64,
+        graceful_shutdown_timeout_s=20,
+        ray_actor_options={"num_cpus": 0},
+        user_config={"variants": [asdict(v) for v in variants]},
+        version="1",
+        _internal=True,
+    )
+    bound: serve.Application = ingress.bind(
+        name,
+        options.model_dump(),
+        dict(keys) if keys else None,
+        *(_engine(v, options, ongoing) for v in engines.values()),
+    )
+    return bound
+
+
+def _engine(variant: Variant, options: ServeOptions, ongoing: int) -> Any:
+    """The engine replicas of one version."""
     resources: dict[str, Any] = {"num_cpus": options.cpus_per_replica, "num_gpus": options.gpus_per_replica}
-    replicas = serve.deployment(EngineReplica).options(  # type: ignore[attr-defined]
-        name="engine",
+    engine = options.engine.model_dump()
+    decides = repr((variant.model, engine, options.adapters, options.max_adapters, options.warm_up)).encode()
+    replicas = serve.deployment(
+        EngineReplica
+    ).options(  # type: ignore[attr-defined]
+        name=engine_name(variant.version),
         max_ongoing_requests=ongoing,
         max_queued_requests=options.max_queued,
+        max_constructor_retry_count=3,  # a version that cannot start is given up soon, the one before goes on
         health_check_period_s=5,
         graceful_shutdown_timeout_s=20,
         ray_actor_options=resources,
-        autoscaling_config={
-            "min_replicas": a.min_replicas,
-            "max_replicas": a.max_replicas,
-            "target_ongoing_requests": a.target_requests or max(1.0, 0.75 * options.engine.max_sequences),
-            "upscale_delay_s": a.upscale_delay_s,
-            "downscale_delay_s": a.downscale_delay_s,
-        },
+        autoscaling_config=_autoscaling(options),
+        request_router_config=RequestRouterConfig.model_validate(
+            {
+                "request_router_class": "modelyard.serving.affinity.AffinityRouter",
+                "request_router_kwargs": {"imbalance": max(2, options.engine.max_sequences // 2)},
+            }
+        ),
+        version=hashlib.sha256(decides).hexdigest()[:16],
+        _internal=True,
     )
-    ingress = serve.deployment(serve.ingress()(Ingress)).options(  # type: ignore[attr-defined]
-        name="ingress",
-        max_ongoing_requests=ongoing * a.max_replicas + options.max_queued + 64,
-        graceful_shutdown_timeout_s=20,
-        ray_actor_options={"num_cpus": 0},
-    )
-    engine = replicas.bind(model, options.engine.model_dump(), options.adapters, options.max_adapters)
-    bound: serve.Application = ingress.bind(
-        engine, model, name, options.model_dump(), dict(keys) if keys else None, version
-    )
-    return bound
+    return replicas.bind(variant.model, engine, options.adapters, options.max_adapters, warm=options.warm_up)
+
+
+def _autoscaling(options: ServeOptions) -> dict[str, Any]:
+    a, sequences = options.autoscaling, options.engine.max_sequences
+    config: dict[str, Any] = {
+        "min_replicas": a.min_replicas,
+        "max_replicas": a.max_replicas,
+        "upscale_delay_s": a.upscale_delay_s,
+        "downscale_delay_s": a.downscale_delay_s,
+        "target_ongoing_requests": a.target_requests or max(1.0, 0.75 * sequences),
+        "look_back_period_s": 10.5,  # Serve wants more than its 10 s; a longer mean answers a rush too late
+    }
+    if a.target_requests is None:
+        kwargs = {"kv_target": a.target_kv, "tokens_target": a.target_waiting_tokens, "sequences": sequences}
+        config["policy"] = {"policy_function": "modelyard.serving.scaling:EngineLoad", "policy_kwargs": kwargs}
+    return config

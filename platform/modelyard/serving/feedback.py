@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import uuid
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,21 +33,26 @@ class FeedbackStore:
         name = uuid.uuid4().hex
         row = {"id": name, "time": datetime.now(UTC).isoformat(timespec="seconds"), "key": holder,
                "version": body.version or version, **_row(body)}  # fmt: skip
-        await asyncio.to_thread(self._write, row)
+        await asyncio.to_thread(append_row, self._place, row)
         return name
 
-    def _write(self, row: dict[str, Any]) -> None:
-        line = (json.dumps(row, ensure_ascii=True) + "\n").encode()
-        day = str(row["time"])[:10]
-        if is_remote(self._place):
-            write_bytes(join(self._place, day, f"{row['id']}.jsonl"), line)
-            return
-        folder = Path(self._place.removeprefix("file://"))
-        folder.mkdir(parents=True, exist_ok=True)
-        # One write of one line: processes that append to the same file do not mix their lines.
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        with os.fdopen(os.open(folder / f"{day}.jsonl", flags, 0o600), "ab", buffering=0) as file:
-            file.write(line)
+
+def append_row(place: str, row: Mapping[str, Any]) -> None:
+    """Keeps a row with an `id` and a `time`: a line in its day's file of a folder, or an object on S3.
+
+    Raises StorageError or OSError when the place cannot be written.
+    """
+    line = (json.dumps(row, ensure_ascii=True) + "\n").encode()
+    day = str(row["time"])[:10]
+    if is_remote(place):
+        write_bytes(join(place, day, f"{row['id']}.jsonl"), line)
+        return
+    folder = Path(place.removeprefix("file://"))
+    folder.mkdir(parents=True, exist_ok=True)
+    # One write of one line: processes that append to the same file do not mix their lines.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    with os.fdopen(os.open(folder / f"{day}.jsonl", flags, 0o600), "ab", buffering=0) as file:
+        file.write(line)
 
 
 def _row(body: FeedbackRequest) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, disable_created_metrics, generate_latest
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
 
 from modelyard.engine.request import EngineStats, StepOutput
 from modelyard.monitor import metrics as names
@@ -33,15 +35,48 @@ class Metrics:
 
     def render(self, engines: Sequence[EngineStats]) -> bytes:
         """Everything in Prometheus' text format."""
+        self.observe(engines)
+        return generate_latest(self.registry)
+
+    def observe(self, engines: Sequence[EngineStats]) -> None:
+        """Sets the gauges to what the engines say of themselves now."""
         self._occupancy.set(sum(e.last_batch if e.running else 0 for e in engines))
         self._slots.set(sum(e.running for e in engines))
         self._replicas.set(len(engines))
-        return generate_latest(self.registry)
 
     def watch(self, prompt_tokens: int) -> Watch:
         """Starts timing one answer."""
         self.prompt_tokens.inc(prompt_tokens)
         return Watch(self)
+
+
+class Exposition(Collector):
+    """The metrics of several versions as one page: every sample carries the version it belongs to.
+
+    A version's counters stay after it is gone, as counters should.
+    """
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[CollectorRegistry]] = {}
+
+    def add(self, version: str, registry: CollectorRegistry) -> None:
+        """Shows a registry's metrics under a version."""
+        self._parts.setdefault(version, []).append(registry)
+
+    def collect(self) -> Iterator[Family]:
+        """prometheus_client's hook: one family a metric, all versions together."""
+        families: dict[str, Family] = {}
+        for version, registries in self._parts.items():
+            for family in (found for registry in registries for found in registry.collect()):
+                merged = families.setdefault(family.name, Family(family.name, family.documentation, family.type))
+                merged.samples += [s._replace(labels={**s.labels, "version": version}) for s in family.samples]
+        yield from families.values()
+
+    def render(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        registry = CollectorRegistry()
+        registry.register(self)
+        return generate_latest(registry)
 
 
 class Watch:

@@ -18,8 +18,14 @@ class Autoscaling(Options):
 
     min_replicas: int = Field(1, ge=0, description="replicas kept when idle; 0 = none, the first request waits")
     max_replicas: int = Field(1, ge=1, description="replicas at most")
+    target_kv: float = Field(
+        0.75, gt=0, le=1, description="share of a replica's key/value memory that requests should hold; above, more run"
+    )
+    target_waiting_tokens: int = Field(
+        4096, ge=1, description="prompt tokens waiting to be computed that are one more replica's worth"
+    )
     target_requests: float | None = Field(
-        None, gt=0, description="requests in flight a replica aims at; null = three quarters of engine.max_sequences"
+        None, gt=0, description="requests in flight a replica aims at, instead of the engine's load; null = its load"
     )
     upscale_delay_s: float = Field(10.0, ge=0, description="seconds of overload before a replica is added")
     downscale_delay_s: float = Field(300.0, ge=0, description="seconds of idleness before a replica is removed")
@@ -57,6 +63,36 @@ class Limits(Limit):
     keys: dict[str, Limit] = Field({}, description="holder's name -> its own limit")
 
 
+class Canary(Options):
+    """Another version that answers some of the requests; at 50 percent, an A/B test."""
+
+    model: str = Field(description="models:/name@candidate, models:/name/3, an artifact folder, or a model folder")
+    percent: float = Field(10.0, gt=0, lt=100, description="percent of the requests it answers")
+
+
+class Shadow(Options):
+    """Another version that is asked the same and answers nobody; both answers are compared."""
+
+    model: str = Field(description="models:/name@candidate, models:/name/3, an artifact folder, or a model folder")
+    percent: float = Field(100.0, gt=0, le=100, description="percent of the requests that are copied to it")
+    log: str | None = Field(None, description="folder or s3:// URI for a row a comparison; null = counted only")
+    texts: bool = Field(False, description="whether rows hold prompts and answers; else only lengths and times")
+
+
+class Traffic(Options):
+    """Which versions answer, and how one takes another's place."""
+
+    canary: Canary | None = Field(None, description="another version for some of the requests; null = none")
+    shadow: Shadow | None = Field(None, description="another version for copies of requests; null = none")
+    sticky: bool = Field(
+        True, description="one caller (x-session-id header, else API key) is answered by the same version every time"
+    )
+    watch_s: float = Field(10.0, gt=0, description="seconds between two looks at the aliases in MLflow")
+    drain_s: float = Field(
+        120.0, ge=0, description="seconds a version that was replaced may take to end the answers it has begun"
+    )
+
+
 class ServeOptions(Options):
     """Everything `launch` needs besides the model."""
 
@@ -78,6 +114,8 @@ class ServeOptions(Options):
     cache: CacheOptions | None = Field(None, description="response cache; null = every request is computed")
     limits: Limits = Field(Limits(), description="requests and tokens a minute and key")
     feedback: str | None = Field(None, description="folder or s3:// URI for what people say of answers; null = off")
+    traffic: Traffic = Field(Traffic(), description="other versions beside the model: canary, shadow; and how to roll")
+    warm_up: bool = Field(True, description="compile and run every kind of step before a replica takes requests")
     haproxy: bool | None = Field(
         None,
         description="HAProxy in front instead of Serve's Python proxy: half the time to first token under load, but "

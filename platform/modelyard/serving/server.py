@@ -7,17 +7,20 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from modelyard.errors import RecipeError, ResourceError, StageError
+from modelyard.errors import RecipeError, ResourceError
 from modelyard.serving.keys import digest, new_key, read_keys
 from modelyard.serving.options import ServeOptions
+from modelyard.serving.traffic import Variant
 
-APPLICATION = "modelyard"
+if TYPE_CHECKING:
+    from modelyard.serving.rollout import Rollout
+
 SHUTDOWN_SECONDS = 45.0
 _CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 ANYWHERE = frozenset({"0.0.0.0", "::"})  # noqa: S104 - allowed only with API keys
@@ -51,19 +54,27 @@ class ServerHandle:
         url: base URL without `/v1`.
         seconds: from the call to the first answer of `/healthz`.
         key: an API key made for the caller, valid while this server runs; None when none is asked for.
+        rollout: the versions that serve, and how others take their place.
     """
 
     name: str
     url: str
     seconds: float
     key: str | None = field(default=None, repr=False)
+    rollout: Rollout | None = field(default=None, repr=False)
 
     def shutdown(self) -> None:
         """Drains and stops the server and Ray Serve. Ray itself goes on."""
         shutdown()
 
 
-def launch(model: str, name: str, options: ServeOptions | None = None, version: str = "") -> ServerHandle:
+def launch(
+    model: str,
+    name: str,
+    options: ServeOptions | None = None,
+    version: str = "",
+    others: Sequence[Variant] = (),
+) -> ServerHandle:
     """Serves a model folder over HTTP and returns when it answers.
 
     Starts a local Ray when none is connected.
@@ -73,6 +84,7 @@ def launch(model: str, name: str, options: ServeOptions | None = None, version: 
         name: the model's name in the API.
         options: replicas, address, limits, engine.
         version: of the model, as answers name it.
+        others: versions beside it: a canary with a share, one in the shadow.
 
     Raises:
         RecipeError: an address beyond loopback without API keys.
@@ -89,21 +101,23 @@ def launch(model: str, name: str, options: ServeOptions | None = None, version: 
     port = o.port or free_port(o.host)
     import ray
 
-    from modelyard.serving.app import build
+    from modelyard.serving.rollout import Rollout
 
+    rollout = Rollout(name, o, keys, (Variant(version, model), *others))
+    application = rollout.application()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its import set it to INFO
-    application = build(model, name, o, keys, version)
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False)
-    _check_cluster(o)
-    _run(application, o, port)
+    _check_cluster(o, 1 + len(others))
+    _start(o, port)
+    rollout.deploy(application)
     url = f"http://{'127.0.0.1' if o.host in ANYWHERE else o.host}:{port}"
     try:
         _wait(url, started + o.ready_timeout_s)
     except BaseException:
         shutdown()
         raise
-    return ServerHandle(name, url, time.monotonic() - started, key)
+    return ServerHandle(name, url, time.monotonic() - started, key, rollout)
 
 
 def check(options: ServeOptions) -> Mapping[str, str] | None:
@@ -176,7 +190,7 @@ def _serve_runs() -> bool:
     return True
 
 
-def _check_cluster(options: ServeOptions) -> None:
+def _check_cluster(options: ServeOptions, versions: int) -> None:
     import ray
 
     if _serve_runs():
@@ -186,7 +200,7 @@ def _check_cluster(options: ServeOptions) -> None:
             mend="stop it (`serve shutdown -y`), or use another cluster",
         )
     have = float(ray.cluster_resources().get("CPU", 0))
-    need = options.cpus_per_replica * max(1, options.autoscaling.min_replicas)
+    need = options.cpus_per_replica * max(1, options.autoscaling.min_replicas) * versions
     if need > have:
         raise ResourceError(
             f"{need:g} CPUs are needed for the replicas, the cluster has {have:g}",
@@ -195,39 +209,31 @@ def _check_cluster(options: ServeOptions) -> None:
         )
 
 
-def _run(application: Any, options: ServeOptions, port: int) -> None:
+def _start(options: ServeOptions, port: int) -> None:
     from ray import serve
     from ray.serve.config import ControllerOptions, HTTPOptions, ProxyLocation
-    from ray.serve.schema import LoggingConfig
+
+    from modelyard.serving.rollout import quiet
 
     # For Serve's processes alone: in this one a handle must go on working without an event loop.
     chosen = {k: v for k, v in os.environ.items() if k.startswith("RAY_SERVE_")}
     environment = ENVIRONMENT | (HAPROXY_ENVIRONMENT if options.use_haproxy else {}) | chosen
-    # No access log: paths and addresses are personal data, and bodies never enter any log.
-    quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
     serve.start(
         proxy_location=ProxyLocation.HeadOnly if options.loopback else ProxyLocation.EveryNode,
         http_options=HTTPOptions(host=options.host, port=port, request_timeout_s=options.request_timeout_s),
-        logging_config=quiet,
+        logging_config=quiet(),
         controller_options=ControllerOptions(runtime_env={"env_vars": environment}),
-    )
-    serve.run_many(
-        [serve.RunTarget(application, name=APPLICATION, route_prefix="/", logging_config=quiet)],
-        wait_for_applications_running=False,
     )
 
 
 def _wait(url: str, deadline: float) -> None:
     """Returns when the application runs and `/healthz` answers. Raises StageError or ResourceError when not."""
     import httpx
-    from ray import serve
 
-    status = None
+    from modelyard.serving.rollout import reason, running
+
     while time.monotonic() < deadline:
-        status = serve.status().applications.get(APPLICATION)
-        if status is not None and status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise StageError(f"a replica failed to start: {_reason(status)}", place=APPLICATION, mend="see above")
-        if status is not None and status.status == "RUNNING":
+        if running():
             try:
                 if httpx.get(f"{url}/healthz", timeout=5).status_code == 200:
                     return
@@ -235,15 +241,7 @@ def _wait(url: str, deadline: float) -> None:
                 pass  # the proxy is still starting
         time.sleep(0.1)
     raise ResourceError(
-        f"the server did not answer in time: {_reason(status)}",
+        f"the server did not answer in time: {reason()}",
         place=url,
         mend="check that the cluster has free CPUs and memory, or raise ready_timeout_s",
     )
-
-
-def _reason(status: Any) -> str:
-    """What Serve says about an application and its deployments, on a few lines."""
-    if status is None:
-        return "the application is unknown to Serve"
-    parts = [status.message] + [f"{n}: {d.status} {d.message}" for n, d in status.deployments.items()]
-    return "\n".join(p.strip() for p in parts if p.strip())[:4000] or str(status.status)

@@ -1,0 +1,67 @@
+"""What a replica does before it reports ready: every kernel is compiled and every kind of step has run once.
+
+Without it the first request pays: the CPU kernels are compiled at their first call (up to a minute; afterwards they
+lie in Numba's cache on disk, and a second replica of the machine loads them in under a second).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+from modelyard.engine.options import EngineOptions
+from modelyard.engine.protocol import Engine
+from modelyard.engine.request import Request, Sampling
+
+CHUNK = 64
+"""Tokens of the longest prompt of the warm-up: a chunk of a prefill, at little cost on a big model."""
+
+
+def requests(engine: Engine, options: EngineOptions) -> list[Request]:
+    """Two rounds' worth of small requests: a long and short prompts, greedy and sampled, with log-probabilities."""
+    room = min(CHUNK, options.step_tokens, engine.max_length - 4)
+    prompt = tuple(i % engine.vocabulary for i in range(max(1, room)))
+    sampled = Sampling(max_tokens=3, temperature=0.7, top_p=0.9, top_k=8, seed=1, ignore_eos=True)
+    plain = Sampling(max_tokens=3, temperature=0.0, ignore_eos=True)
+    likely = Sampling(max_tokens=2, temperature=0.0, logprobs=1, presence_penalty=0.1, ignore_eos=True)
+    short = prompt[: max(1, room // 8)]
+    return [
+        Request("warm-long", prompt, plain, detokenize=False),
+        Request("warm-sampled", short, sampled, detokenize=False),
+        Request("warm-likely", short, likely, detokenize=False),
+        Request("warm-embed", short, task="embed", detokenize=False),
+    ]
+
+
+def warm_up(engine: Engine, options: EngineOptions) -> float:
+    """Runs the warm-up to its end and returns its seconds.
+
+    It blocks, whether or not the calling thread has an event loop. Raises what the engine raises.
+    """
+    started, failed = time.perf_counter(), []
+
+    def run() -> None:
+        try:
+            asyncio.run(_all(engine, options))
+        except Exception as error:  # raised again in the caller's thread
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="warm-up")
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    return time.perf_counter() - started
+
+
+async def _all(engine: Engine, options: EngineOptions) -> None:
+    async def once(request: Request) -> None:
+        async for output in engine.submit(request):
+            if output.finish == "error":
+                raise RuntimeError(f"the warm-up failed: {output.error}")
+
+    first, *rest = requests(engine, options)
+    await once(first)  # alone: a step of one sequence
+    room = min(len(rest), options.max_sequences + options.max_waiting)
+    await asyncio.gather(*(once(request) for request in rest[:room]))
