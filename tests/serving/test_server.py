@@ -150,7 +150,7 @@ def test_too_many_requests_are_429_and_the_rest_is_answered(server: ServerHandle
 def test_metrics_count_replicas(server: ServerHandle) -> None:
     text = httpx.get(server.url + "/metrics", headers={"authorization": f"Bearer {server.key}"}).text
     assert "modelyard_replicas " in text
-    assert 'modelyard_tokens_total{direction="completion"}' in text
+    assert 'modelyard_tokens_total{direction="completion",version="1"}' in text
 
 
 def test_a_second_server_on_the_same_cluster_is_refused(server: ServerHandle, tiny_model: Path) -> None:

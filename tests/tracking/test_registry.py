@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from modelyard.errors import DataError
-from modelyard.tracking import Registry, register, resolve
+from modelyard.tracking import Aliases, Move, Registry, register, resolve
+from modelyard.tracking.aliases import previous
 from modelyard.tracking.store import Unreachable
 
 FIRST, SECOND = "1" * 64, "2" * 64
@@ -103,3 +104,48 @@ def test_mlflow_itself_loads_a_registered_model_and_generates(root: Path, tmp_pa
     assert len(long) == len(short) == 1
     assert long[0].startswith(short[0])
     assert len(short[0].replace(" ", "")) <= 3
+
+
+def moves(*steps: tuple[int, int, bool]) -> list[Move]:
+    return [Move(version, before, "", "", "", back) for version, before, back in steps]
+
+
+@pytest.mark.parametrize(
+    ("history", "now", "numbers", "expected"),
+    [
+        (moves((1, 0, False), (2, 1, False), (3, 2, False)), 3, [1, 2, 3], 2),
+        (moves((1, 0, False), (2, 1, False), (3, 2, False), (2, 3, True)), 2, [1, 2, 3], 1),
+        (moves((1, 0, False), (2, 1, False), (1, 2, True), (3, 1, False)), 3, [1, 2, 3], 1),
+        (moves((1, 0, False), (2, 1, False)), 5, [1, 2, 5], 2),  # moved elsewhere since
+        (moves((4, 2, False)), 4, [1, 2, 3, 4], 2),  # the first move that was written down
+        (moves((1, 0, False)), 1, [1], None),
+        ([], 3, [1, 2, 3], 2),
+        ([], 1, [1], None),
+    ],
+)
+def test_where_an_alias_goes_back_to(history: list[Move], now: int, numbers: list[int], expected: int | None) -> None:
+    assert previous(history, now, numbers) == expected
+
+
+def test_an_alias_goes_back_step_by_step_and_every_move_is_kept(root: Path, tmp_path: Path) -> None:
+    registry = Registry(str(root))
+    for digit in "123":
+        registry.register("demo", str(tmp_path / digit), fingerprint=digit * 64)
+    aliases = Aliases(registry)
+    assert [aliases.rollback("demo", reason=why).version for why in ("slow", "slower")] == [2, 1]
+    assert registry.resolve("models:/demo@champion").version == 1
+    with pytest.raises(DataError, match="no version before 1"):
+        aliases.rollback("demo")
+    assert aliases.move("demo", "champion", 1, "again") is None
+    assert aliases.rollback("demo", to=3).version == 3
+    kept = [(m.before, m.version, m.reason, m.back) for m in aliases.history("demo", "champion")]
+    assert kept[2:] == [(2, 3, "registered", False), (3, 2, "slow", True), (2, 1, "slower", True),
+                        (1, 3, "rollback", True)]  # fmt: skip
+    for mistake in (lambda: aliases.rollback("nobody"), lambda: aliases.rollback("demo", "candidate"),
+                    lambda: aliases.move("demo", "champion", 9, "")):  # fmt: skip
+        with pytest.raises(DataError):
+            mistake()
+    for _ in range(30):  # MLflow's tags hold 5000 characters
+        aliases.move("demo", "champion", 1, "x" * 200)
+        aliases.move("demo", "champion", 2, "y" * 200)
+    assert 5 < len(aliases.history("demo", "champion")) < 60

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import typer
 from rich.console import Console
 
-from modelyard.cli import ask, look, plan, work
+from modelyard.cli import ask, look, plan, versions, work
 from modelyard.errors import ModelyardError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
 plan.add(app)
 work.add(app)
 look.add(app)
+versions.add(app)
 ask.add(app)
 
 

@@ -119,6 +119,7 @@ def _durable(recipe: Recipe) -> Recipe:
 def _wait(console: Console) -> None:
     from modelyard.serving import shutdown
     from modelyard.stages import session
+    from modelyard.stages.served import stop_watching
 
     console.print("[bold]serving[/] until Ctrl-C")
     try:
@@ -126,6 +127,7 @@ def _wait(console: Console) -> None:
             time.sleep(3600)
     except KeyboardInterrupt:
         console.print("shutting down")
+        stop_watching()
         shutdown()
         session.stop()
 
@@ -191,10 +193,16 @@ def serve(
     adapter: Annotated[
         list[str] | None, typer.Option(help="NAME=FOLDER of a LoRA adapter, asked for by that model name; repeatable")
     ] = None,
+    canary: Annotated[str | None, typer.Option(help="another model that answers some of the requests")] = None,
+    percent: Annotated[float, typer.Option(help="percent of the requests that --canary answers")] = 10.0,
+    shadow: Annotated[str | None, typer.Option(help="another model that is asked the same and answers nobody")] = None,
+    shadow_log: Annotated[
+        str | None, typer.Option(help="folder or s3:// URI for how the shadow's answers compare")
+    ] = None,
 ) -> None:
-    """Serves a model behind an OpenAI-compatible API until Ctrl-C."""
+    """Serves a model behind an OpenAI-compatible API until Ctrl-C. An alias that moves is followed."""
     from modelyard.serving import Autoscaling, ServeOptions
-    from modelyard.serving.options import CacheOptions, Limits
+    from modelyard.serving.options import CacheOptions, Canary, Limits, Shadow, Traffic
     from modelyard.stages.serve import serve_model
 
     console = Console()
@@ -207,7 +215,11 @@ def serve(
         limits=Limits(requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute),
         feedback=feedback,
         adapters=_adapters(adapter or []),
+        traffic=Traffic(
+            canary=Canary(model=canary, percent=percent) if canary else None,
+            shadow=Shadow(model=shadow, log=shadow_log) if shadow else None,
+        ),
     )
-    handle = serve_model(model, root, options, name)
+    handle = serve_model(model, root, options, name, lambda text: console.print(text, markup=False, highlight=False))
     console.print(f"[bold]{handle.name}[/] at {handle.url}/v1  (chat page {handle.url}/, metrics {handle.url}/metrics)")
     _wait(console)

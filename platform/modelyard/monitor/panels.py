@@ -98,6 +98,13 @@ SERVING = Row(
                Query(f"sum({m.KV_SLOTS_USED.name})", "KV slots"))),
         Panel("Response cache", "Cacheable answers a second, kept or computed.", "reqps", _rate(m.CACHE, "result")),
         Panel("Request time", "From arrival to the last byte.", "s", _quantiles(m.REQUEST_SECONDS)),
+        Panel("Answers by version", "Requests a second each version answers: canary and A/B.", "reqps",
+              _rate(m.REQUESTS, "version")),
+        Panel("First token by version", "95th percentile from arrival.", "s",
+              (Query(f"histogram_quantile(0.95, sum by (le, version) (rate({m.TIME_TO_FIRST_TOKEN.name}_bucket[5m])))",
+                     "{{version}}"),)),
+        Panel("Shadow", "Copies answered in the shadow a second, by how they compare.", "reqps",
+              _rate(m.SHADOW, "result")),
     ),
 )  # fmt: skip
 
@@ -106,7 +113,7 @@ RAY_SERVE = Row(
     (
         Panel("Healthy replicas", "By deployment, as Serve sees them.", "short",
               (Query("sum by (deployment) (ray_serve_deployment_replica_healthy)", "{{deployment}}"),)),
-        Panel("Queued queries", "Waiting for a replica; autoscaling follows it.", "short",
+        Panel("Queued queries", "Waiting for a replica; autoscaling counts them.", "short",
               (Query("sum by (deployment) (ray_serve_deployment_queued_queries)", "{{deployment}}"),)),
         Panel("Processing time p95", "In a replica.", "ms",
               (Query("histogram_quantile(0.95, sum by (le, deployment) "

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from modelyard.engine.options import EngineOptions
-from modelyard.errors import DataError, StageError
+from modelyard.errors import DataError, RecipeError, StageError
 from modelyard.planner.estimate import Estimate
 from modelyard.recipe.schema import Options, StageOptions, runtime
-from modelyard.serving.options import AdapterName, Autoscaling, CacheOptions, Limits, ServeOptions
+from modelyard.serving.options import AdapterName, Autoscaling, CacheOptions, Limits, ServeOptions, Traffic
+from modelyard.serving.traffic import Variant
 from modelyard.stages.base import InputSpec, PlanContext, Stage, StageContext, StageResult
+from modelyard.stages.serve import find_model
+from modelyard.stages.served import Reference, Served, references, variants
 from modelyard.storage import Artifact, Files, is_remote, join, write_bytes
 
 if TYPE_CHECKING:
@@ -38,6 +41,9 @@ class DeployOptions(StageOptions):
     """Options of the deploy stage."""
 
     kind: Literal["deploy"] = Field("deploy", description="stage kind")
+    reference: str | None = Field(
+        None, description="models:/name@alias to serve instead of an input; an alias that moves is followed"
+    )
     name: str | None = Field(None, description="the model's name in the API; null = the registered or recipe's name")
     autoscaling: Autoscaling = Field(Autoscaling(), description="number of engine replicas")
     engine: EngineOptions = Field(EngineOptions(), description="engine of each replica")
@@ -49,6 +55,7 @@ class DeployOptions(StageOptions):
     limits: Limits = runtime(Limits(), "requests and tokens a minute and key")
     feedback: str | None = runtime(None, "folder or s3:// URI for what people say of answers; null = off")
     adapters: dict[AdapterName, str] = runtime({}, "LoRA adapters by model name in the API: folder or URI")
+    traffic: Traffic = runtime(Traffic(), "other versions beside the model: canary, shadow; and how to roll")
     haproxy: bool | None = runtime(None, "HAProxy in front (needs api_keys); null = on beyond loopback")
     ready_timeout_s: float = runtime(180.0, "seconds until a server that does not answer is given up", gt=0)
 
@@ -66,6 +73,7 @@ class DeployOptions(StageOptions):
             limits=self.limits,
             feedback=self.feedback,
             adapters=self.adapters,
+            traffic=self.traffic,
             haproxy=self.haproxy,
             ready_timeout_s=self.ready_timeout_s,
         )
@@ -84,15 +92,22 @@ class DeployStage(Stage[DeployOptions]):
     """Starts the server, waits for it, asks one question, and stops it unless it is to be kept."""
 
     kind = "deploy"
+    version = 2
     Options = DeployOptions
     inputs: ClassVar[Mapping[str, InputSpec]] = {
-        "model": InputSpec(kinds=("finetune", "pretrain", "register"), files=True)
+        "model": InputSpec(kinds=("finetune", "pretrain", "register"), files=True, required=False)
     }
 
     def check(self, ctx: PlanContext[DeployOptions]) -> None:
         """Refuses a used port, an address without keys, and a folder that cannot be served."""
         from modelyard.serving.server import check
 
+        if (ctx.options.reference is None) == ("model" not in ctx.options.inputs):
+            raise RecipeError(
+                "give either the input `model` or `reference`",
+                place=ctx.name,
+                mend="write inputs: {model: <stage or folder>}, or reference: models:/name@champion",
+            )
         check(ctx.options.serve_options())
         if (given := ctx.inputs.get("model")) is not None:
             self._check_model(given)
@@ -124,17 +139,20 @@ class DeployStage(Stage[DeployOptions]):
         """Deploys, asks, writes `deployment.json`."""
         from modelyard.serving import launch
 
-        given = ctx.inputs["model"]
-        uri, name = model_uri(given), ctx.options.name or _name(given) or ctx.recipe
+        options = ctx.options.serve_options()
+        model, found, wanted = _models(ctx, options)
+        name = ctx.options.name or found or ctx.recipe
         ctx.progress.say(f"starting {name}")
-        handle = launch(uri, name, ctx.options.serve_options(), _version(given))
+        handle = launch(model.model, name, options, model.version, variants(wanted[1:], ctx.root, [model])[1:])
         kept = False
         try:
             ctx.progress.say(f"{handle.url} answers after {handle.seconds:.1f} s")
             answer = ask(handle, ctx.options.smoke)
             ctx.progress.say(f"asked:    {ctx.options.smoke.prompt!r}")
             ctx.progress.say(f"answered: {answer.text!r} ({answer.tokens} tokens in {answer.seconds:.2f} s)")
-            result = self._record(ctx, handle, uri, answer)
+            result = self._record(ctx, handle, model.model, answer)
+            if ctx.keep:
+                Served(handle, wanted, ctx.root, options, ctx.progress.say, {"stage_run": ctx.run.id or ""})
             kept = ctx.keep
         finally:
             if not kept:
@@ -167,6 +185,18 @@ class DeployStage(Stage[DeployOptions]):
         state = f"runs at {handle.url}" if ctx.keep else "answered and stopped"
         summary = f"{handle.name} {state}; {a.min_replicas}-{a.max_replicas} replicas, {answer.seconds:.2f} s an answer"
         return StageResult(summary, metrics=metrics, extra={"name": handle.name, "url": handle.url, "model": uri})
+
+
+def _models(ctx: StageContext[DeployOptions], options: ServeOptions) -> tuple[Variant, str | None, list[Reference]]:
+    """The model to serve, its registered name, and what to follow from then on."""
+    if ctx.options.reference is not None:
+        uri, name, version = find_model(ctx.options.reference, ctx.root)
+        return Variant(version, uri), name, references(ctx.options.reference, options)
+    given = ctx.inputs["model"]
+    uri, follow = model_uri(given), model_uri(given)
+    if isinstance(given, Artifact) and given.manifest.kind == "register":
+        follow = "models:/{name}@{alias}".format(**given.manifest.extra)
+    return Variant(_version(given), uri), _name(given), references(follow, options)
 
 
 def model_uri(given: Artifact | Files) -> str:

@@ -98,8 +98,13 @@ def run(
 
 
 def _deployments(recipe: Recipe, keep: bool) -> frozenset[str]:
-    # A deployment that should stay up has to be made even if an earlier one was published.
-    return frozenset(name for name, options in recipe.stages.items() if keep and options.kind == "deploy")
+    # A deployment that should stay up has to be made even if an earlier one was published, and so has one of an alias,
+    # which may mean another version by now.
+    return frozenset(
+        name
+        for name, options in recipe.stages.items()
+        if options.kind == "deploy" and (keep or getattr(options, "reference", None) is not None)
+    )
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,8 @@ from modelyard.storage import ArtifactStore, absolute, exists, join
 
 if TYPE_CHECKING:
     from modelyard.serving import ServeOptions, ServerHandle
+
+log = logging.getLogger(__name__)
 
 
 def find_model(reference: str, root: str) -> tuple[str, str, str]:
@@ -46,18 +50,29 @@ def find_model(reference: str, root: str) -> tuple[str, str, str]:
     return uri, name, version
 
 
-def serve_model(reference: str, root: str, options: ServeOptions, name: str | None = None) -> ServerHandle:
-    """Starts Ray and a server for the model and returns when it answers.
+def serve_model(
+    reference: str, root: str, options: ServeOptions, name: str | None = None, say: Callable[[str], None] | None = None
+) -> ServerHandle:
+    """Starts Ray and a server for the model, and returns when it answers.
+
+    It follows the aliases it was given, and writes its figures to MLflow, until
+    :func:`modelyard.stages.served.stop_watching`. `say` takes one-line notices.
 
     Raises what :func:`find_model` and :func:`modelyard.serving.launch` raise.
     """
     from modelyard.serving.server import HAPROXY_ENVIRONMENT, check, launch
+    from modelyard.stages.served import Served, references, variants
 
-    uri, found, version = find_model(reference, root)
+    _, found, _ = find_model(reference, root)
+    wanted = references(reference, options)
+    stable, *others = variants(wanted, root)
     check(options)
     if options.use_haproxy:
         # Ray's processes inherit this: it has to be there before they start.
         os.environ.update(HAPROXY_ENVIRONMENT)
+    # One version's replicas more: a new version starts beside the old one.
     replicas = options.autoscaling.max_replicas * options.cpus_per_replica
-    session.start(replicas + 1)
-    return launch(uri, name or found, options, version)
+    session.start(replicas * (1 + len(others)) + max(1, options.autoscaling.min_replicas) * options.cpus_per_replica)
+    handle = launch(stable.model, name or found, options, stable.version, others)
+    Served(handle, wanted, absolute(root), options, say or log.info)
+    return handle

@@ -5,6 +5,7 @@ when it cannot be reached, to a spool on disk that is replayed later. `import ml
 it happens inside functions and importing this room is cheap.
 """
 
+from modelyard.tracking.aliases import Aliases, Move
 from modelyard.tracking.history import FinishedRun, History
 from modelyard.tracking.redact import flatten, redact
 from modelyard.tracking.registry import ModelVersion, Registry, register, resolve
@@ -15,9 +16,11 @@ from modelyard.tracking.tracker import Tracker
 from modelyard.tracking.ui import Ui, ui, ui_command
 
 __all__ = [
+    "Aliases",
     "FinishedRun",
     "History",
     "ModelVersion",
+    "Move",
     "RecipeRun",
     "Registry",
     "Run",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelyard.errors import DataError
 from modelyard.storage.uri import absolute, is_remote
+from modelyard.tracking.aliases import Aliases
 from modelyard.tracking.pyfunc import NEW_TOKENS
 from modelyard.tracking.redact import flatten
 from modelyard.tracking.sink import FINGERPRINT, Sink
@@ -86,7 +87,7 @@ class Registry:
             else:
                 for key, value in labels.items():
                     self.client.set_model_version_tag(name, str(number), key, value)
-            self.client.set_registered_model_alias(name, alias, str(number))
+        Aliases(self).move(name, alias, number, f"registered by run {run_id}" if run_id else "registered")
         return ModelVersion(name, number, where, alias, labels)
 
     def resolve(self, reference: str) -> ModelVersion:
