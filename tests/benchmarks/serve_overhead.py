@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 import ray
 from contract import clock, report, say
+from serve_models import LLAMA_32M, save_random_llama
 
 from modelyard.engine import EngineOptions
 from modelyard.serving import ServeOptions, launch
@@ -31,28 +32,6 @@ from modelyard.stages import session
 STREAMS = 16
 TOKENS = 64
 ENGINE = EngineOptions(max_sequences=STREAMS, threads=1, max_length=512)
-
-
-def save_model(folder: str) -> None:
-    """A random 32 M Llama with a byte-level tokenizer, made in a process of its own (it needs torch)."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    shape = {
-        "vocab_size": 16_384, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 2048,
-        "tie_word_embeddings": True,
-    }  # fmt: skip
-    LlamaForCausalLM(LlamaConfig(**shape, eos_token_id=None, initializer_range=0.1)).save_pretrained(folder)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    tokenizer.train_from_iterator(["a short text"], trainer)
-    tokenizer.add_tokens([f" w{i}" for i in range(shape["vocab_size"] - tokenizer.get_vocab_size())])
-    tokenizer.save(str(Path(folder) / "tokenizer.json"))
 
 
 def bare(folder: str, port: int) -> None:
@@ -161,7 +140,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        maker = multiprocessing.get_context("spawn").Process(target=save_model, args=(folder,))
+        maker = multiprocessing.get_context("spawn").Process(target=save_random_llama, args=(folder, LLAMA_32M))
         maker.start()
         maker.join()
         peer = on_uvicorn(folder, lambda url: rounds("uvicorn", url, args.requests, args.repeats))

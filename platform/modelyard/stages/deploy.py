@@ -129,8 +129,9 @@ class DeployStage(Stage[DeployOptions]):
         return Estimate(memory_bytes=REPLICA_BYTES + 2 * weights, seconds=25.0)
 
     def demand(self, options: DeployOptions) -> dict[str, float]:
-        """The replicas kept when idle."""
-        replicas = max(1, options.autoscaling.min_replicas)
+        """The replicas kept when idle, of every version."""
+        versions = 1 + (options.traffic.canary is not None) + (options.traffic.shadow is not None)
+        replicas = max(1, options.autoscaling.min_replicas) * versions
         r = options.resources
         demand = {"CPU": r.cpus_per_worker * replicas}
         return demand | ({"GPU": r.gpus_per_worker * replicas} if r.gpus_per_worker else {})
