@@ -86,15 +86,11 @@ class Served:
         say: Callable[[str], None] = log.info, tags: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         self._handle, self._wanted, self._root, self._say = handle, wanted, root, say
-        self._every = options.traffic.watch_s
-        self._tracker = Tracker(root, f"{handle.name}-serving", say=say)
-        settings = options.model_dump(mode="json", exclude={"api_keys"})
-        self.run = self._tracker.start_recipe({"url": handle.url, **settings}, dict(tags or {}), uuid.uuid4().hex)
-        self.run.log_metrics({"start_seconds": handle.seconds})
+        self._options, self._tags = options, dict(tags or {})
         self._events: list[dict[str, object]] = []
-        self._note("launched")
         self._began, self._last, self._stop = time.monotonic(), time.monotonic(), threading.Event()
-        self._before = self._look()
+        self._before: series.Look | None = None
+        self._refused: tuple[Variant, ...] | None = None
         self._thread = threading.Thread(target=self._watch, name="served", daemon=True)
         self._thread.start()
         _LIVE.append(self)
@@ -105,24 +101,25 @@ class Served:
             return
         self._stop.set()
         self._thread.join(timeout=120)
-        self._log_series()
-        self.run.end()
-        self._tracker.close()
-        if self in _LIVE:
-            _LIVE.remove(self)
+        _LIVE.remove(self)
 
     def follow(self) -> None:
-        """Rolls to the versions that the aliases mean now, if they are others. Failures are said, never raised."""
+        """Rolls to the versions that the aliases mean now, if they are others. Failures are said, never raised.
+
+        Called by the watching thread alone.
+        """
         rollout = self._handle.rollout
         if rollout is None or not any(reference.moves for reference in self._wanted):
             return
         try:
             now = tuple(variants(self._wanted, self._root))
-            if now == rollout.variants:
+            if now == rollout.variants or now == self._refused:
                 return
+            self._refused = now  # what did not start is not tried again until an alias moves
             self._say(f"rolling from {_names(rollout.variants)} to {_names(now)}")
             started = time.monotonic()
             rollout.move(now, self._say)
+            self._refused = None
             self._say(f"version {_names(now)} answers after {time.monotonic() - started:.1f} s")
             self._note("rolled", time.monotonic() - started)
         except ModelyardError as error:
@@ -133,9 +130,18 @@ class Served:
             self._say(f"stays at {_names(rollout.variants)}: {error}")
 
     def _watch(self) -> None:
-        while not self._stop.wait(self._every):
-            self.follow()
+        # Here and not before: MLflow takes seconds to import, and the server answers already.
+        settings = self._options.model_dump(mode="json", exclude={"api_keys"})
+        with Tracker(self._root, f"{self._handle.name}-serving", say=self._say) as tracker:
+            self.run = tracker.start_recipe({"url": self._handle.url, **settings}, self._tags, uuid.uuid4().hex)
+            self.run.log_metrics({"start_seconds": self._handle.seconds})
+            self._note("launched")
             self._log_series()
+            while not self._stop.wait(self._options.traffic.watch_s):
+                self.follow()
+                self._log_series()
+            self._log_series()
+            self.run.end()
 
     def _log_series(self) -> None:
         look, now = self._look(), time.monotonic()
