@@ -1,4 +1,7 @@
-"""The deploy stage from a recipe: asks its question, records the answer, stops; kept when asked to."""
+"""The deploy stage from a recipe: asks its question, records the answer, follows aliases while it is kept.
+
+That it stops when it is not kept, and has nothing to do the second time, the slice in tests/e2e proves.
+"""
 
 from __future__ import annotations
 
@@ -51,18 +54,6 @@ def recipe(tmp_path: Path, model: Path, more: str = "port: 0") -> Path:
     return path
 
 
-def test_deploys_answers_and_stops(ray_session: None, tmp_path: Path, model: Path) -> None:
-    outcome = run(load(recipe(tmp_path, model)))
-    record = json.loads(read_bytes(outcome.artifacts["serve"].join("deployment.json")))
-    assert record["name"] == "tiny"
-    assert record["answer"]
-    assert record["latency_seconds"] > 0
-    assert record["curl"].startswith(f"curl {record['url']}/v1/chat/completions")
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(record["url"] + "/healthz")
-    assert run(load(recipe(tmp_path, model))).ran == []
-
-
 def versions(url: str, count: int = 24) -> set[str]:
     """The versions that answer a few questions."""
     seen = set()
@@ -95,6 +86,10 @@ def test_the_canary_recipe_follows_the_aliases_there_and_back(
     outcome = run(load(PIPELINES / "canary.yaml", [f"serve.{assignment}" for assignment in toy]), keep=True)
     try:
         url = outcome.artifacts["serve"].manifest.extra["url"]
+        record = json.loads(read_bytes(outcome.artifacts["serve"].join("deployment.json")))
+        assert (record["name"], record["url"], record["kept"]) == ("tiny", url, True)
+        assert record["answer"]
+        assert record["curl"].startswith(f"curl {url}/v1/chat/completions")
         assert httpx.get(url + "/healthz").json() == {"status": "ok", "model": "tiny"}
         assert versions(url) == {"1", "2"}
         for command, wanted in ((["promote", "tiny", "2"], {"2"}), (["rollback", "tiny"], {"1", "2"})):
