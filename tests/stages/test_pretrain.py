@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from training_stage import artifact, plan, run_stage
 
 from modelyard.errors import DataError, RecipeError, ResourceError
-from modelyard.models import ModelOptions, load_model
+from modelyard.models import load_model
 from modelyard.stages.pretrain import PretrainOptions, PretrainStage
 from modelyard.stages.tokenize import TokenizeOptions
 
@@ -211,7 +211,14 @@ def test_the_estimate_counts_parameters_tokens_and_warns(tokens: Path) -> None:
     assert unknown.tokens == STEPS * 8 * 1024
 
 
-def test_both_models_at_once_are_refused(tokens: Path) -> None:
-    inputs = {"tokens": artifact(tokens, "tokenize"), "model": artifact(tokens, "pretrain")}
-    with pytest.raises(RecipeError, match="both given"):
-        PretrainStage().check(plan(options(model=ModelOptions(preset="llama-2m").model_dump()), inputs))
+def test_a_larger_vocabulary_needs_an_extended_tokenizer(tokens: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    config = {"model_type": "llama", "vocab_size": 290, "hidden_size": 32, "num_attention_heads": 4}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    inputs = {"tokens": artifact(tokens, "tokenize"), "model": artifact(tmp_path, "pretrain")}
+    with pytest.raises(DataError, match="vocabulary of 300"):
+        PretrainStage().check(plan(options(model=None), inputs))
+    words = (tokens / "tokenizer" / "tokenizer.json").read_text()
+    (tmp_path / "model" / "tokenizer.json").write_text(words)
+    PretrainStage().check(plan(options(model=None), inputs))
+    PretrainStage().check(plan(options(), inputs))

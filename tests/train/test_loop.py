@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from training_parts import TINY, pretraining, write_tokens
 
 from modelyard import storage
 from modelyard.errors import DataError, RecipeError, ResourceError, StorageError
-from modelyard.models import load_model
+from modelyard.models import ModelOptions, load_model
+from modelyard.tokens.tokenizer import extend_tokenizer
 from modelyard.train.guard import DivergedError
 from modelyard.train.loop import Job, Outcome, fit
 from modelyard.train.metrics import StepMetrics
@@ -140,6 +142,40 @@ def test_warm_start_continues_from_the_weights(tokens: Path, tmp_path: Path) -> 
     update = {"model": None, "start": str(tmp_path / "a" / "model")}
     second = pretrain(pretraining(tokens, tmp_path / "b", steps=3).model_copy(update=update), ALONE)
     assert losses(second)[0] < losses(first)[0] - 0.3
+    # Another shape: one block more, a wider vocabulary. What fits is taken, the rest is said and stays fresh.
+    other = TINY.model_copy(update={"num_hidden_layers": 3, "vocab_size": 310})
+    warm = pretraining(tokens, tmp_path / "c", steps=1).model_copy(update={**update, "model": other})
+    said: list[str] = []
+    third = pretrain(warm, ALONE, say=said.append)
+    assert "19 tensors taken over; 1 of another shape (model.embed_tokens.weight 300x32 for 310x32)" in said[0]
+    assert "9 not there, kept as initialised" in said[0]
+    assert third.loss > losses(second)[0]
+    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64}
+    stranger = warm.model_copy(update={"model": ModelOptions(config=config)})
+    with pytest.raises(DataError, match="nothing of it fits the model"):
+        pretrain(stranger, ALONE)
+
+
+def test_a_vocabulary_that_was_extended_gets_rows(tokens: Path, tmp_path: Path) -> None:
+    base = tmp_path / "a" / "model"
+    pretrain(pretraining(tokens, tmp_path / "a", steps=1), ALONE)
+    extended = shutil.copytree(tokens, tmp_path / "extended")
+    extend_tokenizer(extended / "tokenizer", ["newword"], [])
+    for side in ("train", "heldout"):
+        place = extended / side / "index.json"
+        place.write_text(place.read_text().replace('"vocab_size":300', '"vocab_size":302').replace(
+            '"vocab_size": 300', '"vocab_size": 302'))  # fmt: skip
+    job = pretraining(extended, tmp_path / "b", steps=1).model_copy(update={"model": None, "start": str(base)})
+    said: list[str] = []
+    pretrain(job, ALONE, say=said.append)
+    assert "2 rows added to the embeddings" in said[0]
+    assert load_model(tmp_path / "b" / "model").config.vocab_size == 302
+    words = json.loads((extended / "tokenizer" / "tokenizer.json").read_text())
+    words["model"]["vocab"]["a"], words["model"]["vocab"]["b"] = 40, 41
+    (extended / "tokenizer" / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(DataError, match="not an extension of the model's") as caught:
+        pretrain(job, ALONE)
+    assert "tokenizer" in caught.value.mend
 
 
 def parts(tokens: Path, objective: Any, **options: Any) -> Job:

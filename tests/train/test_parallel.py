@@ -30,7 +30,8 @@ TWO: dict[str, Case] = {
     "TP of GPT-2": ("gpt2", {"tensor": 2}, {}),
     "TP + SP of experts": ("mixtral", {"tensor": 2}, {}),
     "CP": ("llama", {"context": 2}, {"document_mask": True}),
-    "EP": ("qwen3_moe", {"expert": 2}, {}),
+    "CP of experts, capacity": ("mixtral", {"context": 2}, {"document_mask": True, "routing": {"capacity": 1.0}}),
+    "EP, capacity": ("qwen3_moe", {"expert": 2}, {"routing": {"capacity": 1.0}}),
     "PP 1F1B": ("tied", {"pipeline": 2}, {}),
     "PP GPipe": ("gpt2", {"pipeline": 2, "schedule": "gpipe"}, {}),
     "PP interleaved": ("qwen3_moe", {"pipeline": 2, "schedule": "interleaved"}, {}),
@@ -49,8 +50,12 @@ FOUR: dict[str, Case] = {
 
 
 def reference(case: Case) -> str:
-    model, _, train = case
-    return f"{model} {'by document' if train.get('document_mask') else ''}"
+    return " ".join([case[0], *method(case)])
+
+
+def method(case: Case) -> dict[str, Any]:
+    """What one process must be told too."""
+    return {name: value for name, value in case[2].items() if name in ("document_mask", "routing")}
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +64,7 @@ def alone(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     folder = tmp_path_factory.mktemp("alone")
     jobs = {}
     for case in [*TWO.values(), *FOUR.values()]:
-        train = {name: value for name, value in case[2].items() if name == "document_mask"}
-        jobs[reference(case)] = job(tokens, folder / reference(case), case[0], **train)
+        jobs[reference(case)] = job(tokens, folder / reference(case), case[0], **method(case))
     return {"folder": folder, **trained_in_turn(1, jobs, folder / "out.json")}
 
 
@@ -108,13 +112,13 @@ def test_every_layout_exports_the_weights_of_one_process(alone: dict[str, Any], 
 def test_checkpoints_of_split_models_go_on_in_one_process(
     tokens: Path, tmp_path: Path, alone: dict[str, Any], together: dict[str, Any]
 ) -> None:
-    names = [name for name in ("PP ZBV", "EP", "TP x FSDP", "TP x PP") if name in together["cases"]]
+    names = [name for name in ("PP ZBV", "EP, capacity", "TP x FSDP", "TP x PP") if name in together["cases"]]
     jobs = {}
     for name in names:
         folder = tmp_path / name
         shutil.copytree(together["folder"] / name / "checkpoints", folder / "checkpoints")
         shutil.rmtree(folder / "checkpoints" / f"step-{STEPS:08d}")
-        jobs[name] = job(tokens, folder, together["cases"][name][0])
+        jobs[name] = job(tokens, folder, together["cases"][name][0], **method(together["cases"][name]))
     for name, outcome in trained_in_turn(1, jobs, tmp_path / "out.json").items():
         assert "resumed from step-00000010" in outcome["said"][0], name
         expected = losses(alone[reference(together["cases"][name])])

@@ -126,7 +126,7 @@ def initialise(model: PreTrainedModel, seed: int) -> None:
             continue
         full = _draw(model, module, _module_seed(seed, name))
         for key, tensor in owned.items():
-            _store(tensor, getattr(full, key))
+            store(tensor, getattr(full, key))
         done.update(id(tensor) for tensor in owned.values())
 
 
@@ -154,7 +154,8 @@ def _blank(parameter: nn.Parameter | None) -> nn.Parameter | None:
     return nn.Parameter(torch.zeros(parameter.shape, dtype=parameter.dtype), requires_grad=False)
 
 
-def _store(target: torch.Tensor, full: torch.Tensor) -> None:
+def store(target: torch.Tensor, full: torch.Tensor) -> None:
+    """Copies `full` into `target` in place; a DTensor keeps its shard of it."""
     if isinstance(target, DTensor):
         # Every rank has drawn the same tensor and keeps its part: nothing is sent.
         shape, offset = compute_local_shape_and_global_offset(full.shape, target.device_mesh, target.placements)

@@ -171,6 +171,8 @@ class Live:
         found["left"] = fmt.duration(round(metrics.eta))
         if cost is not None:
             found["cost"] = fmt.money(cost)
+        if metrics.extra.get("dead_experts"):
+            found["dead experts"] = f"{metrics.extra['dead_experts']:.0f}"
         if "heldout_loss" in metrics.extra:
             found["heldout"] = metrics.extra["heldout_loss"]
         return found

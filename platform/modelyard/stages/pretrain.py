@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from modelyard.errors import RecipeError
 from modelyard.models.options import ModelOptions
 from modelyard.models.presets import learning_rate, parameters_of
+from modelyard.models.vocabulary import extends_vocabulary
 from modelyard.planner.estimate import Estimate
 from modelyard.stages.base import InputSpec, PlanContext, Stage, StageContext, StageResult
 from modelyard.stages.training import (
@@ -27,7 +28,7 @@ from modelyard.stages.training import (
     warnings,
 )
 from modelyard.stages.training_report import RESULTS, curves, write_results
-from modelyard.storage import Artifact, join, read_bytes
+from modelyard.storage import Artifact, exists, join, read_bytes
 
 if TYPE_CHECKING:
     from modelyard.train.loop import Outcome
@@ -38,7 +39,11 @@ class PretrainOptions(TrainingStageOptions):
     """Causal language modelling; the default budget is one epoch."""
 
     kind: Literal["pretrain"] = Field(description="stage kind")
-    model: ModelOptions | None = Field(None, description="the model to build; null = continue the input `model`")
+    model: ModelOptions | None = Field(
+        None,
+        description="the model to build; with an input `model` it takes over what fits of that by name and shape; "
+        "null = continue the input `model` as it is",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -57,6 +62,7 @@ class PretrainStage(Stage[PretrainOptions]):
     """See the module."""
 
     kind = "pretrain"
+    version = 2
     Options = PretrainOptions
     inputs: ClassVar[Mapping[str, InputSpec]] = {
         "tokens": InputSpec(kinds=("tokenize",)),
@@ -64,16 +70,14 @@ class PretrainStage(Stage[PretrainOptions]):
     }
 
     def check(self, ctx: PlanContext[PretrainOptions]) -> None:
-        """Raises the errors of `check_training`, and RecipeError when model and input `model` are both given."""
+        """Raises the errors of `check_training`, and RecipeError when there is neither model nor input `model`."""
         options = ctx.options
-        warm = "model" in options.inputs
-        if warm == (options.model is not None):
+        if options.model is None and "model" not in options.inputs:
             raise RecipeError(
-                "a model to build and a model to continue are both given" if warm else "no model is given",
-                place="model",
-                mend="give either model (preset or config) or the input model",
+                "no model is given", place="model", mend="give model (preset or config) or an input model"
             )
-        check_training(options, _config(ctx), *token_shape(ctx))
+        length, vocabulary = token_shape(ctx)
+        check_training(options, _config(ctx), length, None if _extends(ctx) else vocabulary)
 
     def estimate(self, ctx: PlanContext[PretrainOptions]) -> Estimate:
         """By the planner; tokens need a budget in steps or tokens, or the tokens themselves."""
@@ -112,6 +116,17 @@ class PretrainStage(Stage[PretrainOptions]):
         unigram = float(facts["unigram_entropy"])
         write_results(ctx, outcome, _page(ctx, outcome, unigram), estimate)
         return _result(outcome, unigram)
+
+
+def _extends(ctx: PlanContext[PretrainOptions]) -> bool:
+    """Whether the tokens' tokenizer is that of the model to continue with more tokens: rows are then added."""
+    tokens, model = ctx.inputs.get("tokens"), ctx.inputs.get("model")
+    if ctx.options.model is not None or model is None or not isinstance(tokens, Artifact):
+        return False
+    place = model_place(model, "model")
+    folder = place if isinstance(place, str) else place[0].join(place[1])
+    files = (join(folder, "tokenizer.json"), tokens.join("tokenizer/tokenizer.json"))
+    return all(exists(file) for file in files) and extends_vocabulary(*(read_bytes(file) for file in files))
 
 
 def token_facts(tokens: Artifact) -> dict[str, Any]:

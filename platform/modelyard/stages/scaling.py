@@ -64,6 +64,7 @@ class ScalingStage(Stage[ScalingOptions]):
     """See the module."""
 
     kind = "scaling"
+    version = 2
     Options = ScalingOptions
     inputs: ClassVar[Mapping[str, InputSpec]] = {"tokens": InputSpec(kinds=("tokenize",))}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,4 +119,19 @@ def curves(history: Sequence[Mapping[str, float]], floor: tuple[str, float] | No
         ("Tokens a second, by step", [Line("tokens a second", points("tokens_per_second"), "#15803d")]),
         ("Learning rate, by step", [Line("learning rate", points("learning_rate"), "#7c3aed")]),
         ("Gradient norm before clipping, by step", [Line("gradient norm", points("grad_norm"), "#b45309")]),
+        *_experts(points),
     )
+
+
+def _experts(points: Callable[[str], list[tuple[float, float]]]) -> Sequence[Any]:
+    """Plots of how a mixture's experts are used; none for other models."""
+    from modelyard.train.report import Line
+
+    if not points("expert_use"):
+        return ()
+    balance = Line("balance loss (1 = even)", points("balance_loss"))
+    peak = Line("busiest expert over an even share", points("expert_peak"), "#c2410c")
+    use = Line("share of experts effectively used", points("expert_use"), "#15803d")
+    dead = Line("experts without a token", points("dead_experts"), "#be123c")
+    return (("Balance of experts, by step", [balance, peak]), ("Use of experts, by step", [use]),
+            ("Dead experts of all layers, by step", [dead]))  # fmt: skip

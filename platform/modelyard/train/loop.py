@@ -251,18 +251,20 @@ class _Run:
         needs no knowledge of it before them.
         """
         pulse = torch.tensor(self.pulse.pack(self.clock.own), dtype=torch.float64, device=self.world.device)
-        measured = torch.cat([torch.stack([*sums.values(), self.strategy.squared_norm()]), pulse])
+        tally = self.strategy.tally()
+        measured = torch.cat([torch.stack([*sums.values(), self.strategy.squared_norm()]), tally, pulse])
         with self.clock("communication"):
             totals = self.world.add(measured).tolist()
-        square = totals[len(sums)]
-        self.pulse.read(totals[len(sums) + 1 :])
+        square, after = totals[len(sums)], len(sums) + 1 + len(tally)
+        self.pulse.read(totals[after:])
         values = dict(zip(sums, totals, strict=False))
         weight = values.pop("weight")
         scale = self.strategy.gradient_scale / max(weight, 1.0) / loss_scale
         norm = (square**0.5) * scale
         clip = self.job.options.clip
         self.strategy.scale_gradients(scale * (min(1.0, clip / (norm + 1e-6)) if clip is not None else 1.0))
-        return {name: value / max(weight, 1.0) for name, value in values.items()}, norm
+        means = {name: value / max(weight, 1.0) for name, value in values.items()}
+        return means | self.strategy.series(totals[len(sums) + 1 : after]), norm
 
     def _report(self, rate: float, means: dict[str, float], norm: float, accepted: bool, seconds: float) -> None:
         done, options = self.state.step, self.job.options

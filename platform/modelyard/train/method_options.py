@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from pydantic import Field, model_validator
 
 from modelyard.recipe.schema import Options
@@ -49,6 +51,25 @@ class MixtureOptions(Options):
         if self.weights is not None:
             return [(0, dict(self.weights))]
         return [(entry.step, dict(entry.weights)) for entry in self.schedule]
+
+
+class RoutingOptions(Options):
+    """What keeps the experts of a mixture in even use."""
+
+    balance: float = Field(
+        0.01, ge=0, description="weight of the load-balancing loss, summed over layers (Switch Transformer: 0.01)"
+    )
+    z: float = Field(0.001, ge=0, description="weight of the router z-loss, summed over layers (ST-MoE: 0.001)")
+    capacity: float | None = Field(
+        None,
+        gt=0,
+        description="choices of a sequence an expert takes, over an even share (Switch Transformer: 1.25); later "
+        "tokens pass it by. Training only; null = dropless",
+    )
+
+    def room(self, tokens: int, chosen: int, experts: int) -> int:
+        """Choices of one sequence of `tokens` an expert takes, of `chosen` a token."""
+        return math.ceil((self.capacity or experts) * tokens * chosen / experts)
 
 
 class DenoisingOptions(Options):

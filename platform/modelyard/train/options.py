@@ -9,7 +9,13 @@ from pydantic import Field, model_validator
 
 from modelyard.recipe.schema import Options, runtime
 from modelyard.train.batch_plan import BatchPlan
-from modelyard.train.method_options import BatchWarmupOptions, DenoisingOptions, EmaOptions, MixtureOptions
+from modelyard.train.method_options import (
+    BatchWarmupOptions,
+    DenoisingOptions,
+    EmaOptions,
+    MixtureOptions,
+    RoutingOptions,
+)
 from modelyard.train.run_options import ProfileRange, SampleOptions, SpikeOptions, StopOptions
 
 OBJECTIVE = r"^(causal_lm|prefix_lm|span_corruption|completion_lm|[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*)$"
@@ -101,6 +107,11 @@ class TrainOptions(Options):
     ema: EmaOptions | None = Field(None, description="average of the weights over steps; null = none")
     document_mask: bool = Field(
         False, description="whether attention stops at document boundaries inside a packed sequence (Llama 3: yes)"
+    )
+    routing: RoutingOptions | None = Field(
+        None,
+        description="losses and capacity of a mixture of experts, for objectives that count tokens; null = their "
+        "defaults in pre-training, nothing elsewhere",
     )
     bad_steps: int = Field(
         3, ge=0, description="updates in a row that may be skipped for a non-finite loss or gradient before giving up"

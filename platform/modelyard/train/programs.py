@@ -24,8 +24,11 @@ from modelyard import storage
 from modelyard.errors import DataError, RecipeError
 from modelyard.models.adapters import add_adapter, merge_adapter, save_adapter
 from modelyard.models.build import build_config, build_on_meta, check_shape
+from modelyard.models.embeddings import extend_embeddings
 from modelyard.models.export import copy_tokenizer, export_model, load_model, read_config
 from modelyard.models.options import LoraOptions, ModelOptions
+from modelyard.models.vocabulary import extends_vocabulary
+from modelyard.models.warm_start import TakenOver, take_over
 from modelyard.recipe.schema import Options
 from modelyard.tokens import TokenDataset
 from modelyard.train.checkpoint import Checkpoints, Keep
@@ -36,13 +39,14 @@ from modelyard.train.heldout import Heldout
 from modelyard.train.hooks import Chain, Hooks
 from modelyard.train.loop import Additions, Job, Outcome, fit
 from modelyard.train.memory import memory_named
-from modelyard.train.method_options import DenoisingOptions
+from modelyard.train.method_options import DenoisingOptions, RoutingOptions
 from modelyard.train.metrics import Say, Sink, no_say, no_sink
 from modelyard.train.objective import Objective
 from modelyard.train.optimizer import make_optimizer
 from modelyard.train.options import TrainOptions
 from modelyard.train.pairs import PackedPairs
 from modelyard.train.parallel.parallelize import parallelize
+from modelyard.train.parallel.routing import routers
 from modelyard.train.parallel.strategy import Strategy
 from modelyard.train.profile import Profiler
 from modelyard.train.samples import Sampler, writes_text
@@ -51,12 +55,15 @@ from modelyard.train.world import World
 
 
 class PretrainJob(Options):
-    """Causal language modelling on token shards, from fresh weights (`model`) or a model folder (`start`)."""
+    """Causal language modelling on token shards, from fresh weights (`model`) or a model folder (`start`).
+
+    Both: `model` is built, and takes over from `start` what fits by name and shape.
+    """
 
     tokens: str = Field(description="local folder with train/, heldout/ and tokenizer/")
     output: str = Field(description="URI of the model folder to write")
     train: TrainOptions = Field(description="how to train")
-    model: ModelOptions | None = Field(None, description="the model to build; null = continue from start")
+    model: ModelOptions | None = Field(None, description="the model to build; null = continue start as it is")
     start: str | None = Field(None, description="local model folder to start from; null = fresh weights")
     checkpoints: str | None = Field(None, description="URI for checkpoints; null = none")
     reports: str | None = Field(
@@ -93,7 +100,7 @@ def pretrain(
     # Every worker checks sizes, one compares checksums.
     train = TokenDataset.open(folder / "train", verify=world.leads)
     heldout = _optional_tokens(folder / "heldout", world)
-    strategy, config = pretraining_model(job, train, world)
+    strategy, config = pretraining_model(job, train, world, say)
     objective = choose_objective(job.train, "causal_lm")
     if job.train.objective == "span_corruption":
         denoising = job.train.denoising or DenoisingOptions()
@@ -195,34 +202,69 @@ def _optional_tokens(folder: Path, world: World) -> TokenDataset | None:
     return TokenDataset.open(folder, verify=world.leads) if (folder / "index.json").exists() else None
 
 
-def pretraining_model(job: PretrainJob, data: TokenDataset, world: World) -> tuple[Strategy, PretrainedConfig]:
+def pretraining_model(
+    job: PretrainJob, data: TokenDataset, world: World, say: Say = no_say
+) -> tuple[Strategy, PretrainedConfig]:
     """The job's model, initialised or loaded, parallelised and on its device; and its configuration.
 
     Raises:
         RecipeError: neither a model to build nor one to start from is given, or it cannot be built.
-        DataError: the model does not fit the tokens.
+        DataError: the model does not fit the tokens, or nothing of `start` fits the model.
     """
-    if job.start is not None:
-        loaded = load_model(Path(job.start))
-        check_vocabulary(loaded.config, data)
-        check_shape(loaded.config, data.sequence_length)
-        return parallelize(cast(nn.Module, loaded).to(world.device), job.train, world), loaded.config
     if job.model is None:
-        raise RecipeError("nothing to train", mend="give model (preset or config) or an input model to start from")
+        return _continued(job, data, world, say)
     config = build_config(job.model, data.vocab_size, data.sequence_length)
-    strategy = parallelize(build_on_meta(config), job.train, world)
+    model = build_on_meta(config)
+    strategy = parallelize(model, _routed(job.train, model), world)
     strategy.materialise(job.train.seed)
+    if job.start is not None:
+        _warm(strategy, Path(job.start), world, say)
     return strategy, config
 
 
-def check_vocabulary(config: PretrainedConfig, data: TokenDataset) -> None:
-    """Raises DataError where the tokens name ids the model does not have."""
-    if config.vocab_size < data.vocab_size:
-        raise DataError(
-            f"the tokens have a vocabulary of {data.vocab_size:,}, the model has {config.vocab_size:,} rows",
-            place=str(data.folder),
-            mend="tokenize with the model's own tokenizer",
-        )
+def _continued(job: PretrainJob, data: TokenDataset, world: World, say: Say) -> tuple[Strategy, PretrainedConfig]:
+    """The model of `start` as it is, with more rows where the tokens' vocabulary extends its own."""
+    if job.start is None:
+        raise RecipeError("nothing to train", mend="give model (preset or config) or an input model to start from")
+    start = Path(job.start)
+    loaded = load_model(start)
+    if data.vocab_size > loaded.config.vocab_size:
+        _check_extends(start, Path(job.tokens), data, loaded.config.vocab_size)
+        added = extend_embeddings(loaded, data.vocab_size)
+        if world.leads:
+            say(f"{added:,} rows added to the embeddings, as the mean of the others")
+    check_shape(loaded.config, data.sequence_length)
+    options = _routed(job.train, loaded)
+    return parallelize(cast(nn.Module, loaded).to(world.device), options, world), loaded.config
+
+
+def _warm(strategy: Strategy, start: Path, world: World, say: Say) -> None:
+    found = take_over(dict(strategy.model.named_parameters()), load_model(start))
+    everyone: list[TakenOver] = world.gather(found)
+    if not any(part.taken for part in everyone):
+        raise DataError(f"nothing of it fits the model: {found}", place=str(start), mend="give a model of the family")
+    if world.leads:
+        say(f"warm start: {found}")
+
+
+def _check_extends(start: Path, tokens: Path, data: TokenDataset, rows: int) -> None:
+    """Raises DataError where the tokens name ids that the model does not have and their tokenizer is another one."""
+    files = [folder / "tokenizer.json" for folder in (start, tokens / "tokenizer")]
+    if all(file.exists() for file in files) and extends_vocabulary(*(file.read_bytes() for file in files)):
+        return
+    raise DataError(
+        f"the tokens have a vocabulary of {data.vocab_size:,}, the model has {rows:,} rows, "
+        "and their tokenizer is not an extension of the model's",
+        place=str(data.folder),
+        mend="tokenize with the model's own tokenizer (tokenizer: {path: ...}, add: [...] for more tokens)",
+    )
+
+
+def _routed(options: TrainOptions, model: nn.Module) -> TrainOptions:
+    """With the usual losses of routers where the model has such and the options say nothing."""
+    if options.routing is not None or not routers(model):
+        return options
+    return options.model_copy(update={"routing": RoutingOptions()})
 
 
 def architecture(config: PretrainedConfig) -> str:

@@ -76,12 +76,15 @@ def _own_tokens(
 ) -> torch.Tensor:
     """Experts on several workers that all have other tokens: hidden [T, H], index and weights [T, k]."""
     workers, chosen = dist.get_world_size(group), index.shape[1]
-    order = index.reshape(-1).argsort(stable=True)
-    sent = torch.bincount(index.reshape(-1), minlength=layer.num_experts)
+    # A weight of zero is a choice over an expert's capacity: it does not travel.
+    wanted = index.masked_fill(weights == 0, layer.num_experts).reshape(-1)
+    order = wanted.argsort(stable=True)
+    sent = torch.bincount(wanted, minlength=layer.num_experts + 1)[: layer.num_experts]
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
     table = torch.stack([sent, received]).view(2, workers, -1)
     out, back = table.sum(-1).tolist()  # The one synchronisation: sizes must be known to exchange rows.
+    order = order[: sum(out)]
     arrived = exchange.trade(hidden[order // chosen], group, out, back)
     # Rows arrive by worker, then by expert; the product wants all rows of an expert together.
     counts = table[1]
@@ -95,7 +98,7 @@ def _own_tokens(
         up, down = (p.to_local() for p in (layer.gate_up_proj, layer.down_proj))
         done = arrived + 0 * (up.sum() + down.sum())
     returned = exchange.trade(done, group, back, out)
-    slots = torch.zeros_like(returned).index_copy(0, order, returned)
+    slots = returned.new_zeros(len(wanted), returned.shape[1]).index_copy(0, order, returned)
     return (slots.view(*index.shape, -1) * weights.unsqueeze(-1)).sum(1).to(hidden.dtype)
 
 
@@ -106,7 +109,7 @@ def _shared_tokens(
     mine, rank = layer.num_experts // dist.get_world_size(group), dist.get_rank(group)
     hidden, weights = exchange.enter(hidden, group), exchange.enter(weights, group)
     here = index - rank * mine
-    foreign = ((here < 0) | (here >= mine)).reshape(-1)
+    foreign = ((here < 0) | (here >= mine) | (weights == 0)).reshape(-1)
     order = here.reshape(-1).masked_fill(foreign, mine).argsort(stable=True)
     counts = torch.bincount(here.reshape(-1).masked_fill(foreign, mine), minlength=mine + 1)[:mine]
     order = order[: int(counts.sum())]

@@ -24,6 +24,7 @@ from modelyard.train.parallel.layout import check_layout, degrees, sequence_para
 from modelyard.train.parallel.mesh import Topology, build_topology
 from modelyard.train.parallel.pipeline import Pipeline, cut_stages
 from modelyard.train.parallel.recompute import recompute
+from modelyard.train.parallel.routing import find_routing
 from modelyard.train.parallel.strategy import Strategy
 from modelyard.train.parallel.tensor import split_tensors
 from modelyard.train.world import World
@@ -50,6 +51,13 @@ def parallelize(model: nn.Module, options: TrainOptions, world: World) -> Strate
     sizes = degrees(options.parallel, world.size)
     if options.precision == "fp8":
         to_fp8(blocks(model), world.device)
+    routing = find_routing(model, options.routing)  # of the whole model: stages number their routers by it
+    strategy = _laid_out(model, options, world, sizes)
+    strategy.route(routing)
+    return strategy
+
+
+def _laid_out(model: nn.Module, options: TrainOptions, world: World, sizes: dict[str, int]) -> Strategy:
     if world.size == 1:
         _local_steps(model, options)
         return Strategy(model, world)

@@ -35,6 +35,7 @@ from modelyard.train.options import ParallelOptions, TrainOptions
 from modelyard.train.parallel.blocks import base_model, final_norm, layer_list
 from modelyard.train.parallel.layout import micro_batches, readers
 from modelyard.train.parallel.mesh import Topology
+from modelyard.train.parallel.routing import Routing, attach_loss, counted_tokens
 from modelyard.train.parallel.strategy import Strategy, Sums, add, add_up, gathered, local
 from modelyard.train.world import World
 
@@ -182,7 +183,7 @@ class Pipeline(Strategy):
         share = -(-options.global_batch // readers(topology.sizes))
         self.micro_batch = -(-share // micro_batches(options, topology.sizes))
         self._schedules: dict[tuple[int, ...], Any] = {}
-        self._names: list[str] | None = None
+        self._names: dict[bool, list[str]] = {}
         self._objective: Objective | None = None
         self._batch: dict[str, torch.Tensor] = {}
         self._sums: Sums = {}
@@ -194,10 +195,32 @@ class Pipeline(Strategy):
     def parts(self) -> list[nn.Module]:
         return list(cast(Stages, self.model))
 
+    def route(self, routing: Routing | None) -> None:
+        super().route(routing)
+        if routing is not None:
+            for _, stage in self._stages:
+                stage.forward = partial(self._routed, routing, stage.forward)
+
+    def _routed(
+        self, routing: Routing, forward: Any, x: torch.Tensor, counted: torch.Tensor | None = None, **inputs: Any
+    ) -> torch.Tensor:
+        """A stage's forward, whose backward also brings the losses of its routers."""
+        if not torch.is_grad_enabled():
+            return cast(torch.Tensor, forward(x, **inputs))
+        with routing.watched(counted) as watch:
+            out: torch.Tensor = forward(x, **inputs)
+        loss, metrics = watch.losses()
+        add(self._sums, metrics)
+        return out if loss is None else attach_loss(out, loss, self._scale)
+
     def forward_backward(self, objective: Objective, batches: Sequence[Batch], scale: float = 1.0) -> Sums:
         micro = self.micro_batch or 1
         rows = len(batches) * micro
-        ids, inputs = self._prepare(objective, _joined(batches, rows))
+        batch = _joined(batches, rows)
+        ids, inputs = self._prepare(objective, batch)
+        counted = counted_tokens(batch) if self._routing is not None else None
+        if counted is not None:
+            inputs["counted"] = counted if self._pieces is None else self._pieces.own(counted)
         self._scale = scale
         args = (ids,) if any(index == 0 for index, _ in self._stages) else ()
         target = torch.arange(rows, device=ids.device)
@@ -324,11 +347,13 @@ class Pipeline(Strategy):
         return loss if self._scale == 1.0 else loss * self._scale
 
     def _finish(self) -> Sums:
-        """The sums of the last stage; zeros under the same names elsewhere."""
-        if self._names is None:
-            self._names = next(names for names in self.world.gather(list(self._sums)) if names)
+        """This worker's sums, the loss on the last stage; zeros under the names only others have."""
+        training = torch.is_grad_enabled()
+        if training not in self._names:
+            everywhere = self.world.gather(list(self._sums))
+            self._names[training] = list(dict.fromkeys(name for names in everywhere for name in names))
         zero = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        sums = {name: self._sums.get(name, zero) for name in self._names}
+        sums = {name: self._sums.get(name, zero) for name in self._names[training]}
         self._objective, self._batch = None, {}
         return self._share(sums)
 

@@ -9,7 +9,7 @@ workers it is the whole.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -25,6 +25,7 @@ from modelyard.train.objective import Batch, Objective
 from modelyard.train.optimizer import local_gradients, squared_norm
 from modelyard.train.parallel.context import ContextView, Pieces
 from modelyard.train.parallel.mesh import Topology
+from modelyard.train.parallel.routing import Routing, Watch, counted_tokens
 from modelyard.train.world import World
 
 Sums = dict[str, torch.Tensor]
@@ -62,6 +63,7 @@ class Strategy:
         self._terms, self._averaged = tuple(terms), averaged
         self._ddp: DistributedDataParallel | None = None
         self._pieces: Pieces | None = None
+        self._routing: Routing | None = None
         if topology is not None:
             s = topology.sizes
             self.reader, self.readers = topology.reader, s["data"] * s["shard"] * s["expert"]
@@ -77,6 +79,16 @@ class Strategy:
         for part in self.parts:
             materialise(part, self.world.device)
             initialise(cast(Any, part), seed)
+
+    def route(self, routing: Routing | None) -> None:
+        """Adds what `routing` asks of the routers to every step."""
+        self._routing = routing
+        if routing is None:
+            return
+        if self._pieces is not None and self.topology is not None:
+            routing.context = self.topology.group("context")
+        for part in self.parts:
+            routing.attach(part)
 
     @property
     def ddp(self) -> DistributedDataParallel | None:
@@ -107,13 +119,34 @@ class Strategy:
         for index, batch in enumerate(batches):
             last = index + 1 == len(batches)
             with self._quiet(last):
-                with self.clock("forward"):
+                with self.clock("forward"), self._watched(batch) as watch:
                     loss, metrics = objective(view, batch)
+                    # Beside the loss, not in it: losses stay comparable with those of models without experts.
+                    extra, routed = watch.losses() if watch is not None else (None, {})
                 with self.clock("backward"):
-                    (loss if scale == 1.0 else loss * scale).backward()  # type: ignore[no-untyped-call]
-            add(sums, {"loss": loss, **metrics})
+                    whole = loss if extra is None else loss + extra
+                    (whole if scale == 1.0 else whole * scale).backward()  # type: ignore[no-untyped-call]
+            add(sums, {"loss": loss, **metrics, **routed})
         self._sum_terms()
         return self._share(sums)
+
+    def tally(self) -> torch.Tensor:
+        """Further numbers of this step to be summed over workers, float64 [n]; `series` reads the sums."""
+        if self._routing is None:
+            return torch.zeros(0, dtype=torch.float64, device=self.world.device)
+        return next(iter(self._share({"": self._routing.take(self.world.device)}).values()))
+
+    def series(self, totals: list[float]) -> dict[str, float]:
+        """What the sums of `tally` say, by name."""
+        return self._routing.series(totals) if self._routing is not None else {}
+
+    def _watched(self, batch: Batch) -> AbstractContextManager[Watch | None]:
+        if self._routing is None:
+            return nullcontext()
+        counted = counted_tokens(batch)
+        if counted is not None and self._pieces is not None:
+            counted = self._pieces.own(counted)
+        return self._routing.watched(counted)
 
     @torch.no_grad()
     def evaluate(self, objective: Objective, batch: Batch) -> Sums:
