@@ -70,6 +70,8 @@ def test_overrides_and_vocabulary() -> None:
 def test_wrong_shapes_are_named() -> None:
     with pytest.raises(RecipeError, match="attention heads"):
         build_config(ModelOptions(config={**TINY, "hidden_size": 30}), 300)
+    with pytest.raises(RecipeError, match="heads of 9 channels cannot be rotated"):
+        build_config(ModelOptions(config={**TINY, "hidden_size": 36}), 300)
     with pytest.raises(RecipeError, match="key-value heads"):
         build_config(ModelOptions(config={**TINY, "num_key_value_heads": 3}), 300)
     with pytest.raises(RecipeError, match="longer than the model's 64"):

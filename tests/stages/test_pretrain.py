@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 
 from training_parts import TINY, pretraining, wait_until, write_tokens
 
-STEPS = 300
+STEPS = 160
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,8 @@ def options(**changes: Any) -> PretrainOptions:
         "global_batch": 8,
         "micro_batch": 4,
         "learning_rate": 1e-2,
-        "checkpoint_every": 50,
-        "evaluate_every": 100,
+        "checkpoint_every": 20,
+        "evaluate_every": 80,
         "resources": {"workers": 2},
         **changes,
     }
@@ -84,7 +84,7 @@ def test_a_killed_worker_is_restarted_with_the_same_losses(tokens: Path, tmp_pat
     import threading
 
     def kill_one() -> None:
-        wait_until(lambda: has_checkpoint(tmp_path, 50), 600)
+        wait_until(lambda: has_checkpoint(tmp_path, 20), 600)
         workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
         os.kill(workers[-1].pid, signal.SIGKILL)
         killed.append(workers[-1].pid)
@@ -92,7 +92,7 @@ def test_a_killed_worker_is_restarted_with_the_same_losses(tokens: Path, tmp_pat
     killed: list[int] = []
     thread = threading.Thread(target=kill_one)
     thread.start()
-    result = run_stage(options(samples={"every": 150, "tokens": 4}), {"tokens": artifact(tokens, "tokenize")}, tmp_path)
+    result = run_stage(options(samples={"every": 80, "tokens": 4}), {"tokens": artifact(tokens, "tokenize")}, tmp_path)
     thread.join()
     assert killed
     assert losses(tmp_path) == pytest.approx(expected, abs=1e-5)
@@ -124,7 +124,7 @@ def test_a_killed_driver_is_resumed_with_the_same_losses(tokens: Path, tmp_path:
     driver = subprocess.Popen(
         [sys.executable, str(script), str(tmp_path), str(tokens), options().model_dump_json()], env=environment
     )
-    wait_until(lambda: has_checkpoint(tmp_path, 50) or driver.poll() is not None, 600)
+    wait_until(lambda: has_checkpoint(tmp_path, 20) or driver.poll() is not None, 600)
     started = psutil.Process(driver.pid).children(recursive=True)
     driver.kill()
     driver.wait()
@@ -172,6 +172,7 @@ def test_more_workers_than_cpus_is_refused(tokens: Path, tmp_path: Path) -> None
         ({"model": {"preset": "llama-8m", "vocab_size": 299}}, DataError, "vocabulary of 300"),
         ({"model": {"preset": "llama-8m", "hidden_size": 250}}, RecipeError, "do not divide hidden_size 250"),
         ({"model": {"preset": "llama-8m", "num_key_value_heads": 3}}, RecipeError, "key-value heads"),
+        ({"model": {"preset": "llama-8m", "hidden_size": 252}}, RecipeError, "heads of 63 channels cannot be rotated"),
         ({"model": {"config": {"model_type": "gpt2", "n_positions": 16}}}, RecipeError, "longer than the model's 16"),
         ({"model": None}, RecipeError, "no model is given"),
     ],
@@ -213,7 +214,10 @@ def test_the_estimate_counts_parameters_tokens_and_warns(tokens: Path) -> None:
 
 def test_a_larger_vocabulary_needs_an_extended_tokenizer(tokens: Path, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    config = {"model_type": "llama", "vocab_size": 290, "hidden_size": 32, "num_attention_heads": 4}
+    config = {
+        "model_type": "llama", "vocab_size": 290, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1,
+        "intermediate_size": 64,
+    }  # fmt: skip
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     inputs = {"tokens": artifact(tokens, "tokenize"), "model": artifact(tmp_path, "pretrain")}
     with pytest.raises(DataError, match="vocabulary of 300"):

@@ -41,8 +41,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def job(tokens: Path, folder: Path, model: str, **train: Any) -> PretrainJob:
-    """A job of `STEPS` steps on model `model`.
+def job(tokens: Path, folder: Path, model: str, *, checkpoints: bool = False, **train: Any) -> PretrainJob:
+    """A job of `STEPS` steps on model `model`, with `checkpoints` where a test goes on from them.
 
     At a rate of 1e-2, sums taken in another order (1e-7) grow to 3e-5 within 20 steps, whatever the layout.
     """
@@ -52,7 +52,7 @@ def job(tokens: Path, folder: Path, model: str, **train: Any) -> PretrainJob:
         output=str(folder / "model"),
         train=TrainOptions(**{**options, **train}),
         model=ModelOptions(config=MODELS[model]),
-        checkpoints=str(folder / "checkpoints"),
+        checkpoints=str(folder / "checkpoints") if checkpoints else None,
     )
 
 

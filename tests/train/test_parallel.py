@@ -12,6 +12,7 @@ from parallel_cases import MODELS, STEPS, job, trained_in_turn
 from safetensors.torch import load_file
 
 from modelyard.errors import RecipeError, ResourceError
+from modelyard.train.method_options import CompressOptions
 from modelyard.train.options import ParallelOptions, TrainOptions
 from modelyard.train.parallel.layout import check_layout, plan_layout
 
@@ -37,6 +38,7 @@ TWO: dict[str, Case] = {
     "PP interleaved": ("qwen3_moe", {"pipeline": 2, "schedule": "interleaved"}, {}),
     "PP zero-bubble": ("llama", {"pipeline": 2, "schedule": "zero-bubble"}, {}),
     "PP ZBV": ("tied", {"pipeline": 2, "schedule": "zbv"}, {}),
+    "FSDP, a batch that does not divide": ("llama", {}, {"global_batch": 5, "micro_batch": 1}),
     "PP DualPipeV": ("llama", {"pipeline": 2, "schedule": "dualpipev"}, {"micro_batch": 1}),
 }
 FOUR: dict[str, Case] = {
@@ -49,13 +51,23 @@ FOUR: dict[str, Case] = {
 }
 
 
+GOES_ON = ("PP ZBV", "EP, capacity", "TP x FSDP", "TP x PP")
+"""Layouts whose checkpoints go on in one process."""
+
+
+COMPRESSED: dict[str, Case] = {
+    kind: ("llama", {"data": 2}, {"compress": {"kind": kind, "after": 4}}) for kind in ("bf16", "fp16", "powersgd")
+}
+"""Layouts that follow one process only about."""
+
+
 def reference(case: Case) -> str:
     return " ".join([case[0], *method(case)])
 
 
 def method(case: Case) -> dict[str, Any]:
     """What one process must be told too."""
-    return {name: value for name, value in case[2].items() if name in ("document_mask", "routing")}
+    return {name: value for name, value in case[2].items() if name in ("document_mask", "routing", "global_batch")}
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +85,12 @@ def together(request: pytest.FixtureRequest, tokens: Path, tmp_path_factory: pyt
     """What two or four processes come to, by layout."""
     workers, folder = request.param, tmp_path_factory.mktemp("together")
     cases = TWO if workers == 2 else FOUR
+    every = cases | COMPRESSED if workers == 2 else cases
     jobs = {
-        name: job(tokens, folder / name, model, parallel=ParallelOptions(**parallel), **train)
-        for name, (model, parallel, train) in cases.items()
+        name: job(
+            tokens, folder / name, model, checkpoints=name in GOES_ON, parallel=ParallelOptions(**parallel), **train
+        )
+        for name, (model, parallel, train) in every.items()
     }
     return {"folder": folder, "cases": cases, "outcomes": trained_in_turn(workers, jobs, folder / "out.json")}
 
@@ -109,16 +124,27 @@ def test_every_layout_exports_the_weights_of_one_process(alone: dict[str, Any], 
             assert torch.allclose(found[key], value, atol=2e-4), (name, key)
 
 
+def test_compressed_gradients_train_nearly_the_same(alone: dict[str, Any], together: dict[str, Any]) -> None:
+    exact = losses(alone["llama"])
+    for kind in COMPRESSED if "DDP" in together["cases"] else ():
+        found = losses(together["outcomes"][kind])
+        assert found != exact, kind
+        assert found[:2] == pytest.approx(exact[:2], abs=2e-3), kind
+        assert found[-1] == pytest.approx(exact[-1], abs=0.3 if kind == "powersgd" else 2e-2), kind
+        assert found[-1] < found[0], kind
+
+
 def test_checkpoints_of_split_models_go_on_in_one_process(
     tokens: Path, tmp_path: Path, alone: dict[str, Any], together: dict[str, Any]
 ) -> None:
-    names = [name for name in ("PP ZBV", "EP, capacity", "TP x FSDP", "TP x PP") if name in together["cases"]]
+    names = [name for name in GOES_ON if name in together["cases"]]
     jobs = {}
     for name in names:
         folder = tmp_path / name
         shutil.copytree(together["folder"] / name / "checkpoints", folder / "checkpoints")
         shutil.rmtree(folder / "checkpoints" / f"step-{STEPS:08d}")
-        jobs[name] = job(tokens, folder, together["cases"][name][0], **method(together["cases"][name]))
+        case = together["cases"][name]
+        jobs[name] = job(tokens, folder, case[0], checkpoints=True, **method(case))
     for name, outcome in trained_in_turn(1, jobs, tmp_path / "out.json").items():
         assert "resumed from step-00000010" in outcome["said"][0], name
         expected = losses(alone[reference(together["cases"][name])])
@@ -153,6 +179,13 @@ def test_a_layout_that_does_not_fit_is_named_before_any_work(
     with pytest.raises((RecipeError, ResourceError), match=f"(?s){message}") as caught:
         check_layout(options, workers, {"vocab_size": 300, **config}, 32)
     assert caught.value.mend
+
+
+def test_only_replicas_compress_gradients() -> None:
+    options = TrainOptions(compress=CompressOptions(kind="bf16"), parallel=ParallelOptions(shard=2))
+    with pytest.raises(RecipeError, match="an exchange between replicas, but the layout splits") as caught:
+        check_layout(options, 2)
+    assert "data: 2" in caught.value.mend
 
 
 def test_a_batch_must_fill_the_pipeline() -> None:

@@ -6,26 +6,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from training_parts import kill_at, launch, pretraining, trained
 
 from modelyard.models import LoraOptions, load_model
 from modelyard.models.adapters import load_adapter
-from modelyard.train.options import ParallelOptions
 from modelyard.train.pairs import PackedPairs, Pair, encode
-from modelyard.train.programs import FinetuneJob
+from modelyard.train.programs import FinetuneJob, finetune, pretrain
+from modelyard.train.world import World
 
 
 @pytest.fixture(scope="module")
 def alone(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("alone")
-    return trained(pretraining(tokens, folder), 1, folder / "out.json")
+    return here(pretrain, pretraining(tokens, tmp_path_factory.mktemp("alone")))
 
 
 @pytest.fixture(scope="module")
 def together(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("together")
     return trained(pretraining(tokens, folder), 2, folder / "out.json")
+
+
+def here(program: Any, job: Any) -> dict[str, Any]:
+    """What `trained` returns, of a run in this process."""
+    outcome = program(job, World(0, 1, torch.device("cpu")))
+    return {"history": outcome.history, "heldout": outcome.heldout_loss}
 
 
 def losses(result: dict[str, Any]) -> list[float]:
@@ -38,27 +44,6 @@ def test_two_processes_train_as_one(alone: dict[str, Any], together: dict[str, A
     assert together["heldout"] == pytest.approx(alone["heldout"], abs=1e-5)
     for a, b in zip(alone["history"], together["history"], strict=True):
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    "parallel", [ParallelOptions(data=2), ParallelOptions(reshard=False)], ids=["replicated", "zero-2"]
-)
-def test_other_layouts_train_as_one(
-    tokens: Path, tmp_path: Path, alone: dict[str, Any], parallel: ParallelOptions
-) -> None:
-    result = trained(pretraining(tokens, tmp_path, parallel=parallel), 2, tmp_path / "out.json")
-    assert losses(result) == pytest.approx(losses(alone), abs=1e-5)
-
-
-def test_a_batch_that_does_not_divide_trains_as_one(tokens: Path, tmp_path: Path) -> None:
-    results = []
-    for workers in (1, 2):
-        folder = tmp_path / str(workers)
-        folder.mkdir()
-        results.append(
-            trained(pretraining(tokens, folder, global_batch=5, micro_batch=1), workers, folder / "out.json")
-        )
-    assert losses(results[1]) == pytest.approx(losses(results[0]), abs=1e-5)
 
 
 def test_a_killed_process_resumes_bit_for_bit(tokens: Path, tmp_path: Path, together: dict[str, Any]) -> None:
@@ -81,18 +66,16 @@ def test_resume_on_another_number_of_processes(tokens: Path, tmp_path: Path, alo
 def test_finetuning_shards_the_adapter_and_merges_it(
     tokens: Path, tmp_path: Path, alone: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    import torch
     from transformers import AutoTokenizer
 
-    trained(pretraining(tokens, tmp_path / "base", steps=2), 1, tmp_path / "base.json")
+    here(pretrain, pretraining(tokens, tmp_path / "base", steps=2))
     tokenizer = AutoTokenizer.from_pretrained(tokens / "tokenizer")
     pairs = [Pair(({"role": "user", "content": f"{i} + 1"},), str(i + 1), "here") for i in range(60)]
     packed = PackedPairs.pack(encode(pairs, tokenizer, 32)[0], 32, 0, pad_id=4)
     packed.save(tmp_path / "pairs" / "train.npz")
     packed.save(tmp_path / "pairs" / "heldout.npz")
-    results = []
-    for workers in (1, 2):
-        job = FinetuneJob(
+    jobs = [
+        FinetuneJob(
             model=str(tmp_path / "base" / "model"),
             data=str(tmp_path / "pairs"),
             output=str(tmp_path / f"tuned{workers}"),
@@ -100,7 +83,9 @@ def test_finetuning_shards_the_adapter_and_merges_it(
             lora=LoraOptions(r=4),
             checkpoints=str(tmp_path / f"work{workers}"),
         )
-        results.append(trained(job, workers, tmp_path / f"out{workers}.json", "finetune"))
+        for workers in (1, 2)
+    ]
+    results = [here(finetune, jobs[0]), trained(jobs[1], 2, tmp_path / "out.json", "finetune")]
     assert losses(results[1]) == pytest.approx(losses(results[0]), abs=1e-5)
     assert results[0]["heldout"] < results[0]["history"][0]["loss"]
     ids = torch.arange(30)[None]

@@ -30,7 +30,7 @@ Root = Annotated[str | None, typer.Option("--root", help="where artifacts go, in
 
 def add(app: typer.Typer) -> None:
     """Adds the commands of this module."""
-    for command in (run, submit, serve):
+    for command in (run, submit, serve, range_test):
         app.command()(command)
 
 
@@ -223,3 +223,26 @@ def serve(
     handle = serve_model(model, root, options, name, lambda text: console.print(text, markup=False, highlight=False))
     console.print(f"[bold]{handle.name}[/] at {handle.url}/v1  (chat page {handle.url}/, metrics {handle.url}/metrics)")
     _wait(console)
+
+
+def range_test(
+    recipe: RecipePath,
+    stage: Annotated[
+        str | None, typer.Option(help="the pre-training stage; may be left out where there is one")
+    ] = None,
+    assignments: Assignments = None,
+    root: Root = None,
+    lowest: Annotated[float, typer.Option(min=0, help="learning rate of the first step")] = 1e-6,
+    highest: Annotated[float, typer.Option(min=0, help="learning rate of the last step")] = 1.0,
+    steps: Annotated[int, typer.Option(min=10, help="optimizer steps between the two")] = 100,
+) -> None:
+    """Finds a learning rate: raises it step by step on a stage's own model and tokens until the loss rises.
+
+    In this process and without Ray; the stage's inputs must have been made. Writes a page with the curve.
+    """
+    from modelyard.stages.rate import range_test_of
+
+    result, page = range_test_of(load(recipe, assignments, root), stage, lowest, highest, steps)
+    console = Console()
+    console.print(f"suggested learning_rate {result.suggestion:.2g} (lowest loss at {result.lowest_at:.2g})")
+    console.print(f"curve: {page}", soft_wrap=True)

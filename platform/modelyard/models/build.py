@@ -63,6 +63,13 @@ def check_shape(config: PretrainedConfig, sequence_length: int | None) -> None:
             place="model.num_attention_heads",
             mend=f"choose a divisor of {hidden}",
         )
+    size = getattr(config, "head_dim", None) or (hidden // heads if hidden and heads else 0)
+    if size % 2 and getattr(config, "rope_parameters", None):
+        raise RecipeError(
+            f"heads of {size} channels cannot be rotated: rotary positions turn pairs of channels",
+            place="model.num_attention_heads",
+            mend="choose hidden_size and num_attention_heads whose quotient is even",
+        )
     shared = getattr(config, "num_key_value_heads", None)
     if heads and shared and heads % shared:
         raise RecipeError(

@@ -107,7 +107,7 @@ class Stage(Generic[O]):
     Options: ClassVar[type[StageOptions]]
     inputs: ClassVar[Mapping[str, InputSpec]] = {}
     more: ClassVar[InputSpec | None] = None
-    """What inputs of any other name are, for a kind that takes several of a sort; at least one is needed."""
+    """What inputs of any other name are, for a kind that takes several of a sort; one at least where all are such."""
 
     def input_specs(self, given: Iterable[str]) -> dict[str, InputSpec]:
         """The inputs the kind has by name, those of `given` that `more` allows among them."""

@@ -81,7 +81,7 @@ def _node(recipe: Recipe, name: str) -> Node:
                 place=f"stages.{name}.inputs.{given}",
                 mend=f"its inputs: {', '.join(stage.inputs)}",
             )
-    if stage.more is not None and len(specs) == len(stage.inputs):
+    if stage.more is not None and not specs:
         mend = f"add `<name>: <stage>`; stages of the kinds {', '.join(stage.more.kinds)} are taken"
         raise RecipeError(f"{options.kind} needs an input", place=f"stages.{name}.inputs", mend=mend)
     after: dict[str, str] = {}

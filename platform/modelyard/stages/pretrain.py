@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from modelyard.errors import RecipeError
+from modelyard.errors import DataError, RecipeError
 from modelyard.models.options import ModelOptions
 from modelyard.models.presets import learning_rate, parameters_of
 from modelyard.models.vocabulary import extends_vocabulary
@@ -68,9 +68,11 @@ class PretrainStage(Stage[PretrainOptions]):
         "tokens": InputSpec(kinds=("tokenize",)),
         "model": InputSpec(kinds=("pretrain", "finetune"), files=True, required=False),
     }
+    more = InputSpec(kinds=("tokenize",))
 
     def check(self, ctx: PlanContext[PretrainOptions]) -> None:
-        """Raises the errors of `check_training`, and RecipeError when there is neither model nor input `model`."""
+        """Raises the errors of `check_training`; RecipeError when there is neither model nor input `model`; DataError
+        when several tokens are known not to go together."""
         options = ctx.options
         if options.model is None and "model" not in options.inputs:
             raise RecipeError(
@@ -93,11 +95,13 @@ class PretrainStage(Stage[PretrainOptions]):
         from modelyard.stages.workers import Assignment, run_workers
         from modelyard.train.programs import PretrainJob
 
-        tokens, options = ctx.artifact("tokens"), ctx.options
-        facts = token_facts(tokens)
+        options, all_tokens = ctx.options, _token_inputs(ctx)
+        facts = _joined_facts(all_tokens)
         for warning in warnings(options):
             ctx.progress.say(f"[yellow]warning[/]: {warning}")
-        places: dict[str, tuple[Artifact, str] | str] = {"tokens": (tokens, "")}
+        places: dict[str, Any] = {"tokens": (all_tokens.pop("tokens"), "")}
+        if all_tokens:
+            places["more"] = {name: (tokens, "") for name, tokens in all_tokens.items()}
         if "model" in ctx.inputs:
             places["start"] = model_place(ctx.inputs["model"], "model")
         steps = options.total_steps(int(facts["train_sequences"]), int(facts["sequence_length"]))
@@ -127,6 +131,34 @@ def _extends(ctx: PlanContext[PretrainOptions]) -> bool:
     folder = place if isinstance(place, str) else place[0].join(place[1])
     files = (join(folder, "tokenizer.json"), tokens.join("tokenizer/tokenizer.json"))
     return all(exists(file) for file in files) and extends_vocabulary(*(read_bytes(file) for file in files))
+
+
+def _token_inputs(ctx: PlanContext[PretrainOptions] | StageContext[PretrainOptions]) -> dict[str, Artifact]:
+    """The token artifacts that are there, by input; `tokens` first."""
+    found = {name: value for name, value in sorted(ctx.inputs.items()) if isinstance(value, Artifact)}
+    return {name: found[name] for name in sorted(found, key="tokens".__ne__) if found[name].manifest.kind == "tokenize"}
+
+
+def _check_alike(inputs: Mapping[str, Artifact]) -> None:
+    facts = {name: token_facts(tokens) for name, tokens in inputs.items()} if len(inputs) > 1 else {}
+    for what in ("sequence_length", "vocab_size"):
+        values = {name: known[what] for name, known in facts.items()}
+        if len(set(values.values())) > 1:
+            raise DataError(
+                f"the tokens differ in {what}: " + ", ".join(f"{name} {value:,}" for name, value in values.items()),
+                place="inputs",
+                mend="tokenize all with one tokenizer (tokenizer: {path: ...}) and one sequence_length",
+            )
+
+
+def _joined_facts(inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+    """The description of all tokens together; the unigram entropy is the mean over their held-out tokens."""
+    parts = [token_facts(tokens) for tokens in inputs.values()]
+    if len(parts) == 1:
+        return parts[0]
+    weights = [max(1, int(part.get("heldout_tokens", 1))) for part in parts]
+    entropy = sum(w * float(p["unigram_entropy"]) for w, p in zip(weights, parts, strict=True)) / sum(weights)
+    return parts[0] | {"train_sequences": sum(int(p["train_sequences"]) for p in parts), "unigram_entropy": entropy}
 
 
 def token_facts(tokens: Artifact) -> dict[str, Any]:
@@ -172,11 +204,12 @@ def token_shape(ctx: PlanContext[Any]) -> tuple[int | None, int | None]:
 
 def _tokens(ctx: PlanContext[PretrainOptions], length: int | None) -> int | None:
     """Tokens the budget comes to, if it can be known yet."""
-    options, tokens = ctx.options, ctx.inputs.get("tokens")
+    options, given = ctx.options, _token_inputs(ctx)
     if length is None:
         return options.tokens
-    if isinstance(tokens, Artifact):
-        return options.total_steps(int(token_facts(tokens)["train_sequences"]), length) * options.global_batch * length
+    if given and len(given) == len(set(ctx.options.inputs) - {"model"}):
+        sequences = int(_joined_facts(given)["train_sequences"])
+        return options.total_steps(sequences, length) * options.global_batch * length
     if options.steps is None and options.tokens is None:
         return None
     return options.total_steps(1, length) * options.global_batch * length

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from modelyard.train.loop import Outcome
     from modelyard.train.metrics import Say, Sink
     from modelyard.train.world import World
+
+Place = tuple[Artifact, str] | str
+"""An artifact with a path inside it, or the URI of a folder."""
 
 _LOOK_SECONDS = 5.0
 """How often the workers ask Ray together whether a machine is about to be taken: one barrier of a few milliseconds."""
@@ -52,7 +55,7 @@ def work(config: dict[str, Any]) -> None:
     torch.set_num_threads(config["threads"])
     outbox = Outbox(mailbox)
     try:
-        job = assignment.job.model_copy(update={name: _bring(p) for name, p in assignment.places.items()})
+        job = assignment.job.model_copy(update={name: bring(p) for name, p in assignment.places.items()})
         hooks = SpotWatch(outbox.say, world.leads) if config["spot"] else None
         if world.leads:
             outbox.send("peak", matmul_rate(world.device) * world.size)
@@ -92,8 +95,14 @@ def warm(program: str) -> None:
     load_program(program)
 
 
-def _bring(place: tuple[Artifact, str] | str) -> str:
-    """The local path of an input on this machine, copied here first where it is remote."""
+def bring(place: Place | Mapping[str, Place]) -> str | dict[str, str]:
+    """The local path of an input on this machine, copied here first where it is remote; or of several by name."""
+    if isinstance(place, Mapping):
+        return {name: _bring_one(each) for name, each in place.items()}
+    return _bring_one(place)
+
+
+def _bring_one(place: Place) -> str:
     if not isinstance(place, str):
         artifact, inside = place
         return str(artifact.local(inside) if inside else artifact.local())

@@ -134,6 +134,13 @@ def _check_heads(config: Config) -> None:
             place="model.num_attention_heads",
             mend=f"choose a divisor of {hidden}",
         )
+    size = config.get("head_dim") or (hidden // heads if hidden and heads else 0)
+    if size % 2 and config.get("rope_parameters"):
+        raise RecipeError(
+            f"heads of {size} channels cannot be rotated: rotary positions turn pairs of channels",
+            place="model.num_attention_heads",
+            mend="choose hidden_size and num_attention_heads whose quotient is even",
+        )
     shared = config.get("num_key_value_heads")
     if heads and shared and heads % shared:
         raise RecipeError(

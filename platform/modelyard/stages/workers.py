@@ -19,8 +19,8 @@ from modelyard.recipe.schema import Options, Resources
 from modelyard.stages.base import StageContext
 from modelyard.stages.live import Rates, drained, make_rates
 from modelyard.stages.mailbox import Mailbox
-from modelyard.stages.train_worker import warm, work
-from modelyard.storage import Artifact, arrow_filesystem, join
+from modelyard.stages.train_worker import Place, warm, work
+from modelyard.storage import arrow_filesystem, join
 
 if TYPE_CHECKING:
     from modelyard.planner.estimate import Estimate
@@ -37,12 +37,12 @@ class Assignment:
     """What every worker does: the program by import path, its job, and inputs to bring to the worker's disk.
 
     `places` maps a field of the job to what it should hold the local path of: an artifact with a path inside
-    it, or the URI of a folder.
+    it, or the URI of a folder; or, for a field that is a mapping, several of these by name.
     """
 
     program: str
     job: Options
-    places: Mapping[str, tuple[Artifact, str] | str] = field(default_factory=dict)
+    places: Mapping[str, Place | Mapping[str, Place]] = field(default_factory=dict)
 
 
 def run_workers(

@@ -5,6 +5,9 @@ with dz = softmax(z) - onehot(label). All three are made for a few rows at a tim
 logits is used up while it lies in the cache and then forgotten. The number of operations is that of the plain way
 (nothing is recomputed); memory falls from rows x vocabulary several times over to one chunk. Rows without a label cost
 nothing where labels are sparse. The same idea: Cut Your Losses (arXiv 2411.09009), Liger Kernel (arXiv 2410.10989).
+
+Where tensor parallelism splits the vocabulary, each worker makes its own columns of a chunk, and three numbers a row
+travel (Megatron, arXiv 1909.08053, section 3): the largest logit, the sum of exponentials, and the label's logit.
 """
 
 from __future__ import annotations
@@ -16,10 +19,13 @@ from typing import Any, cast
 from weakref import WeakSet
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
+
+from modelyard.train.parallel import exchange
 
 IGNORE = -100
 """A label that is not learnt, as in `torch.nn.functional.cross_entropy`."""
@@ -41,7 +47,7 @@ def language_loss(
     """Runs `model(**inputs)` and sums the cross-entropy of its logits, by the fused way where the model allows it.
 
     It does where the output layer is a plain `nn.Linear`, whole on this worker while the model runs (FSDP gathers
-    it), and its output is returned as it is.
+    it) or split by vocabulary, and its output is returned as it is.
 
     Args:
         model: anything with transformers' interface: `get_output_embeddings()`, and `.logits` in what it returns.
@@ -86,6 +92,7 @@ def linear_cross_entropy(
     *,
     sparse: bool = False,
     compiled: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Sum of `cross_entropy(hidden @ weight.T + bias, labels)` in nats, a scalar fp32, without the logits.
 
@@ -99,7 +106,11 @@ def linear_cross_entropy(
         bias: [V] or None.
         sparse: leave rows without a label out of the products.
         compiled: compile the softmax of a chunk with torch.compile.
+        group: workers that hold equal shares of the vocabulary, in order; `weight` and `bias` are this one's, `hidden`
+            and the result are the same on all. None = they are whole.
     """
+    if group is not None:
+        hidden = exchange.enter(hidden, group)
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     # Finding the rows costs a synchronisation on CUDA, and nothing on a CPU.
     dense = sparse or rows.device.type == "cpu"
@@ -107,7 +118,7 @@ def linear_cross_entropy(
         kept = (flat != IGNORE).nonzero().squeeze(1)
         rows, flat = rows[kept], flat[kept]
     softmax = _compiled_softmax() if compiled else _softmax_loss
-    how = partial(softmax, dense=dense)
+    how = partial(softmax, dense=dense) if group is None else partial(_split_softmax_loss, group=group)
     loss: torch.Tensor = _LinearCrossEntropy.apply(rows, weight, bias, flat, how)  # type: ignore[no-untyped-call]
     return loss
 
@@ -116,8 +127,14 @@ def _output_layer(model: nn.Module) -> nn.Linear | None:
     find: Callable[[], Any] | None = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
     # Exactly Linear, or FSDP's subclass of it: an adapter or a quantised layer computes something else.
-    plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    plain = isinstance(head, nn.Linear) and (type(head).forward is nn.Linear.forward or _split_over(head) is not None)
     return head if plain else None
+
+
+def _split_over(head: nn.Module) -> dist.ProcessGroup | None:
+    """The workers an output layer's vocabulary is split over (`parallel.tensor.VocabularyHead`)."""
+    group: dist.ProcessGroup | None = getattr(head, "tensor_group", None)
+    return group
 
 
 class _FusedHead:
@@ -128,12 +145,15 @@ class _FusedHead:
         self.loss: torch.Tensor | None = None
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        weight, bias = self._head.weight, self._head.bias
-        split = isinstance(weight, DTensor) or isinstance(hidden, DTensor)
-        if split or hidden.shape[:-1] != self._labels.shape:
+        group = _split_over(self._head)
+        if hidden.shape[:-1] != self._labels.shape:
+            return type(self._head).forward(self._head, hidden)
+        parts = (self._head.weight, self._head.bias)
+        weight, bias = (p.to_local() if group and isinstance(p, DTensor) else p for p in parts)
+        if isinstance(weight, DTensor) or isinstance(hidden, DTensor):
             return F.linear(hidden, weight, bias)
         self.loss = linear_cross_entropy(
-            hidden, weight, self._labels, bias, sparse=self._sparse, compiled=self._compiled
+            hidden, weight, self._labels, bias, sparse=self._sparse, compiled=self._compiled, group=group
         )
         return self.loss
 
@@ -223,6 +243,23 @@ def _softmax_loss(logits: torch.Tensor, labels: torch.Tensor, dense: bool) -> tu
     slope = logs.exp_()
     slope.scatter_add_(1, index, torch.full_like(index, -1, dtype=slope.dtype))
     return loss, slope if dense else slope.mul_(learnt.unsqueeze(1))
+
+
+def _split_softmax_loss(
+    logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`_softmax_loss` for this worker's columns [C, V / n]; the loss is that of all columns."""
+    learnt, at = labels != IGNORE, labels - logits.shape[1] * dist.get_rank(group)
+    here = (at >= 0) & (at < logits.shape[1])
+    index = at.masked_fill(~here, 0).unsqueeze(1)
+    peak = logits.amax(dim=1)
+    dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
+    slope = (logits - peak.unsqueeze(1)).exp_()
+    mine = (logits.gather(1, index).squeeze(1) - peak) * here
+    dist.all_reduce(both := torch.stack([slope.sum(dim=1), mine]), group=group)
+    sums, wanted = both
+    slope.div_(sums.unsqueeze(1)).scatter_add_(1, index, -here.to(slope.dtype).unsqueeze(1))
+    return ((sums.log() - wanted) * learnt).sum(), slope.mul_(learnt.unsqueeze(1))
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -70,6 +71,18 @@ class RoutingOptions(Options):
     def room(self, tokens: int, chosen: int, experts: int) -> int:
         """Choices of one sequence of `tokens` an expert takes, of `chosen` a token."""
         return math.ceil((self.capacity or experts) * tokens * chosen / experts)
+
+
+class CompressOptions(Options):
+    """Gradients of replicas (`parallel.data`, without shards) exchanged with fewer bytes."""
+
+    kind: Literal["bf16", "fp16", "powersgd"] = Field(
+        description="bf16, fp16: half the bytes; powersgd: low-rank factors of every matrix (arXiv 1905.13727)"
+    )
+    rank: int = Field(4, ge=1, description="rank of PowerSGD's factors (paper: 1 to 4)")
+    after: int = Field(
+        10, ge=2, description="steps before PowerSGD begins; after a restart they count anew, so resuming is not exact"
+    )
 
 
 class DenoisingOptions(Options):

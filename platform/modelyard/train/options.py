@@ -11,6 +11,7 @@ from modelyard.recipe.schema import Options, runtime
 from modelyard.train.batch_plan import BatchPlan
 from modelyard.train.method_options import (
     BatchWarmupOptions,
+    CompressOptions,
     DenoisingOptions,
     EmaOptions,
     MixtureOptions,
@@ -112,6 +113,9 @@ class TrainOptions(Options):
         None,
         description="losses and capacity of a mixture of experts, for objectives that count tokens; null = their "
         "defaults in pre-training, nothing elsewhere",
+    )
+    compress: CompressOptions | None = Field(
+        None, description="compression of the gradients that replicas exchange; null = none"
     )
     bad_steps: int = Field(
         3, ge=0, description="updates in a row that may be skipped for a non-finite loss or gradient before giving up"

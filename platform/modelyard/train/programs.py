@@ -50,6 +50,7 @@ from modelyard.train.parallel.routing import routers
 from modelyard.train.parallel.strategy import Strategy
 from modelyard.train.profile import Profiler
 from modelyard.train.samples import Sampler, writes_text
+from modelyard.train.token_folders import open_tokens
 from modelyard.train.watchdog import Watchdog
 from modelyard.train.world import World
 
@@ -61,6 +62,9 @@ class PretrainJob(Options):
     """
 
     tokens: str = Field(description="local folder with train/, heldout/ and tokenizer/")
+    more: dict[str, str] = Field(
+        {}, description="further such folders by name; each is a source then, that above under the name `tokens`"
+    )
     output: str = Field(description="URI of the model folder to write")
     train: TrainOptions = Field(description="how to train")
     model: ModelOptions | None = Field(None, description="the model to build; null = continue start as it is")
@@ -98,8 +102,7 @@ def pretrain(
     """
     folder = Path(job.tokens)
     # Every worker checks sizes, one compares checksums.
-    train = TokenDataset.open(folder / "train", verify=world.leads)
-    heldout = _optional_tokens(folder / "heldout", world)
+    train, heldout = open_sides(job, verify=world.leads)
     strategy, config = pretraining_model(job, train, world, say)
     objective = choose_objective(job.train, "causal_lm")
     if job.train.objective == "span_corruption":
@@ -198,8 +201,12 @@ def _hooks(setup: Setup, world: World, say: Say, outer: Hooks | None) -> Hooks:
     return Chain(found)
 
 
-def _optional_tokens(folder: Path, world: World) -> TokenDataset | None:
-    return TokenDataset.open(folder, verify=world.leads) if (folder / "index.json").exists() else None
+def open_sides(job: PretrainJob, *, verify: bool) -> tuple[TokenDataset, TokenDataset | None]:
+    """The job's sequences to train on, and those held out, if any. Raises as :func:`open_tokens`."""
+    folders = {"tokens": Path(job.tokens), **{name: Path(place) for name, place in job.more.items()}}
+    train = open_tokens(folders, "train", verify=verify)
+    assert train is not None
+    return train, open_tokens(folders, "heldout", verify=verify)
 
 
 def pretraining_model(

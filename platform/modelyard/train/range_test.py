@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from pydantic import Field
@@ -17,12 +16,11 @@ from pydantic import Field
 from modelyard import storage
 from modelyard.errors import DataError, RecipeError
 from modelyard.recipe.schema import Options
-from modelyard.tokens import TokenDataset
 from modelyard.train.choose_objective import choose_objective
 from modelyard.train.data import Feed, make_order
 from modelyard.train.objective import checked
 from modelyard.train.optimizer import make_optimizer, set_learning_rate
-from modelyard.train.programs import PretrainJob, pretraining_model
+from modelyard.train.programs import PretrainJob, open_sides, pretraining_model
 from modelyard.train.report import Line, Page
 from modelyard.train.world import World
 
@@ -85,7 +83,7 @@ def judge(points: list[tuple[float, float]]) -> RangeResult:
 
 def _losses(test: RangeTest, world: World) -> list[tuple[float, float]]:
     options = test.job.train
-    data = TokenDataset.open(Path(test.job.tokens) / "train")
+    data, _ = open_sides(test.job, verify=True)
     strategy, _ = pretraining_model(test.job, data, world)
     model = strategy.model
     optimizer = make_optimizer(model, options)

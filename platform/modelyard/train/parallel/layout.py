@@ -137,6 +137,12 @@ def check_layout(
     p, sizes = options.parallel, degrees(options.parallel, workers)
     _check_batch(options, sizes)
     _check_options(p)
+    if options.compress is not None and sizes["data"] != workers:
+        raise RecipeError(
+            "compressed gradients are an exchange between replicas, but the layout splits the model",
+            place="compress",
+            mend=f"use parallel: {{data: {workers}}}, or leave compress out",
+        )
     if options.samples is not None and sizes["pipeline"] * sizes["context"] > 1:
         raise RecipeError(
             "text is sampled with a whole model on every worker",

@@ -18,6 +18,7 @@ from modelyard.errors import RecipeError
 from modelyard.train.fp8 import to_fp8
 from modelyard.train.options import TrainOptions
 from modelyard.train.parallel.blocks import blocks
+from modelyard.train.parallel.compress import Compression
 from modelyard.train.parallel.context import split_context
 from modelyard.train.parallel.experts import expert_layers, split_experts
 from modelyard.train.parallel.layout import check_layout, degrees, sequence_parallel
@@ -54,6 +55,8 @@ def parallelize(model: nn.Module, options: TrainOptions, world: World) -> Strate
     routing = find_routing(model, options.routing)  # of the whole model: stages number their routers by it
     strategy = _laid_out(model, options, world, sizes)
     strategy.route(routing)
+    if options.compress is not None:
+        strategy.compression = Compression(options.compress, options.global_batch)
     return strategy
 
 

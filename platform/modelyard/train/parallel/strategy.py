@@ -23,6 +23,7 @@ from modelyard.models.build import initialise, materialise
 from modelyard.train.clock import Clock
 from modelyard.train.objective import Batch, Objective
 from modelyard.train.optimizer import local_gradients, squared_norm
+from modelyard.train.parallel.compress import Compression
 from modelyard.train.parallel.context import ContextView, Pieces
 from modelyard.train.parallel.mesh import Topology
 from modelyard.train.parallel.routing import Routing, Watch, counted_tokens
@@ -45,6 +46,7 @@ class Strategy:
         reader, readers: which share of every batch this worker reads, and how many shares there are.
         micro_batch: sequences of one forward pass where the layout decides it; None = the options do.
         clock: where the time of a step is counted, by phase.
+        compression: how replicas exchange gradients; None = as they are.
     """
 
     micro_batch: int | None = None
@@ -64,6 +66,7 @@ class Strategy:
         self._ddp: DistributedDataParallel | None = None
         self._pieces: Pieces | None = None
         self._routing: Routing | None = None
+        self.compression: Compression | None = None
         if topology is not None:
             s = topology.sizes
             self.reader, self.readers = topology.reader, s["data"] * s["shard"] * s["expert"]
@@ -97,6 +100,8 @@ class Strategy:
         if self._ddp is None and s and s["data"] == self.world.size > 1:
             # Every worker made the same weights: there is nothing to broadcast.
             self._ddp = DistributedDataParallel(self.model, gradient_as_bucket_view=True, init_sync=False)
+            if self.compression is not None:
+                self.compression.register(self._ddp)
         return self._ddp
 
     @property

@@ -1,0 +1,62 @@
+"""Several token folders as one data set: each is a source, or several, that a mixture can weigh."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from modelyard.errors import DataError
+from modelyard.tokens import TokenDataset
+from modelyard.tokens.shards import Shard, Source
+
+
+def open_tokens(folders: Mapping[str, Path], side: str, *, verify: bool) -> TokenDataset | None:
+    """The sequences of `side` (`train`, `heldout`) of every folder that has it, in the order given; None = none has.
+
+    A folder with one source is a source under its own name; those with several are `name/source`.
+
+    Raises:
+        DataError: a folder is damaged, or they differ in tokenizer, vocabulary or sequence length.
+    """
+    found = {
+        name: TokenDataset.open(folder / side, verify=verify)
+        for name, folder in folders.items()
+        if side == "train" or (folder / side / "index.json").exists()
+    }
+    if len(found) < 2:
+        return next(iter(found.values()), None)
+    _check_alike({name: folders[name] for name in found}, found)
+    sources: list[Source] = []
+    shards: list[Shard] = []
+    for name, data in found.items():
+        before = len(sources)
+        for shard in data.index.shards:
+            # A file given by its whole path is found from any folder.
+            place = str(data.folder.absolute() / shard.file)
+            shards.append(shard.model_copy(update={"file": place, "source": before + shard.source}))
+        many = len(data.sources) > 1
+        sources += [s.model_copy(update={"name": f"{name}/{s.name}" if many else name}) for s in data.sources]
+    parts = list(found.values())
+    totals = {key: sum(getattr(data.index, key) for data in parts)
+              for key in ("sequences", "tokens", "documents", "text_bytes")}  # fmt: skip
+    update = {**totals, "version": 2, "sources": tuple(sources), "shards": tuple(shards)}
+    return TokenDataset(parts[0].folder, parts[0].index.model_copy(update=update))
+
+
+def _check_alike(folders: Mapping[str, Path], found: Mapping[str, TokenDataset]) -> None:
+    first = next(iter(found))
+    for name, data in found.items():
+        for what in ("sequence_length", "vocab_size"):
+            if getattr(data, what) != getattr(found[first], what):
+                raise DataError(
+                    f"{name} has a {what} of {getattr(data, what):,}, {first} of {getattr(found[first], what):,}",
+                    place=str(data.folder),
+                    mend="tokenize all with one tokenizer (tokenizer: {path: ...}) and one sequence_length",
+                )
+        files = [folders[each] / "tokenizer" / "tokenizer.json" for each in (first, name)]
+        if len({file.read_bytes() for file in files if file.exists()}) > 1:
+            raise DataError(
+                f"{name} and {first} come from different tokenizers",
+                place=str(data.folder),
+                mend="tokenize all with one tokenizer (tokenizer: {path: ...})",
+            )
