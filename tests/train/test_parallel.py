@@ -62,12 +62,13 @@ COMPRESSED: dict[str, Case] = {
 
 
 def reference(case: Case) -> str:
-    return " ".join([case[0], *method(case)])
+    return " ".join([case[0], *(str(value) for value in method(case).values())])
 
 
 def method(case: Case) -> dict[str, Any]:
     """What one process must be told too."""
-    return {name: value for name, value in case[2].items() if name in ("document_mask", "routing", "global_batch")}
+    told = ("document_mask", "routing", "global_batch", "objective")
+    return {name: value for name, value in case[2].items() if name in told}
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -51,6 +52,8 @@ def build_config(options: ModelOptions, vocab_size: int, sequence_length: int | 
         raise RecipeError(f"transformers refuses the configuration: {error}", place="model") from error
     check_shape(config, sequence_length)
     config.use_cache = False
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = 0  # what the span-corruption objective begins targets with
     return config
 
 
@@ -92,10 +95,15 @@ def attention(config: PretrainedConfig) -> str:
     return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
 
 
+def auto_class(config: PretrainedConfig) -> Any:
+    """transformers' factory of decoders, or of encoder-decoders such as T5."""
+    return AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+
+
 def build_on_meta(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal language model without storage: parameters are on the meta device."""
+    """A language model without storage: parameters are on the meta device."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention(config))
+        model = auto_class(config).from_config(config, dtype=dtype, attn_implementation=attention(config))
     model.tie_weights()
     return cast(PreTrainedModel, model)
 

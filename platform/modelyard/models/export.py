@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from modelyard.errors import DataError
-from modelyard.models.build import attention, build_on_meta
+from modelyard.models.build import attention, auto_class, build_on_meta
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -98,7 +98,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
             mend="convert the model with save_pretrained(safe_serialization=True)",
         )
     config = read_config(folder)
-    model = AutoModelForCausalLM.from_pretrained(
+    model = auto_class(config).from_pretrained(
         str(folder),
         config=config,
         dtype=dtype,

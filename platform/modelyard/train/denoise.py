@@ -68,7 +68,7 @@ def _encoder_decoder_loss(
     model: nn.Module, source: torch.Tensor, target: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     config: Any = model.config
-    begin = config.decoder_start_token_id if config.decoder_start_token_id is not None else 0
+    begin = getattr(config, "decoder_start_token_id", None) or 0
     shifted = torch.cat([torch.full_like(target[:, :1], begin), target[:, :-1]], dim=1).clamp_min(0)
     inputs = {
         "input_ids": source.clamp_min(0),

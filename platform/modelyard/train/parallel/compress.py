@@ -34,7 +34,8 @@ class Compression:
             )
             ddp.register_comm_hook(state, powerSGD_hook)
         else:
-            ddp.register_comm_hook(self, _half)
+            # A lambda: DDP compares annotations with its own class, which has no type for checkers.
+            ddp.register_comm_hook(self, lambda state, bucket: _half(state, bucket))
 
 
 def _half(state: Compression, bucket: Any) -> Any:
