@@ -47,6 +47,18 @@ def test_architectures_are_initialised_completely_and_by_the_seed(model_type: st
     assert torch.isfinite(logits).all()
 
 
+def test_rules_of_an_architecture_for_whole_blocks_are_applied() -> None:
+    gpt2 = built(ModelOptions(config={"model_type": "gpt2", "n_embd": 64, "n_layer": 8, "n_head": 4}))
+    assert gpt2.transformer.h[3].mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert float(gpt2.transformer.h[3].mlp.c_proj.weight.std()) == pytest.approx(0.02 / 16**0.5, rel=0.05)
+    config = {"model_type": "t5", "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+    t5 = built(ModelOptions(config=config))
+    attention = t5.decoder.block[0].layer[0].SelfAttention
+    assert float(attention.q.weight.std()) == pytest.approx((64 * 16) ** -0.5, rel=0.05)
+    assert float(attention.o.weight.std()) == pytest.approx(64**-0.5, rel=0.05)
+    assert float(t5.shared.weight.std()) == pytest.approx(1.0, rel=0.05)
+
+
 def test_buffers_and_ties_survive_materialisation() -> None:
     from transformers import AutoModelForCausalLM
 
@@ -70,7 +82,7 @@ def test_overrides_and_vocabulary() -> None:
 def test_wrong_shapes_are_named() -> None:
     with pytest.raises(RecipeError, match="attention heads"):
         build_config(ModelOptions(config={**TINY, "hidden_size": 30}), 300)
-    with pytest.raises(RecipeError, match="heads of 9 channels cannot be rotated"):
+    with pytest.raises(RecipeError, match="even rotary dimension"):
         build_config(ModelOptions(config={**TINY, "hidden_size": 36}), 300)
     with pytest.raises(RecipeError, match="key-value heads"):
         build_config(ModelOptions(config={**TINY, "num_key_value_heads": 3}), 300)

@@ -38,6 +38,8 @@ TWO: dict[str, Case] = {
     "PP interleaved": ("qwen3_moe", {"pipeline": 2, "schedule": "interleaved"}, {}),
     "PP zero-bubble": ("llama", {"pipeline": 2, "schedule": "zero-bubble"}, {}),
     "PP ZBV": ("tied", {"pipeline": 2, "schedule": "zbv"}, {}),
+    "DDP of T5": ("t5", {"data": 2}, {"objective": "span_corruption"}),
+    "FSDP of T5": ("t5", {}, {"objective": "span_corruption"}),
     "FSDP, a batch that does not divide": ("llama", {}, {"global_batch": 5, "micro_batch": 1}),
     "PP DualPipeV": ("llama", {"pipeline": 2, "schedule": "dualpipev"}, {"micro_batch": 1}),
 }

@@ -66,13 +66,6 @@ def check_shape(config: PretrainedConfig, sequence_length: int | None) -> None:
             place="model.num_attention_heads",
             mend=f"choose a divisor of {hidden}",
         )
-    size = getattr(config, "head_dim", None) or (hidden // heads if hidden and heads else 0)
-    if size % 2 and getattr(config, "rope_parameters", None):
-        raise RecipeError(
-            f"heads of {size} channels cannot be rotated: rotary positions turn pairs of channels",
-            place="model.num_attention_heads",
-            mend="choose hidden_size and num_attention_heads whose quotient is even",
-        )
     shared = getattr(config, "num_key_value_heads", None)
     if heads and shared and heads % shared:
         raise RecipeError(
@@ -143,6 +136,54 @@ def initialise(model: PreTrainedModel, seed: int) -> None:
         for key, tensor in owned.items():
             store(tensor, getattr(full, key))
         done.update(id(tensor) for tensor in owned.values())
+    for name, module in reversed(list(model.named_modules())):  # inner ones first: an outer rule has the last word
+        if any(True for _ in module.children()):
+            _initialise_below(model, module, _module_seed(seed, f"{name}/"))
+
+
+def _initialise_below(model: PreTrainedModel, module: nn.Module, seed: int) -> None:
+    """Applies what an architecture's rule for `module` does to the parameters of modules below it.
+
+    GPT-2 scales the last matrices of a block so, T5 all of its matrices. A first pass without storage finds which
+    parameters these are; only they are then drawn in full.
+    """
+    shadow = _without_storage(module)
+    model._init_weights(shadow)
+    touched = [name for name, parameter in shadow.named_parameters() if "." in name and parameter._version]
+    if not touched:
+        return
+    targets = dict(module.named_parameters(remove_duplicate=False))
+    for name in touched:
+        owner, _, key = name.rpartition(".")
+        shadow.get_submodule(owner)._parameters[key] = _blank(targets[name])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model._init_weights(shadow)
+    for name in touched:
+        store(targets[name], shadow.get_parameter(name))
+
+
+def _without_storage(module: nn.Module) -> nn.Module:
+    """A copy of a tree of modules whose parameters and buffers lie on the meta device."""
+    copy = _shallow(module)
+    for kind in (copy._parameters, copy._buffers):
+        for key, tensor in kind.items():
+            kind[key] = None if tensor is None else _meta(tensor)  # type: ignore[assignment]
+    copy._modules = {key: None if child is None else _without_storage(child) for key, child in module._modules.items()}
+    return copy
+
+
+def _meta(tensor: torch.Tensor) -> torch.Tensor:
+    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    # Not `copy.copy`: the class FSDP gives a module builds a new one instead of copying.
+    copy: nn.Module = object.__new__(type(module))
+    copy.__dict__ = module.__dict__.copy()
+    copy._parameters, copy._buffers = dict(module._parameters), dict(module._buffers)
+    return copy
 
 
 def _module_seed(seed: int, name: str) -> int:
@@ -151,9 +192,7 @@ def _module_seed(seed: int, name: str) -> int:
 
 def _draw(model: PreTrainedModel, module: nn.Module, seed: int) -> nn.Module:
     """A shallow copy of `module` with full tensors on the CPU, initialised by the architecture."""
-    # Not `copy.copy`: the class FSDP gives a module builds a new one instead of copying.
-    full: nn.Module = object.__new__(type(module))
-    full.__dict__ = module.__dict__.copy()
+    full = _shallow(module)
     full._parameters = {k: _blank(v) for k, v in module._parameters.items()}
     full._buffers = {k: None if v is None else torch.empty_like(v, device="cpu") for k, v in module._buffers.items()}
     with torch.random.fork_rng(devices=[]):
