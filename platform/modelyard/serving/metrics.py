@@ -51,7 +51,7 @@ class Metrics:
 
 
 class Exposition(Collector):
-    """The metrics of several versions as one page: every sample carries the version it belongs to.
+    """The metrics of several versions as one page: every sample carries the version it belongs to, if it has a name.
 
     A version's counters stay after it is gone, as counters should.
     """
@@ -67,9 +67,10 @@ class Exposition(Collector):
         """prometheus_client's hook: one family a metric, all versions together."""
         families: dict[str, Family] = {}
         for version, registries in self._parts.items():
+            label = {"version": version} if version else {}
             for family in (found for registry in registries for found in registry.collect()):
                 merged = families.setdefault(family.name, Family(family.name, family.documentation, family.type))
-                merged.samples += [s._replace(labels={**s.labels, "version": version}) for s in family.samples]
+                merged.samples += [s._replace(labels=s.labels | label) for s in family.samples]
         yield from families.values()
 
     def render(self) -> bytes:
