@@ -27,8 +27,8 @@ def pair(prompt: str, answer: str) -> Pair:
 
 def test_the_mask_covers_the_answer_and_its_end(tokenizer: Any) -> None:
     (one,), counts = encode([pair("hello", "world")], tokenizer, 64)
-    assert tokenizer.decode(one.ids[: one.start]) == "<|user|>hello<|assistant|>"
-    assert tokenizer.decode(one.ids[one.start :]) == "world<|endoftext|>"
+    assert tokenizer.decode(one.ids[~one.learnt]) == "<|user|>hello<|assistant|>"
+    assert tokenizer.decode(one.ids[one.learnt]) == "world<|endoftext|>"
     assert (counts.pairs, counts.truncated, counts.dropped, counts.completion_tokens) == (1, 0, 0, 6)
 
 
@@ -55,14 +55,15 @@ def test_a_tokenizer_without_chat_template_is_refused(tokenizer: Any) -> None:
 def test_packing_keeps_every_token_once(shapes: list[tuple[int, int]], seed: int) -> None:
     pairs, next_id = [], 1
     for length, start in shapes:
-        pairs.append(Encoded(np.arange(next_id, next_id + length, dtype=np.int32), min(start, length - 1)))
+        ids = np.arange(next_id, next_id + length, dtype=np.int32)
+        pairs.append(Encoded(ids, np.arange(length) >= min(start, length - 1)))
         next_id += length
     packed = PackedPairs.pack(pairs, 20, seed)
     rows = packed.batch(np.arange(len(packed)))
     held = rows["input_ids"][rows["document_ids"] >= 0]
     assert sorted(held) == list(range(1, next_id))
     learnt = {int(i) for i in rows["input_ids"][rows["loss_mask"]]}
-    assert learnt == {int(i) for p in pairs for i in p.ids[p.start :]}
+    assert learnt == {int(i) for p in pairs for i in p.ids[p.learnt]}
     assert not rows["loss_mask"][rows["document_ids"] < 0].any()
     for ids, documents in zip(rows["input_ids"], rows["document_ids"], strict=True):
         for document in range(documents.max() + 1):
@@ -75,7 +76,7 @@ def test_first_fit_fills_gaps() -> None:
 
 
 def test_save_and_load(tmp_path: Path) -> None:
-    packed = PackedPairs.pack([Encoded(np.arange(5, dtype=np.int32), 2)], 8, 0, pad_id=4)
+    packed = PackedPairs.pack([Encoded(np.arange(5, dtype=np.int32), np.arange(5) >= 2)], 8, 0, pad_id=4)
     packed.save(tmp_path / "x" / "train.npz")
     loaded = PackedPairs.load(tmp_path / "x" / "train.npz").batch([0])
     for name, array in packed.batch([0]).items():

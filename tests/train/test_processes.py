@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from training_parts import kill_at, launch, pretraining, trained
 
-from modelyard.models import LoraOptions, load_model
+from modelyard.models import AdapterOptions, LoraOptions, load_model
 from modelyard.models.adapters import load_adapter
 from modelyard.train.pairs import PackedPairs, Pair, encode
 from modelyard.train.programs import FinetuneJob, finetune, pretrain
@@ -80,7 +80,7 @@ def test_finetuning_shards_the_adapter_and_merges_it(
             data=str(tmp_path / "pairs"),
             output=str(tmp_path / f"tuned{workers}"),
             train=pretraining(tokens, tmp_path).train,
-            lora=LoraOptions(r=4),
+            adapter=AdapterOptions(lora=LoraOptions(r=4)),
             checkpoints=str(tmp_path / f"work{workers}"),
         )
         for workers in (1, 2)

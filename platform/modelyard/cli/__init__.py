@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import typer
 from rich.console import Console
 
-from modelyard.cli import ask, look, plan, versions, work
+from modelyard.cli import ask, look, models, plan, versions, work
 from modelyard.errors import ModelyardError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ work.add(app)
 look.add(app)
 versions.add(app)
 ask.add(app)
+models.add(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

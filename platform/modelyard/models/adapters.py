@@ -3,46 +3,70 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from modelyard.errors import RecipeError
-from modelyard.models.options import LoraOptions
+from modelyard.models.options import AdapterOptions
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
-def add_adapter(model: PreTrainedModel, options: LoraOptions, seed: int) -> nn.Module:
-    """Freezes `model` and puts LoRA layers into it, the same on every worker for the same seed.
+Task = Literal["CAUSAL_LM", "SEQ_CLS"]
 
-    Returns a `PeftModel`. Call it before the model is sharded.
+
+def add_adapter(model: PreTrainedModel, options: AdapterOptions, seed: int, task: Task = "CAUSAL_LM") -> nn.Module:
+    """Freezes `model` and puts an adapter's layers into it, the same on every worker for the same seed.
+
+    Returns a `PeftModel`. Call it before the model is sharded. The score layer of a sequence classifier is trained
+    whole.
 
     Raises:
-        RecipeError: no linear layer of the model has one of the target names.
+        RecipeError: no layer of the model has one of the target names, or no adapter is asked for.
     """
-    from peft import LoraConfig, TaskType, get_peft_model
+    from peft import get_peft_model
 
-    targets: Any = options.targets if isinstance(options.targets, str) else list(options.targets)
-    config = LoraConfig(
-        r=options.r,
-        lora_alpha=cast(int, options.alpha),
-        lora_dropout=options.dropout,
-        target_modules=targets,
-        task_type=TaskType.CAUSAL_LM,
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            adapted: nn.Module = get_peft_model(model, config)
+            adapted: nn.Module = get_peft_model(model, _peft(options, task))
         except ValueError as error:
             names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+            kind = "lora" if options.lora is not None else "ia3"
             raise RecipeError(
                 f"the model has no layer to adapt: {error}",
-                place="adapter.lora.targets",
+                place=f"adapter.{kind}.targets",
                 mend=f"choose among {', '.join(names)}, or all-linear",
             ) from error
     return adapted
+
+
+def _peft(options: AdapterOptions, task: Task) -> PeftConfig:
+    from peft import IA3Config, LoraConfig
+
+    if options.ia3 is not None:
+        return IA3Config(
+            target_modules=list(options.ia3.targets),
+            feedforward_modules=list(options.ia3.feedforward),
+            task_type=task,
+        )
+    if options.lora is None:
+        raise RecipeError("no adapter is asked for", place="adapter", mend="give lora or ia3")
+    lora = options.lora
+    targets: Any = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=cast(int, lora.alpha),
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        use_dora=lora.dora,
+        use_rslora=lora.rank_stabilized,
+        task_type=task,
+    )
 
 
 def merge_adapter(model: nn.Module) -> PreTrainedModel:

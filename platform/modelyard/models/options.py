@@ -80,9 +80,48 @@ class LoraOptions(Options):
     targets: tuple[str, ...] | Literal["all-linear"] = Field(
         "all-linear", description="names of the linear layers that get an adapter (QLoRA: all)"
     )
+    dora: bool = Field(
+        False, description="learn the length of every row of the weight apart from its direction (arXiv 2402.09353)"
+    )
+    rank_stabilized: bool = Field(
+        False, description="scale the update by alpha / sqrt(r), so that high ranks learn too (arXiv 2312.03732)"
+    )
+
+
+class Ia3Options(Options):
+    """Learned factors on keys, values and the feed-forward layer (Liu et al. 2022, arXiv 2205.05638)."""
+
+    targets: tuple[str, ...] = Field(
+        ("k_proj", "v_proj", "down_proj"), min_length=1, description="layers whose results are scaled (T-Few: these)"
+    )
+    feedforward: tuple[str, ...] = Field(
+        ("down_proj",), description="those of the targets whose inputs are scaled instead"
+    )
 
 
 class AdapterOptions(Options):
-    """How fine-tuning changes the model; `lora: null` trains every parameter."""
+    """How fine-tuning changes the model; `lora: null` alone trains every parameter."""
 
-    lora: LoraOptions | None = Field(LoraOptions(), description="low-rank adapters; null = full fine-tuning")
+    lora: LoraOptions | None = Field(
+        LoraOptions(), description="low-rank adapters; null = full fine-tuning, or another adapter"
+    )
+    ia3: Ia3Options | None = Field(None, description="learned factors instead of low-rank adapters")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _another(cls, value: Any) -> Any:
+        """Asking for another adapter is not asking for the default one too."""
+        if isinstance(value, dict) and value.get("ia3") is not None and "lora" not in value:
+            return {**value, "lora": None}
+        return value
+
+    @model_validator(mode="after")
+    def _one(self) -> AdapterOptions:
+        if self.lora is not None and self.ia3 is not None:
+            raise ValueError("give lora or ia3, not both")
+        return self
+
+    @property
+    def full(self) -> bool:
+        """Whether every parameter is trained."""
+        return self.lora is None and self.ia3 is None

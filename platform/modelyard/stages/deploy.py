@@ -95,7 +95,7 @@ class DeployStage(Stage[DeployOptions]):
     version = 2
     Options = DeployOptions
     inputs: ClassVar[Mapping[str, InputSpec]] = {
-        "model": InputSpec(kinds=("finetune", "pretrain", "register"), files=True, required=False)
+        "model": InputSpec(kinds=("finetune", "pretrain", "align", "register"), files=True, required=False)
     }
 
     def check(self, ctx: PlanContext[DeployOptions]) -> None:

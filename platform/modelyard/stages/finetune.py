@@ -4,39 +4,40 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from modelyard.align.options import ExampleOptions
 from modelyard.errors import DataError
 from modelyard.models.options import AdapterOptions
 from modelyard.planner.estimate import Estimate
 from modelyard.stages.base import InputSpec, PlanContext, Stage, StageContext, StageResult
+from modelyard.stages.examples import Examples, name_of, read_examples, split
 from modelyard.stages.training import (
+    MODELS,
     TrainingStageOptions,
     check_training,
     clear,
-    lora_parameters,
     model_config,
     model_place,
     predict,
     predicted,
     speed_metrics,
+    trainable_parameters,
     warnings,
 )
 from modelyard.stages.training_report import RESULTS, curves, write_results
 from modelyard.storage import (
     Artifact,
     Files,
-    arrow_filesystem,
     download,
     exists,
     is_remote,
     join,
-    list_files,
     read_bytes,
     upload,
     write_bytes,
@@ -53,6 +54,10 @@ class FinetuneOptions(TrainingStageOptions):
 
     kind: Literal["finetune"] = Field(description="stage kind")
     adapter: AdapterOptions = Field(AdapterOptions(), description="what is trained: LoRA, or all with `lora: null`")
+    examples: ExampleOptions = Field(ExampleOptions(), description="how records become token sequences")
+    neftune: float = Field(
+        0.0, ge=0, description="noise on the embeddings of training tokens (NEFTune, arXiv 2310.05914: 5); 0 = none"
+    )
     sequence_length: int = Field(
         512, ge=8, description="tokens of a packed sequence; longer pairs are cut, and counted"
     )
@@ -64,10 +69,11 @@ class FinetuneStage(Stage[FinetuneOptions]):
     """See the module."""
 
     kind = "finetune"
+    version = 2
     Options = FinetuneOptions
     inputs: ClassVar[Mapping[str, InputSpec]] = {
-        "model": InputSpec(kinds=("pretrain", "finetune"), files=True),
-        "data": InputSpec(kinds=("curate",), files=True),
+        "model": InputSpec(kinds=MODELS, files=True),
+        "data": InputSpec(kinds=("curate", "generate"), files=True),
     }
 
     def check(self, ctx: PlanContext[FinetuneOptions]) -> None:
@@ -84,8 +90,7 @@ class FinetuneStage(Stage[FinetuneOptions]):
         if config is None or (options.steps is None and options.tokens is None):
             return Estimate(notes=("size and time are known once its inputs are", *warnings(options)))
         tokens = options.total_steps(1, options.sequence_length) * options.global_batch * options.sequence_length
-        lora = options.adapter.lora
-        trainable = lora_parameters(config, lora.r) if lora else None
+        trainable = trainable_parameters(config, options.adapter)
         return predict(options, config, tokens, options.sequence_length, trainable, ctx.root)
 
     def run(self, ctx: StageContext[FinetuneOptions]) -> StageResult:
@@ -96,7 +101,7 @@ class FinetuneStage(Stage[FinetuneOptions]):
         options = ctx.options
         for warning in warnings(options):
             ctx.progress.say(f"[yellow]warning[/]: {warning}")
-        clear(ctx, "model", "adapter", "heldout.jsonl", *RESULTS)
+        clear(ctx, "model", "adapter", "heldout.jsonl", "quarantine.jsonl", *RESULTS)
         facts = _prepare(ctx)
         place = model_place(ctx.inputs["model"], "model")
         job = FinetuneJob(
@@ -104,7 +109,8 @@ class FinetuneStage(Stage[FinetuneOptions]):
             data="",
             output=ctx.output,
             train=options.training(),
-            lora=options.adapter.lora,
+            adapter=options.adapter,
+            neftune=options.neftune,
             checkpoints=join(ctx.work, "checkpoints"),
             reports=ctx.output,
         )
@@ -112,15 +118,15 @@ class FinetuneStage(Stage[FinetuneOptions]):
         steps = options.total_steps(facts["sequences"], options.sequence_length)
         estimate = _prediction(ctx, steps)
         outcome = run_workers(ctx, Assignment("modelyard.train.programs:finetune", job, places), steps, estimate)
-        write_bytes(join(ctx.output, "heldout.jsonl"), read_bytes(join(ctx.work, "pairs", "heldout.jsonl")))
+        for name in ("heldout.jsonl", "quarantine.jsonl"):
+            write_bytes(join(ctx.output, name), read_bytes(join(ctx.work, "pairs", name)))
         write_results(ctx, outcome, _page(ctx, outcome, facts), estimate)
         return _result(outcome, facts)
 
 
 def _prediction(ctx: StageContext[FinetuneOptions], steps: int) -> Estimate | None:
     options, config = ctx.options, model_config(ctx.inputs.get("model"), "model")
-    lora = options.adapter.lora
-    trainable = lora_parameters(config, lora.r) if lora and config else None
+    trainable = trainable_parameters(config, options.adapter) if config else None
     length = options.sequence_length
     return predicted(options, config, steps * options.global_batch * length, length, trainable, ctx.root)
 
@@ -133,22 +139,30 @@ def _prepare(ctx: StageContext[FinetuneOptions]) -> dict[str, Any]:
         return facts
     facts = _pack(ctx, target)
     write_bytes(join(target, "pairs.json"), json.dumps(facts).encode())
-    cut, dropped = facts["truncated"], facts["dropped"]
-    if cut or dropped:
-        length = ctx.options.sequence_length
-        ctx.progress.say(f"{cut:,} pairs cut at {length} tokens, {dropped:,} left out (their prompt fills it)")
+    say_losses(ctx, facts, ctx.options.sequence_length)
     return facts
 
 
+def say_losses(ctx: StageContext[Any], facts: Mapping[str, Any], length: int) -> None:
+    """Tells the person what was cut, left out and quarantined: never silently."""
+    cut, dropped, bad = facts["truncated"], facts["dropped"], facts["quarantined"]
+    if cut or dropped:
+        ctx.progress.say(f"{cut:,} pairs cut at {length} tokens, {dropped:,} left out (their prompt fills it)")
+    if bad:
+        ctx.progress.say(f"[yellow]{bad:,} records cannot be used[/]: see quarantine.jsonl for places and reasons")
+
+
 def _pack(ctx: StageContext[FinetuneOptions], target: str) -> dict[str, Any]:
-    from modelyard.train.pairs import PackedPairs, encode, split
+    from modelyard.align.encode import use_template
+    from modelyard.train.pairs import PackedPairs, encode
 
     options = ctx.options
-    kept, held = split(_pairs(ctx.inputs["data"]), options.heldout)
+    examples = read_pairs(ctx.inputs["data"], options.examples)
+    kept, held = split(examples.good, options.heldout)
     if not kept:
-        raise DataError("there are no pairs to train on", place=_name(ctx.inputs["data"]), mend="give more pairs")
-    tokenizer = _tokenizer(ctx.inputs["model"])
-    encoded, counts = encode(kept, tokenizer, options.sequence_length)
+        raise DataError("there are no pairs to train on", place=name_of(ctx.inputs["data"]), mend="give more pairs")
+    tokenizer = use_template(read_tokenizer(ctx.inputs["model"]), options.examples.template)
+    encoded, counts = encode(kept, tokenizer, options.sequence_length, options.examples.learn)
     pad = tokenizer.pad_token_id or 0
     train = PackedPairs.pack(encoded, options.sequence_length, options.seed, pad)
     with tempfile.TemporaryDirectory() as folder:
@@ -156,12 +170,14 @@ def _pack(ctx: StageContext[FinetuneOptions], target: str) -> dict[str, Any]:
         unseen = _pack_heldout(ctx, held, tokenizer, pad, Path(folder))
         lines = "".join(json.dumps(pair.dump(), ensure_ascii=False) + "\n" for pair in held)
         (Path(folder) / "heldout.jsonl").write_text(lines, encoding="utf-8")
+        (Path(folder) / "quarantine.jsonl").write_bytes(examples.quarantine())
         upload(folder, target)
     return {
         "sequences": len(train),
         "filled": train.filled,
         "heldout_pairs": len(held),
         "heldout_truncated": unseen.truncated if unseen else 0,
+        "quarantined": len(examples.bad),
         **asdict(counts),
     }
 
@@ -173,49 +189,20 @@ def _pack_heldout(
 
     if not held:
         return None
-    encoded, counts = encode(held, tokenizer, ctx.options.sequence_length)
-    PackedPairs.pack(encoded, ctx.options.sequence_length, ctx.options.seed, pad).save(folder / "heldout.npz")
+    options = ctx.options
+    encoded, counts = encode(held, tokenizer, options.sequence_length, options.examples.learn)
+    PackedPairs.pack(encoded, options.sequence_length, options.seed, pad).save(folder / "heldout.npz")
     return counts
 
 
-def _name(data: Artifact | Files) -> str:
-    return data.uri if isinstance(data, Artifact) else data.refs[0].uri
+def read_pairs(data: Artifact | Files, options: ExampleOptions) -> Examples[Pair]:
+    """The examples to imitate that an input holds."""
+    from modelyard.align.records import conversation
+
+    return read_examples(data, lambda row, place: conversation(row, place, options.form), options.bad_rows)
 
 
-def _pairs(data: Artifact | Files) -> Iterator[Pair]:
-    """All pairs of the input, in a fixed order."""
-    from modelyard.train.pairs import read_jsonl
-
-    if isinstance(data, Artifact):
-        yield from _parquet_pairs(data)
-        return
-    for ref in data.refs:
-        yield from read_jsonl(read_bytes(ref.uri).decode("utf-8").split("\n"), ref.uri)
-
-
-def _parquet_pairs(data: Artifact) -> Iterator[Pair]:
-    import pyarrow.parquet as pq
-
-    from modelyard.train.pairs import from_row
-
-    for name, _ in list_files(data.join("data")):
-        uri = data.join("data", name)
-        filesystem, path = arrow_filesystem(uri)
-        file = pq.ParquetFile(path, filesystem=filesystem)
-        if "prompt" not in file.schema_arrow.names:
-            raise DataError(
-                "the curated data has no column prompt",
-                place=uri,
-                mend="curate pairs (read: {python: docstrings}) or give JSONL with prompt and completion",
-            )
-        row = 0
-        for batch in file.iter_batches(columns=["prompt", "text"]):
-            for record in batch.to_pylist():
-                yield from_row(record, f"{uri}:row {row}")
-                row += 1
-
-
-def _tokenizer(model: Artifact | Files) -> Any:
+def read_tokenizer(model: Artifact | Files) -> Any:
     """The transformers tokenizer of a model input. Raises DataError when the folder has none."""
     from transformers import AutoTokenizer
 
@@ -253,6 +240,7 @@ def _result(outcome: Outcome, facts: Mapping[str, Any]) -> StageResult:
             "heldout_pairs": int(facts["heldout_pairs"]),
             "truncated": int(facts["truncated"]),
             "dropped": int(facts["dropped"]),
+            "quarantined": int(facts["quarantined"]),
         },
         metrics=metrics,
     )
@@ -266,6 +254,7 @@ def _page(ctx: StageContext[FinetuneOptions], outcome: Outcome, facts: Mapping[s
         ("pairs", f"{facts['pairs']:,}, {facts['heldout_pairs']:,} more held out"),
         ("cut to fit", f"{facts['truncated']:,}"),
         ("left out, prompt too long", f"{facts['dropped']:,}"),
+        ("quarantined records", f"{facts['quarantined']:,}"),
         ("sequences filled", f"{facts['filled']:.0%}"),
         ("trained", f"{outcome.trainable:,} of {outcome.parameters:,} parameters, {outcome.steps:,} steps"),
         ("held-out loss", "none" if heldout is None else f"{heldout:.4f} nats an answer token"),

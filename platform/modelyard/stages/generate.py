@@ -58,7 +58,7 @@ class GenerateStage(Stage[GenerateOptions]):
     kind = "generate"
     Options = GenerateOptions
     inputs: ClassVar[Mapping[str, InputSpec]] = {
-        "model": InputSpec(kinds=("pretrain", "finetune", "register"), files=True),
+        "model": InputSpec(kinds=("pretrain", "finetune", "align", "register"), files=True),
         "rows": InputSpec(kinds=("curate", "generate"), files=True),
     }
 

@@ -21,6 +21,8 @@ BUILT_IN = {
     "pretrain": "modelyard.stages.pretrain:PretrainStage",
     "scaling": "modelyard.stages.scaling:ScalingStage",
     "finetune": "modelyard.stages.finetune:FinetuneStage",
+    "reward": "modelyard.stages.reward:RewardStage",
+    "align": "modelyard.stages.align:AlignStage",
     "evaluate": "modelyard.stages.evaluate:EvaluateStage",
     "generate": "modelyard.stages.generate:GenerateStage",
     "register": "modelyard.stages.register:RegisterStage",

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from modelyard.errors import DataError, ModelyardError, RecipeError, ResourceError
-from modelyard.models.options import ModelOptions
+from modelyard.models.options import AdapterOptions, ModelOptions
 from modelyard.planner.estimate import Estimate
 from modelyard.recipe.schema import Resources, StageOptions, runtime
 from modelyard.stages.base import StageContext
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from modelyard.train.loop import Outcome
 
 Config = dict[str, Any]
+
+MODELS = ("pretrain", "finetune", "align")
+"""Stage kinds whose artifact holds a language model under `model/`."""
 
 _SPEED_LIMIT = 0.03
 """AdamW peak rates above this diverge for every transformer size we know of; warned about, not refused."""
@@ -236,6 +239,13 @@ def lora_parameters(config: Config, rank: int) -> int:
         attention = 2 * (layer.hidden + query) + 2 * (layer.hidden + shared)
         ends += layer.count * (attention + layer.matrices * (layer.hidden + layer.ffn_width))
     return rank * ends
+
+
+def trainable_parameters(config: Config, adapter: AdapterOptions) -> int | None:
+    """About how many parameters an adapter trains; None = all of the model."""
+    if adapter.lora is not None:
+        return lora_parameters(config, adapter.lora.r)
+    return lora_parameters(config, 1) // 2 if adapter.ia3 is not None else None
 
 
 def speed_metrics(outcome: Outcome) -> dict[str, float]:

@@ -61,10 +61,10 @@ def language_loss(
     split: Callable[..., Any] | None = getattr(model, "language_loss", None)
     if split is not None:  # A layout that splits sequences or layers cuts inputs and labels itself.
         return cast(tuple[torch.Tensor, dict[str, torch.Tensor]], split(inputs, labels, sparse=sparse))
-    head = _output_layer(model)
+    head = output_layer(model)
     if head is not None and model not in _plain_heads:
         fused = _FusedHead(head, labels, sparse, bool(getattr(model, "compiled_loss", False)))
-        with _replaced(head, fused):
+        with replaced(head, fused):
             logits = model(**inputs).logits
         if fused.loss is None:
             return summed_cross_entropy(logits, labels)
@@ -123,7 +123,8 @@ def linear_cross_entropy(
     return loss
 
 
-def _output_layer(model: nn.Module) -> nn.Linear | None:
+def output_layer(model: nn.Module) -> nn.Linear | None:
+    """The layer that makes logits where it is a plain `nn.Linear`, else None."""
     find: Callable[[], Any] | None = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
     # Exactly Linear, or FSDP's subclass of it: an adapter or a quantised layer computes something else.
@@ -159,7 +160,8 @@ class _FusedHead:
 
 
 @contextmanager
-def _replaced(head: nn.Linear, forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+def replaced(head: nn.Linear, forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Puts `forward` in the place of the layer's own for a while."""
     # On the instance: hooks of the layer (FSDP's among them) still run around it.
     head.forward = forward  # type: ignore[method-assign,assignment]
     try:

@@ -1,7 +1,8 @@
 """Supervised pairs: chat template, completion mask, packing of several pairs into one sequence.
 
-A pair becomes `prompt tokens + completion tokens`, by the tokenizer's chat template; only the completion is learnt.
-Pairs are packed whole into sequences in a shuffled order, and attention keeps them apart.
+A pair becomes `prompt tokens + completion tokens`, by the tokenizer's chat template; only the completion is learnt,
+or every answer of the assistant. Documents are packed whole into sequences in a shuffled order, and attention keeps
+them apart; those of a group (chosen and rejected answer) share a sequence.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -104,10 +105,14 @@ def split(pairs: Iterable[Pair], heldout: float) -> tuple[list[Pair], list[Pair]
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one pair and where its completion starts."""
+    """Token ids of one document, and which of them are learnt; both [n]."""
 
     ids: npt.NDArray[np.int32]
-    start: int
+    learnt: npt.NDArray[np.bool_]
+
+    def cut(self, length: int) -> Encoded:
+        """The first `length` tokens."""
+        return Encoded(self.ids[:length], self.learnt[:length])
 
 
 @dataclass
@@ -120,30 +125,33 @@ class Counts:
     completion_tokens: int = 0
 
 
-def encode(pairs: Iterable[Pair], tokenizer: Any, sequence_length: int) -> tuple[list[Encoded], Counts]:
+Learn = Literal["last", "turns", "all"]
+"""Which tokens of a conversation are learnt: the last answer, every answer of the assistant, or everything."""
+
+
+def encode(
+    pairs: Iterable[Pair], tokenizer: Any, sequence_length: int, learn: Learn = "last"
+) -> tuple[list[Encoded], Counts]:
     """Tokenizes pairs by the tokenizer's chat template and cuts those longer than a sequence at their end.
 
-    A pair whose prompt alone fills the sequence is dropped, and counted. `tokenizer` is a transformers
+    A pair of which no token to be learnt is left is dropped, and counted. `tokenizer` is a transformers
     tokenizer with a chat template.
 
     Raises:
         DataError: the tokenizer has no chat template, or no pair has an answer token left.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError("the tokenizer has no chat template", mend="add chat_template to tokenizer_config.json")
     found: list[Encoded] = []
     counts = Counts()
     for pair in pairs:
         counts.pairs += 1
-        prompt = _render(tokenizer, pair.messages, True)
-        whole = _render(tokenizer, (*pair.messages, {"role": "assistant", "content": pair.completion}), False)
-        ids, start = _tokens(tokenizer, prompt, whole)
-        if start >= sequence_length:
+        whole = encode_chat(tokenizer, (*pair.messages, {"role": "assistant", "content": pair.completion}), learn)
+        fitting = whole.cut(sequence_length)
+        if not fitting.learnt.any():
             counts.dropped += 1
             continue
-        counts.truncated += len(ids) > sequence_length
-        found.append(Encoded(np.asarray(ids[:sequence_length], dtype=np.int32), start))
-        counts.completion_tokens += len(found[-1].ids) - start
+        counts.truncated += len(whole.ids) > sequence_length
+        counts.completion_tokens += int(fitting.learnt.sum())
+        found.append(fitting)
     if counts.pairs and not found:
         raise DataError(
             f"none of {counts.pairs:,} pairs has an answer token left within {sequence_length} tokens",
@@ -152,75 +160,172 @@ def encode(pairs: Iterable[Pair], tokenizer: Any, sequence_length: int) -> tuple
     return found, counts
 
 
-def _render(tokenizer: Any, messages: tuple[Message, ...], generate: bool) -> str:
+def encode_chat(tokenizer: Any, messages: Sequence[Message], learn: Learn = "last", since: int = 1) -> Encoded:
+    """One conversation by the chat template, with the tokens of the answers to be learnt marked: with `turns` those
+    from message number `since` on.
+
+    What lies between two borders is tokenized apart, so that no token straddles one: at inference a prompt is
+    tokenized alone too. An answer's end-of-turn token belongs to it.
+
+    Raises:
+        DataError: the tokenizer has no chat template, or the template writes a beginning of the conversation
+            differently once it goes on.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            "the tokenizer has no chat template",
+            place="template",
+            mend="choose one by name (template: chatml), or add chat_template to tokenizer_config.json",
+        )
+    whole = render(tokenizer, messages, generate=False)
+    ids: list[int] = []
+    learnt: list[bool] = []
+
+    def add(text: str, wanted: bool) -> None:
+        fresh = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        ids.extend(fresh)
+        learnt.extend([wanted] * len(fresh))
+
+    at = 0
+    for begin, end in _answers(tokenizer, messages, whole, learn, since):
+        add(whole[at:begin], False)
+        add(whole[begin:end], True)
+        at = end
+    add(whole[at:], False)
+    return Encoded(np.asarray(ids, dtype=np.int32), np.asarray(learnt, dtype=bool))
+
+
+def _answers(
+    tokenizer: Any, messages: Sequence[Message], whole: str, learn: Learn, since: int
+) -> list[tuple[int, int]]:
+    """Where the answers to be learnt begin and end in the rendered text."""
+    if learn == "all":
+        return [(0, len(whole))]
+    last = len(messages) - 1
+    turns = (
+        [i for i in range(max(1, since), last + 1) if messages[i]["role"] == "assistant"]
+        if learn == "turns"
+        else [last]
+    )
+    found = []
+    for turn in turns:
+        before = render(tokenizer, messages[:turn], generate=True)
+        through = whole if turn == last else render(tokenizer, messages[: turn + 1], generate=False)
+        if not (whole.startswith(before) and whole.startswith(through)):
+            raise DataError(
+                "the chat template renders a conversation differently with and without its answer",
+                place="template",
+                mend="use learn: last, or a template whose generation prompt is a prefix of the assistant's turn",
+            )
+        found.append((len(before), len(through)))
+    return found
+
+
+def render(tokenizer: Any, messages: Sequence[Message], *, generate: bool) -> str:
+    """The conversation as the template writes it; `generate` opens the assistant's turn."""
     return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate))
 
 
-def _tokens(tokenizer: Any, prompt: str, whole: str) -> tuple[list[int], int]:
-    # Encoded apart, so that no token straddles the border: at inference the prompt is encoded alone too.
-    if not whole.startswith(prompt):
-        raise DataError(
-            "the chat template renders a conversation differently with and without its answer",
-            mend="use a template whose generation prompt is a prefix of the assistant's turn",
-        )
-    first = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    return [*first, *tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]], len(first)
+Values = Mapping[str, npt.NDArray[Any]]
 
 
 class PackedPairs:
-    """Pairs packed into sequences of fixed length: the same interface as a token data set.
+    """Documents packed into sequences of fixed length: the same interface as a token data set.
 
     Attributes:
         sequence_length: tokens a sequence.
         filled: share of positions that hold tokens rather than padding.
     """
 
-    def __init__(self, ids: npt.NDArray[np.int32], documents: npt.NDArray[np.int32], learnt: npt.NDArray[np.bool_]):
-        self._ids, self._documents, self._learnt = ids, documents, learnt
-        self.sequence_length = ids.shape[1]
+    def __init__(self, tokens: Values, values: Values | None = None) -> None:
+        """`tokens` arrays are [n, L], `values` [n, D]: one entry for each document of a sequence."""
+        self._tokens, self._values = dict(tokens), dict(values or {})
+        documents = self._tokens["document_ids"]
+        self.sequence_length = documents.shape[1]
         self.filled = float((documents >= 0).mean())
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._tokens["document_ids"])
 
     def batch(self, indices: npt.ArrayLike) -> dict[str, npt.NDArray[Any]]:
-        """`input_ids` int64, `document_ids` int32 (-1 at padding), `loss_mask` bool; each [n, L]."""
+        """`input_ids` int64, `document_ids` int32 (-1 at padding), `loss_mask` bool; each [n, L]; values [n, D]."""
         rows = np.asarray(indices, dtype=np.int64)
-        return {
-            "input_ids": self._ids[rows].astype(np.int64),
-            "document_ids": self._documents[rows],
-            "loss_mask": self._learnt[rows],
-        }
+        found = {name: array[rows] for name, array in (self._tokens | self._values).items()}
+        found["input_ids"] = found["input_ids"].astype(np.int64)
+        return found
+
+    @property
+    def most_documents(self) -> int:
+        """Documents of the fullest sequence."""
+        return int(self._tokens["document_ids"].max(initial=-1)) + 1
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document: as many positions the model needs."""
+        documents = self._tokens["document_ids"]
+        edges = np.flatnonzero(np.diff(documents, axis=1, prepend=-2, append=-2).ravel())
+        runs = np.diff(edges, append=documents.shape[0] * (documents.shape[1] + 1))
+        inside = np.pad(documents, ((0, 0), (0, 1)), constant_values=-1).ravel()[edges] >= 0
+        return int(runs[inside].max(initial=0))
+
+    def with_values(self, name: str, values: npt.NDArray[Any]) -> PackedPairs:
+        """The same sequences with one more value for each document, [n, D]."""
+        return PackedPairs(self._tokens, self._values | {name: values})
 
     @classmethod
     def pack(cls, pairs: Sequence[Encoded], sequence_length: int, seed: int, pad_id: int = 0) -> PackedPairs:
         """First fit over the last open sequences, in an order shuffled by `seed`."""
-        order = permute(np.arange(len(pairs)), len(pairs), seed)
-        rows = assign([len(pairs[i].ids) for i in order], sequence_length)
-        shape = (len(rows), sequence_length)
+        return cls.pack_groups([(pair,) for pair in pairs], sequence_length, seed, pad_id)
+
+    @classmethod
+    def pack_groups(
+        cls,
+        groups: Sequence[Sequence[Encoded]],
+        sequence_length: int,
+        seed: int,
+        pad_id: int = 0,
+        values: Values | None = None,
+    ) -> PackedPairs:
+        """The same for groups of k documents each that stay together, in order: documents k i .. k i + k - 1 of a
+        sequence are its group i. `values` [groups, k] go with them. A group must fit into a sequence.
+        """
+        order = permute(np.arange(len(groups)), len(groups), seed)
+        rows = assign([sum(len(d.ids) for d in groups[i]) for i in order], sequence_length)
+        shape, k = (len(rows), sequence_length), len(groups[0]) if groups else 1
+        most = max((len(members) for members in rows), default=1)
         ids = np.full(shape, pad_id, dtype=np.int32)
         documents, learnt = np.full(shape, -1, dtype=np.int32), np.zeros(shape, dtype=bool)
+        found = {name: np.zeros((len(rows), most * k), dtype=array.dtype) for name, array in (values or {}).items()}
         for row, members in enumerate(rows):
-            at = 0
-            for document, member in enumerate(members):
-                pair = pairs[order[member]]
-                end = at + len(pair.ids)
-                ids[row, at:end], documents[row, at:end] = pair.ids, document
-                learnt[row, at + pair.start : end] = True
-                at = end
-        return cls(ids, documents, learnt)
+            at = number = 0
+            for place, member in enumerate(members):
+                for name, array in (values or {}).items():
+                    found[name][row, place * k : place * k + k] = array[order[member]]
+                for document in groups[order[member]]:
+                    end = at + len(document.ids)
+                    ids[row, at:end], documents[row, at:end] = document.ids, number
+                    learnt[row, at:end] = document.learnt
+                    at, number = end, number + 1
+        return cls({"input_ids": ids, "document_ids": documents, "loss_mask": learnt}, found)
 
     def save(self, path: Path) -> None:
         """Writes the arrays for other processes."""
         path.parent.mkdir(parents=True, exist_ok=True)
+        named = {f"tokens.{n}": a for n, a in self._tokens.items()} | {
+            f"values.{n}": a for n, a in self._values.items()
+        }
         with path.open("wb") as handle:
-            np.savez(handle, ids=self._ids, documents=self._documents, learnt=self._learnt)
+            np.savez(handle, **cast(Any, named))
 
     @classmethod
     def load(cls, path: Path) -> PackedPairs:
         """Reads what :meth:`save` wrote; nothing pickled."""
         with np.load(path, allow_pickle=False) as arrays:
-            return cls(arrays["ids"], arrays["documents"], arrays["learnt"])
+            parts: dict[str, dict[str, npt.NDArray[Any]]] = {"tokens": {}, "values": {}}
+            for name in arrays.files:
+                kind, _, field = name.partition(".")
+                parts[kind][field] = arrays[name]
+        return cls(parts["tokens"], parts["values"])
 
 
 _OPEN = 64

@@ -18,15 +18,15 @@ from typing import Any, cast
 import torch
 from pydantic import Field
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from modelyard import storage
 from modelyard.errors import DataError, RecipeError
-from modelyard.models.adapters import add_adapter, merge_adapter, save_adapter
+from modelyard.models.adapters import Task, add_adapter, merge_adapter, save_adapter
 from modelyard.models.build import build_config, build_on_meta, check_shape
 from modelyard.models.embeddings import extend_embeddings
 from modelyard.models.export import copy_tokenizer, export_model, load_model, read_config
-from modelyard.models.options import LoraOptions, ModelOptions
+from modelyard.models.options import AdapterOptions, ModelOptions
 from modelyard.models.vocabulary import extends_vocabulary
 from modelyard.models.warm_start import TakenOver, take_over
 from modelyard.recipe.schema import Options
@@ -41,6 +41,7 @@ from modelyard.train.loop import Additions, Job, Outcome, fit
 from modelyard.train.memory import memory_named
 from modelyard.train.method_options import DenoisingOptions, RoutingOptions
 from modelyard.train.metrics import Say, Sink, no_say, no_sink
+from modelyard.train.noise import add_noise
 from modelyard.train.objective import Objective
 from modelyard.train.optimizer import make_optimizer
 from modelyard.train.options import TrainOptions
@@ -82,7 +83,8 @@ class FinetuneJob(Options):
     data: str = Field(description="local folder with packed pairs: train.npz, and heldout.npz where there are any")
     output: str = Field(description="URI of the folder to write model/ and adapter/ into")
     train: TrainOptions = Field(description="how to train")
-    lora: LoraOptions | None = Field(None, description="adapter; null = all parameters")
+    adapter: AdapterOptions = Field(AdapterOptions(lora=None), description="what is trained; `lora: null` = all")
+    neftune: float = Field(0.0, ge=0, description="noise on the embeddings of training tokens (NEFTune); 0 = none")
     checkpoints: str | None = Field(None, description="URI for checkpoints; null = none")
     reports: str | None = Field(
         None, description="URI of a folder for profiles, samples of text and the stacks of a hang; null = none"
@@ -126,26 +128,42 @@ def finetune(
 ) -> Outcome:
     """Fine-tunes and writes `model/` (merged) and, with LoRA, `adapter/`. Raises as :func:`pretrain`."""
     source = Path(job.model)
-    data = PackedPairs.load(Path(job.data) / "train.npz")
-    held = Path(job.data) / "heldout.npz"
-    heldout = PackedPairs.load(held) if held.exists() else None
+    data, heldout = packed_pairs(Path(job.data))
     plain = load_model(source)
-    check_shape(plain.config, data.sequence_length)
-    model = add_adapter(plain, job.lora, job.train.seed) if job.lora else plain
+    check_shape(plain.config, data.longest)
     config = read_config(source)
     objective = choose_objective(job.train, "completion_lm")
-    identity = (
-        f"{architecture(config)}, {objective_name(objective)}, lora {job.lora.model_dump() if job.lora else None}"
-    )
-    strategy = parallelize(model.to(world.device), job.train, world)
+    strategy = adapted(plain, job.adapter, job.train, world)
+    if job.neftune:
+        add_noise(strategy.model, job.neftune)
+    identity = identify(config, objective, job.adapter)
     setup = Setup(job.train, objective, identity, job.checkpoints, data.sequence_length, job.reports, source)
     outcome = run_loop(setup, strategy, data, heldout, sink, say, hooks)
-    state = strategy.full_state(trainable_only=job.lora is not None)
+    state = strategy.full_state(trainable_only=not job.adapter.full)
     if world.leads:
         with written(job.output) as target:
-            _write_finetuned(job, config, state, target)
+            write_tuned(source, job.adapter, job.train.seed, config, state, target)
     world.barrier()
     return outcome
+
+
+def packed_pairs(folder: Path) -> tuple[PackedPairs, PackedPairs | None]:
+    """Training and held-out sequences of a folder with `train.npz` and perhaps `heldout.npz`."""
+    held = folder / "heldout.npz"
+    return PackedPairs.load(folder / "train.npz"), PackedPairs.load(held) if held.exists() else None
+
+
+def adapted(
+    plain: PreTrainedModel, adapter: AdapterOptions, options: TrainOptions, world: World, task: Task = "CAUSAL_LM"
+) -> Strategy:
+    """The model with its adapter, where there is one, parallelised and on its device."""
+    model = plain if adapter.full else add_adapter(plain, adapter, options.seed, task)
+    return parallelize(model.to(world.device), options, world)
+
+
+def identify(config: PretrainedConfig, objective: Objective, adapter: AdapterOptions) -> str:
+    """What checkpoints of a tuned model must agree with."""
+    return f"{architecture(config)}, {objective_name(objective)}, {adapter.model_dump(exclude_none=True) or 'full'}"
 
 
 @dataclass(frozen=True)
@@ -281,25 +299,39 @@ def architecture(config: PretrainedConfig) -> str:
     return f"{config.model_type} {sizes}"
 
 
-def _write_finetuned(job: FinetuneJob, config: PretrainedConfig, state: dict[str, torch.Tensor], target: Path) -> None:
-    """Rebuilds the plain model on this CPU, puts the trained adapter in, saves it apart and merged."""
-    source = Path(job.model)
-    if job.lora is None:
+def write_tuned(
+    source: Path,
+    adapter: AdapterOptions,
+    seed: int,
+    config: PretrainedConfig,
+    state: dict[str, torch.Tensor],
+    target: Path,
+) -> None:
+    """Rebuilds the plain model on this CPU, puts the trained adapter in, saves it apart and merged.
+
+    Raises:
+        DataError: the trained weights are of another model.
+    """
+    if adapter.full:
         export_model(config, state, target / "model", source)
         return
-    adapted = add_adapter(load_model(source), job.lora, job.train.seed)
-    unknown = adapted.load_state_dict(state, strict=False).unexpected_keys
+    model = add_adapter(load_model(source), adapter, seed)
+    unknown = model.load_state_dict(state, strict=False).unexpected_keys
     if unknown:
-        raise DataError(f"the adapter's weights do not fit the model: {unknown[0]}", place=job.model)
-    save_adapter(adapted, target / "adapter")
-    # The base model's path is this machine's: a reader elsewhere must not follow it.
-    settings = target / "adapter" / "adapter_config.json"
+        raise DataError(f"the adapter's weights do not fit the model: {unknown[0]}", place=str(source))
+    save_adapter(model, target / "adapter")
+    forget_base(target / "adapter")
+    copy_tokenizer(source, target / "adapter")
+    merged = merge_adapter(model)
+    export_model(config, cast(dict[str, torch.Tensor], dict(merged.named_parameters())), target / "model", source)
+
+
+def forget_base(folder: Path) -> None:
+    """The base model's path is this machine's: a reader of the adapter elsewhere must not follow it."""
+    settings = folder / "adapter_config.json"
     described: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
     described["base_model_name_or_path"] = None
     settings.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    copy_tokenizer(source, target / "adapter")
-    merged = merge_adapter(adapted)
-    export_model(config, cast(dict[str, torch.Tensor], dict(merged.named_parameters())), target / "model", source)
 
 
 @contextmanager

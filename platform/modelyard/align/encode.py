@@ -1,0 +1,118 @@
+"""From examples to token sequences: templates by name, the two answers of a preference, KTO's mismatched answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from modelyard.align.options import TemplateName
+from modelyard.align.records import Feedback, Preference
+from modelyard.errors import DataError
+from modelyard.train.pairs import Counts, Encoded, Message, encode_chat
+
+_CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_ZEPHYR = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+_PLAIN = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}A: {{ message['content'] }}{{ eos_token }}\n"
+    "{% else %}Q: {{ message['content'] }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
+)
+TEMPLATES = {"chatml": _CHATML, "zephyr": _ZEPHYR, "plain": _PLAIN}
+
+Group = tuple[Encoded, ...]
+
+
+def use_template(tokenizer: Any, name: TemplateName) -> Any:
+    """The tokenizer with the chat template `name`; `own` leaves it.
+
+    Raises:
+        DataError: `own`, and the tokenizer has none.
+    """
+    if name != "own":
+        tokenizer.chat_template = TEMPLATES[name]
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            "the tokenizer has no chat template",
+            place="template",
+            mend=f"choose one by name: template: {', '.join(TEMPLATES)}",
+        )
+    return tokenizer
+
+
+def encode_preferences(
+    examples: Sequence[Preference], tokenizer: Any, length: int
+) -> tuple[list[Group], list[int], Counts]:
+    """(chosen, rejected) of each preference, each at most `length` tokens; the index of the example each came from.
+
+    Learnt are the assistant's turns after the prompt. A preference one side of which has no such token left after
+    cutting, or whose sides are cut to the same tokens, is dropped and counted.
+
+    Raises:
+        DataError: none is left, or the template does not fit.
+    """
+    groups: list[Group] = []
+    kept: list[int] = []
+    counts = Counts()
+    for index, example in enumerate(examples):
+        counts.pairs += 1
+        sides = [
+            encode_chat(tokenizer, (*example.prompt, *side), "turns", len(example.prompt))
+            for side in (example.chosen, example.rejected)
+        ]
+        cut = tuple(side.cut(length) for side in sides)
+        if not all(side.learnt.any() for side in cut) or np.array_equal(cut[0].ids, cut[1].ids):
+            counts.dropped += 1
+            continue
+        _count(counts, sides, cut, length)
+        groups.append(cut)
+        kept.append(index)
+    return _some(groups, counts, length), kept, counts
+
+
+def encode_feedback(examples: Sequence[Feedback], tokenizer: Any, length: int) -> tuple[list[Group], list[int], Counts]:
+    """(answer, another example's answer to the same prompt) of each opinion; the second estimates KTO's baseline.
+
+    Raises:
+        DataError: none is left, or the template does not fit.
+    """
+    groups: list[Group] = []
+    kept: list[int] = []
+    counts = Counts()
+    for index, example in enumerate(examples):
+        counts.pairs += 1
+        other = examples[(index + 1) % len(examples)].completion
+        sides = [encode_chat(tokenizer, _answered(example.prompt, text)) for text in (example.completion, other)]
+        cut = tuple(side.cut(length) for side in sides)
+        if not all(side.learnt.any() for side in cut):
+            counts.dropped += 1
+            continue
+        _count(counts, sides, cut, length)
+        groups.append(cut)
+        kept.append(index)
+    return _some(groups, counts, length), kept, counts
+
+
+def _answered(prompt: Sequence[Message], text: str) -> tuple[Message, ...]:
+    return (*prompt, {"role": "assistant", "content": text})
+
+
+def _count(counts: Counts, whole: Sequence[Encoded], cut: Sequence[Encoded], length: int) -> None:
+    counts.truncated += any(len(side.ids) > length for side in whole)
+    counts.completion_tokens += sum(int(side.learnt.sum()) for side in cut)
+
+
+def _some(groups: list[Group], counts: Counts, length: int) -> list[Group]:
+    if not groups:
+        raise DataError(
+            f"none of {counts.pairs:,} examples has an answer token left within {length} tokens",
+            place="sequence_length",
+            mend="raise sequence_length or shorten the prompts",
+        )
+    return groups

@@ -1,0 +1,153 @@
+"""Log-probabilities of given tokens with a gradient, fused with the output layer: no logits of a whole batch.
+
+The loss of alignment is a function of log-probabilities that is only known afterwards, so that the gradient of a
+chunk of logits cannot be made in the forward pass as `train.head` does. It is made in backward from logits computed
+again: one more product with the output layer, in exchange for rows x vocabulary of memory several times over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+
+from modelyard.train.head import CHUNK_BYTES, IGNORE, output_layer, replaced
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Of every position the label's log-probability (0 where nothing is learnt) and the distribution's entropy in
+    nats (without a gradient); both fp32 [B, L]."""
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+
+
+def token_scores(
+    model: nn.Module, inputs: Mapping[str, Any], labels: torch.Tensor, temperature: float = 1.0
+) -> TokenScores:
+    """Runs `model(**inputs)` and scores `labels` [B, L] (`IGNORE` where nothing is learnt), aligned with the logits.
+
+    `temperature` divides the logits.
+    """
+    head = output_layer(model)
+    if head is not None:
+        fused = _FusedScores(head, labels, temperature)
+        with replaced(head, fused):
+            result = model(**inputs).logits
+        if fused.scores is not None and result is fused.marker:
+            return fused.scores
+    logits = model(**inputs).logits
+    rows = logits.reshape(-1, logits.shape[-1])
+    kept = (labels.reshape(-1) != IGNORE).nonzero().squeeze(1)
+    logs = F.log_softmax(rows[kept].float() / temperature, dim=1)
+    found = logs.gather(1, labels.reshape(-1)[kept].unsqueeze(1)).squeeze(1)
+    return _spread(found, _entropy(logs.detach()), kept, labels)
+
+
+def _spread(found: torch.Tensor, entropy: torch.Tensor, kept: torch.Tensor, labels: torch.Tensor) -> TokenScores:
+    empty = torch.zeros(labels.numel(), dtype=torch.float32, device=found.device)
+    both = [empty.index_put((kept,), values).view(labels.shape) for values in (found, entropy)]
+    return TokenScores(*both)
+
+
+def _entropy(logs: torch.Tensor) -> torch.Tensor:
+    return -(logs.exp() * logs).sum(dim=1)
+
+
+class _FusedScores:
+    """Stands in for the output layer's `forward` during one call of the model."""
+
+    def __init__(self, head: nn.Linear, labels: torch.Tensor, temperature: float) -> None:
+        self._head, self._labels, self._temperature = head, labels, temperature
+        self.scores: TokenScores | None = None
+        self.marker: torch.Tensor | None = None
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        weight, bias = self._head.weight, self._head.bias
+        split = isinstance(weight, DTensor) or isinstance(hidden, DTensor)
+        if split or hidden.shape[:-1] != self._labels.shape:
+            return F.linear(hidden, weight, bias)
+        flat = self._labels.reshape(-1)
+        kept = (flat != IGNORE).nonzero().squeeze(1)
+        rows = hidden.reshape(-1, hidden.shape[-1])[kept]
+        found, entropy = _LinearScores.apply(rows, weight, bias, flat[kept], self._temperature)  # type: ignore[no-untyped-call]
+        self.scores = _spread(found, entropy, kept, self._labels)
+        # Depends on the scores, so that hooks around the model (FSDP's) see a result with a gradient.
+        self.marker = self.scores.logprobs
+        return self.marker
+
+
+class _LinearScores(torch.autograd.Function):
+    """log_softmax(rows W^T + b)[label] by chunks; the gradient recomputes them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        temperature: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        kind = rows.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
+        found = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+        entropy = torch.empty_like(found)
+        ctx.size = max(1, CHUNK_BYTES.get(kind, 256 << 20) // (4 * weight.shape[0]))
+        with torch.autocast(kind, enabled=False):
+            matrix = weight.to(dtype)
+            for start in range(0, len(rows), ctx.size):
+                part = slice(start, start + ctx.size)
+                logs = _logs(rows[part].to(dtype), matrix, bias, temperature)
+                found[part] = logs.gather(1, labels[part].unsqueeze(1)).squeeze(1)
+                entropy[part] = _entropy(logs)
+        ctx.save_for_backward(rows, weight, bias, labels)
+        ctx.temperature, ctx.dtype = temperature, dtype
+        ctx.mark_non_differentiable(entropy)
+        return found, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, weight, bias, labels = ctx.saved_tensors
+        wants = ctx.needs_input_grad
+        matrix, hidden = weight.to(ctx.dtype), torch.empty_like(rows) if wants[0] else None
+        learnt = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants[1] else None
+        offset = torch.zeros(len(weight), dtype=torch.float32, device=weight.device) if wants[2] else None
+        with torch.autocast(rows.device.type, enabled=False):
+            for start in range(0, len(rows), ctx.size):
+                part = slice(start, start + ctx.size)
+                x, index = rows[part].to(ctx.dtype), labels[part].unsqueeze(1)
+                logits = _logs(x, matrix, bias, ctx.temperature).exp_().neg_()
+                logits.scatter_add_(1, index, torch.ones_like(index, dtype=logits.dtype))
+                logits.mul_(slope[part].unsqueeze(1) / ctx.temperature)
+                if offset is not None:
+                    offset += logits.sum(0)
+                gradient = logits.to(ctx.dtype)
+                if hidden is not None:
+                    hidden[part] = torch.mm(gradient, matrix).to(rows.dtype)
+                if learnt is not None:
+                    learnt += torch.mm(gradient.t(), x)
+        return hidden, None if learnt is None else learnt.to(weight.dtype), offset, None, None
+
+
+def _logs(rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, temperature: float) -> torch.Tensor:
+    logits = torch.mm(rows, matrix.t()).float()
+    if bias is not None:
+        logits += bias
+    return F.log_softmax(logits / temperature if temperature != 1.0 else logits, dim=1)
+
+
+def document_sums(values: torch.Tensor, documents: torch.Tensor, count: int) -> torch.Tensor:
+    """Sums of `values` [B, L] over the tokens of each document, fp32 [B, count]; padding (-1) is left out."""
+    inside = documents >= 0
+    index = documents.clamp(min=0).long()
+    sums = torch.zeros(len(documents), count, dtype=torch.float32, device=values.device)
+    return sums.scatter_add(1, index, values.float() * inside)

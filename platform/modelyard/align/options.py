@@ -1,0 +1,127 @@
+"""Options of data and methods of alignment. Light: read by `plan` without torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from modelyard.recipe.schema import Options
+
+TemplateName = Literal["own", "chatml", "zephyr", "plain"]
+
+
+class ExampleOptions(Options):
+    """How records become token sequences."""
+
+    form: Literal["auto", "messages", "pairs", "alpaca", "sharegpt", "hh"] = Field(
+        "auto", description="form of instruction records; auto = by their fields, record by record"
+    )
+    template: TemplateName = Field(
+        "own", description="chat template: the tokenizer's own, or one by name where it has none (plain: Q and A lines)"
+    )
+    learn: Literal["last", "turns", "all"] = Field(
+        "last", description="what is learnt: the last answer, every answer of a conversation, or prompts too"
+    )
+    bad_rows: float = Field(
+        0.01, ge=0, lt=1, description="share of records that may be unusable; they go to quarantine.jsonl with reasons"
+    )
+
+
+class PreferenceOptions(Options):
+    """Constants of the preference losses; null = the paper's own."""
+
+    beta: float | None = Field(
+        None, gt=0, description="strength of the pull to the reference (DPO, IPO, KTO: 0.1; ORPO: 0.1; SimPO: 2)"
+    )
+    gamma: float = Field(1.0, ge=0, description="SimPO's target margin of rewards (arXiv 2405.14734: 0.5 to 1.5)")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="share of labels taken to be wrong (conservative DPO, Mitchell 2023)"
+    )
+    sft: float = Field(
+        0.0, ge=0, description="weight of the chosen answer's cross-entropy beside DPO (RPO, arXiv 2404.19733)"
+    )
+    desirable: float = Field(1.0, ge=0, description="KTO's weight of liked answers (arXiv 2402.01306)")
+    undesirable: float = Field(1.0, ge=0, description="KTO's weight of disliked answers")
+    reference: Literal["precomputed", "adapter"] = Field(
+        "precomputed",
+        description="the model before training: its log-probabilities once, or the adapter switched off in every step",
+    )
+
+
+class RewardOptions(Options):
+    """A Bradley-Terry reward model."""
+
+    center: float = Field(
+        0.0, ge=0, description="weight of the squared sum of both rewards, which keeps their mean at 0 (arXiv "
+        "2312.09244: 0.01)"
+    )  # fmt: skip
+
+
+class VerifierOptions(Options):
+    """One rule that judges an answer with a number, usually 0 or 1."""
+
+    kind: Literal["exact", "contains", "numeric", "regex", "json_schema", "function", "length"] = Field(
+        description="exact or contains: the record's answer; numeric: its last number; regex; json_schema; a Python "
+        "function; length: 1 up to `limit` words, then less"
+    )
+    weight: float = Field(1.0, description="factor of this reward in the sum")
+    pattern: str | None = Field(None, description="for regex: searched in the answer")
+    json_schema: dict[str, object] | None = Field(None, description="for json_schema: what the answer must match")
+    function: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*$",
+        description="for function: package.module:function(prompt, completion, row) -> number, run in a process apart",
+    )
+    timeout: float = Field(5.0, gt=0, description="seconds a function may take for one answer")
+    limit: int = Field(128, ge=1, description="for length: words that cost nothing")
+    tolerance: float = Field(1e-6, ge=0, description="for numeric: largest relative difference")
+
+    @model_validator(mode="after")
+    def _complete(self) -> VerifierOptions:
+        needed = {"regex": "pattern", "json_schema": "json_schema", "function": "function"}.get(self.kind)
+        if needed and getattr(self, needed) is None:
+            raise ValueError(f"a verifier of kind {self.kind} needs {needed}")
+        return self
+
+
+class RolloutOptions(Options):
+    """How a policy is sampled and its gradient is taken (GRPO, arXiv 2402.03300)."""
+
+    variant: Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce++"] = Field(
+        "grpo",
+        description="advantages and averaging: grpo; dr_grpo without deviation and length (arXiv 2503.20783); dapo by "
+        "token, clip higher (2503.14476); rloo leave-one-out (2402.14740); reinforce++ batch baseline (2501.03262)",
+    )
+    group: int = Field(8, ge=2, description="answers to each prompt (DeepSeekMath: 64; small models: 8)")
+    max_tokens: int = Field(128, ge=1, description="tokens of an answer at most")
+    temperature: float = Field(1.0, gt=0, description="of sampling; the policy is the distribution at it")
+    clip: float = Field(0.2, gt=0, lt=1, description="how far below 1 a probability ratio counts (PPO)")
+    clip_high: float | None = Field(
+        None, gt=0, description="how far above 1; null = clip, for dapo 0.28 (clip higher, arXiv 2503.14476)"
+    )
+    kl: float = Field(0.0, ge=0, description="weight of the KL divergence from the model before training (GRPO: 0.04)")
+    updates: int = Field(1, ge=1, description="optimizer steps on each set of answers")
+    dynamic_sampling: int = Field(
+        0, ge=0, description="further rounds to replace groups whose rewards are all equal (DAPO); 0 = keep them"
+    )
+    verifiers: tuple[VerifierOptions, ...] = Field((), description="rules whose weighted sum is the reward")
+    failed_reward: float = Field(0.0, description="reward of an answer whose verifier ran out of time")
+    bad_rewards: float = Field(
+        0.05, ge=0, lt=1, description="share of answers of a step whose function may raise or time out"
+    )
+    rows: int = Field(512, ge=16, description="tokens of a packed training sequence; at least prompt and answer")
+
+
+class RolloutStops(Options):
+    """When reinforcement learning has gone wrong. Judged on means over `window` steps."""
+
+    window: int = Field(10, ge=1, description="steps a mean is taken over")
+    kl: float | None = Field(None, gt=0, description="KL divergence from the reference, nats a token; null = never")
+    length: float | None = Field(
+        None, gt=1, description="growth of the mean answer against the first window (reward hacking); null = never"
+    )
+    repetition: float | None = Field(
+        None, gt=0, le=1, description="share of repeated 4-grams in answers (reward hacking); null = never"
+    )
+    reward: float | None = Field(None, description="mean reward that is enough; null = the whole budget")

@@ -1,0 +1,163 @@
+"""The whole job of reinforcement learning for one worker: policy, engine, judge, loop, and the model that comes out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from transformers import AutoTokenizer
+
+from modelyard import storage
+from modelyard.align.options import RolloutOptions, RolloutStops
+from modelyard.align.policy import PolicyObjective
+from modelyard.align.programs import PackedJob, check_alignment
+from modelyard.align.rollouts import Prompts, Rollouts, Sample
+from modelyard.align.verifiers import Answered, Judge
+from modelyard.align.weights import policy_weights
+from modelyard.engine import EngineCore, EngineOptions
+from modelyard.errors import RecipeError
+from modelyard.models.build import check_shape
+from modelyard.models.export import load_model, read_config
+from modelyard.train.checkpoint import Row
+from modelyard.train.hooks import Hooks
+from modelyard.train.loop import Additions, Outcome
+from modelyard.train.metrics import Say, Sink, no_say, no_sink
+from modelyard.train.programs import Setup, adapted, identify, run_loop, write_tuned, written
+from modelyard.train.world import World
+
+SHOWN_EVERY = 10
+"""Steps between tables of answers."""
+
+
+class ReinforceJob(PackedJob):
+    """Reinforcement learning with rewards by rule; `data` holds train.jsonl, and heldout.jsonl where there is any."""
+
+    rollouts: RolloutOptions = Field(description="how answers are drawn and rewarded")
+    engine: EngineOptions = Field(EngineOptions(), description="the inference engine that answers")
+    stops: RolloutStops = Field(RolloutStops(), description="when it has gone wrong")
+
+
+def reinforce(
+    job: ReinforceJob, world: World, sink: Sink = no_sink, say: Say = no_say, hooks: Hooks | None = None
+) -> Outcome:
+    """Trains a policy on rewards of its own answers and writes `model/` and, with an adapter, `adapter/`.
+
+    `figures` of the outcome hold the mean reward of greedy answers to the held-out prompts, `reward` after training
+    and `before_reward`.
+
+    Raises:
+        RecipeError: no verifier, an adapter other than LoRA, or a layout that splits layers or sequences.
+        DataError: rewards failed too often, or the model does not fit.
+        DivergedError: losses stopped being numbers.
+    """
+    check_reinforce(job)
+    source, options = Path(job.model), job.rollouts
+    prompts = Prompts.read(Path(job.data) / "train.jsonl")
+    held = Path(job.data) / "heldout.jsonl"
+    heldout = Prompts.read(held).prompts if held.exists() else []
+    longest = max(len(p.ids) for p in [*prompts.prompts, *heldout]) + options.max_tokens
+    plain = load_model(source)
+    check_shape(plain.config, longest)
+    config = read_config(source)
+    strategy = adapted(plain, job.adapter, job.train, world)
+    threads = torch.get_num_threads()
+    settings = job.engine.model_copy(update={"max_length": longest, "threads": job.engine.threads or threads})
+    engine = EngineCore(source, settings)
+    scorer = EngineCore(source, settings) if options.kl and job.adapter.full else None
+    torch.set_num_threads(threads)
+    objective = PolicyObjective(options, options.max_tokens)
+    judge = Judge(options.verifiers, options.failed_reward)
+    pad = AutoTokenizer.from_pretrained(str(source), local_files_only=True).pad_token_id or 0
+    rollouts = Rollouts(
+        strategy, engine, prompts, objective, judge, options, job.train.global_batch, job.train.micro_batch or 16,
+        job.train.seed, pad, scorer,
+    )  # fmt: skip
+    before = _reward(rollouts, judge, heldout, world)
+    table = _Table(rollouts, job.reports, world)
+    additions = Additions(lambda _: rollouts, table.figures, lambda history: end_reason(job.stops, history))
+    identity = identify(config, objective, job.adapter)
+    setup = Setup(
+        job.train, objective, identity, job.checkpoints, longest * options.group, job.reports, source, additions
+    )
+    try:
+        outcome = run_loop(setup, strategy, prompts, None, sink, say, hooks)
+        engine.update_weights(policy_weights(strategy.model), outcome.steps)
+        after = _reward(rollouts, judge, heldout, world)
+    finally:
+        judge.close()
+    state = strategy.full_state(trainable_only=not job.adapter.full)
+    if world.leads:
+        with written(job.output) as target:
+            write_tuned(source, job.adapter, job.train.seed, config, state, target)
+    world.barrier()
+    figures = {"before_reward": before, "reward": after} if heldout else {}
+    return replace(outcome, figures=figures)
+
+
+def check_reinforce(job: ReinforceJob) -> None:
+    """Raises RecipeError for what rollouts cannot do."""
+    check_alignment(job.train, job.adapter, None)
+    if job.adapter.ia3 is not None:
+        raise RecipeError("rollouts need LoRA or full training", place="adapter", mend="give lora, or lora: null")
+    if job.train.parallel.tensor > 1:
+        raise RecipeError("rollouts need whole layers on a worker (or sharded ones)", place="parallel.tensor",
+                          mend="use shard or data degrees")  # fmt: skip
+    if job.train.tokens is not None:
+        raise RecipeError("answers have no length known beforehand", place="tokens", mend="give steps or epochs")
+    if job.rollouts.kl and job.adapter.full and job.rollouts.temperature != 1.0:
+        raise RecipeError("the reference engine scores at temperature 1", place="rollouts.temperature",
+                          mend="use temperature 1, or an adapter")  # fmt: skip
+
+
+def _reward(rollouts: Rollouts, judge: Judge, prompts: Sequence[Any], world: World) -> float:
+    """Mean reward of greedy answers to held-out prompts; workers share them."""
+    mine = list(prompts)[world.rank :: world.size]
+    samples: list[Sample] = rollouts.answers(mine, 0, 1, 0.0) if mine else []
+    answered = [Answered(s.prompt.row, s.prompt.place, s.prompt.text, s.text) for s in samples]
+    parts = world.gather((float(judge(answered).total.sum()) if mine else 0.0, len(mine)))
+    total, count = np.sum(parts, axis=0).tolist()
+    return float(total / max(1, count))
+
+
+class _Table:
+    """Figures of every step, and now and then some answers with their rewards for people."""
+
+    def __init__(self, rollouts: Rollouts, reports: str | None, world: World) -> None:
+        self._rollouts, self._reports, self._world = rollouts, reports, world
+
+    def figures(self) -> dict[str, float]:
+        """See `Rollouts.figures`."""
+        number = self._rollouts.number
+        if self._world.leads and self._reports is not None and number % SHOWN_EVERY == 0:
+            rows = [{**row, "text": f"[{row['reward']:g}] {row['text']}"} for row in self._rollouts.shown]
+            place = storage.join(self._reports, "samples", f"step-{number + 1:08d}.json")
+            storage.write_bytes(place, json.dumps(rows, ensure_ascii=False, indent=1).encode())
+        return self._rollouts.figures()
+
+
+def end_reason(stops: RolloutStops, history: Sequence[Row]) -> str:
+    """Why to end after these steps, by means over the last window; empty = go on."""
+    if len(history) < stops.window:
+        return ""
+
+    def mean(name: str, rows: Sequence[Row]) -> float:
+        return fmean(row[name] for row in rows if name in row) if any(name in row for row in rows) else 0.0
+
+    last, first = history[-stops.window :], history[: stops.window]
+    kl, repetition = mean("kl", last), mean("repetition", last)
+    if stops.kl is not None and kl > stops.kl:
+        return f"the KL divergence from the reference is {kl:.3f} nats a token, above {stops.kl:g}"
+    if stops.length is not None and mean("answer_tokens", last) > stops.length * max(1.0, mean("answer_tokens", first)):
+        return f"answers have grown {mean('answer_tokens', last) / max(1.0, mean('answer_tokens', first)):.1f} times"
+    if stops.repetition is not None and repetition > stops.repetition:
+        return f"{repetition:.0%} of the 4-grams of answers repeat"
+    if stops.reward is not None and mean("reward", last) >= stops.reward:
+        return f"the mean reward is {mean('reward', last):.3f}"
+    return ""

@@ -1,0 +1,357 @@
+"""Reinforcement learning as batches for the loop: the policy answers prompts, is rewarded, and learns from that.
+
+One worker, one engine: the trainer's process holds both, and they take turns (colocated). `collect` is the program, to
+be read from top to bottom: weights, answers, rewards, advantages, old and reference log-probabilities, batches.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+from torch import nn
+
+from modelyard.align.advantages import advantages, undecided
+from modelyard.align.logprobs import token_scores
+from modelyard.align.objectives import adapter_off
+from modelyard.align.options import RolloutOptions
+from modelyard.align.policy import PolicyObjective
+from modelyard.align.verifiers import Answered, Judge, repetition
+from modelyard.align.weights import policy_weights
+from modelyard.engine import EngineCore, Request, Sampling, generate
+from modelyard.errors import DataError
+from modelyard.tokens import rank_slice, stream_indices
+from modelyard.train.data import MicroBatches
+from modelyard.train.objective import first_tokens, next_tokens, positions
+from modelyard.train.pairs import assign
+from modelyard.train.parallel.strategy import Strategy
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A task as token ids, with its record for the verifiers."""
+
+    ids: tuple[int, ...]
+    text: str
+    row: Mapping[str, Any] = field(hash=False)
+    place: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer: its tokens with the log-probabilities they were drawn with, and the weights' version."""
+
+    prompt: Prompt
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    ended: bool
+    version: int
+
+
+class Prompts:
+    """Tasks of a run. `len` is what the budget in epochs counts."""
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self.prompts = list(prompts)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def batch(self, indices: npt.ArrayLike) -> Mapping[str, Any]:
+        """Prompts are not sequences to learn from: rollouts make those."""
+        raise NotImplementedError("prompts are answered, not trained on")
+
+    @classmethod
+    def read(cls, path: Path) -> Prompts:
+        """From JSON lines with ids, text, row and place."""
+        with path.open(encoding="utf-8") as handle:
+            rows = [json.loads(line) for line in handle]
+        return cls([Prompt(tuple(r["ids"]), r["text"], r["row"], r["place"]) for r in rows])
+
+
+class Rollouts:
+    """Hands the loop the answers of the policy as it is; `train.data.Batches`.
+
+    Everything random follows from (seed, set of answers, prompt): a run resumed from a checkpoint goes on with the
+    same prompts and draws.
+
+    Args:
+        strategy: the policy in training; sharded or replicated, whole layers and sequences.
+        engine: an inference engine of this worker, of the same architecture.
+        prompts: all tasks; a worker answers its slice of each step's.
+        objective: what the batches are for.
+        judge: rewards answers.
+        options: how to sample.
+        batch: prompts a step, over all workers.
+        micro_batch: most packed sequences of a forward pass.
+        seed: of the run.
+        pad: token id at padding.
+        scorer: an engine with the weights before training, for the KL divergence of a policy without an adapter.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        engine: EngineCore,
+        prompts: Prompts,
+        objective: PolicyObjective,
+        judge: Judge,
+        options: RolloutOptions,
+        batch: int,
+        micro_batch: int,
+        seed: int,
+        pad: int,
+        scorer: EngineCore | None = None,
+    ) -> None:
+        self._strategy, self._engine, self._prompts, self._objective = strategy, engine, prompts, objective
+        self._judge, self._options, self._batch, self._micro = judge, options, batch, micro_batch
+        self._seed, self._pad, self._scorer = seed, pad, scorer
+        self._held: MicroBatches = []
+        self._set = -1
+        self._seconds: dict[str, float] = {}
+        self._means: dict[str, float] = {}
+        self.shown: list[dict[str, Any]] = []
+        """Some of the last answers with their rewards, for people."""
+
+    def take(self, step: int, more: bool) -> tuple[MicroBatches, float]:
+        """The answers of the set that `step` belongs to, and the seconds it took to get them.
+
+        Raises:
+            DataError: too many rewards failed.
+        """
+        began = time.perf_counter()
+        self._objective.reset()
+        if step // self._options.updates != self._set:
+            self._set = step // self._options.updates
+            self.collect(self._set)
+        return self._held, time.perf_counter() - began
+
+    def collect(self, number: int) -> None:
+        """Set `number` of answers: the program of reinforcement learning, once around."""
+        self._seconds = {}
+        with self._timed("sync"):
+            self._engine.update_weights(policy_weights(self._strategy.model, changed_only=True), number)
+        samples, rewards = self._decided(number)
+        with self._timed("score"):
+            gains = self._shared_advantages(rewards)
+            arrays = pack(samples, gains, self._options, self._pad, self._reference(samples))
+            self._held = self._scored(arrays)
+
+    @property
+    def number(self) -> int:
+        """Which set of answers is at hand; -1 before the first."""
+        return self._set
+
+    def figures(self) -> dict[str, float]:
+        """What is known of the last set of answers: rewards, lengths, repetition, differences, where time went."""
+        everyone = self._strategy.world.gather(self._objective.largest)
+        seconds = {f"{name}_seconds": value for name, value in self._seconds.items()}
+        largest = {"engine_difference_max": max(everyone)} if self._options.temperature == 1.0 else {}
+        return {name: float(value) for name, value in (self._means | seconds | largest).items()}
+
+    def answers(self, prompts: Sequence[Prompt], number: int, group: int, temperature: float) -> list[Sample]:
+        """`group` answers to each prompt, in order. Prompts of a group are computed once (shared prefix), and a
+        finished answer makes room for the next: nothing waits for the longest."""
+        requests: list[Request] = []
+        for place, prompt in enumerate(prompts):
+            seed = xxhash.xxh3_64_intdigest(f"{self._seed}/{number}/{prompt.ids}".encode()) >> 2
+            sampling = Sampling(self._options.max_tokens, temperature, seed=seed, logprobs=0)
+            requests += Request(f"{number}-{place}", prompt.ids, sampling).samples(group)
+        found = generate(self._engine, requests)
+        samples = []
+        for index, completion in enumerate(found):
+            output = completion.output
+            if output.finish == "error":
+                raise DataError(f"the engine failed: {output.error}", place=prompts[index // group].place)
+            logprobs = tuple(t.logprob for t in output.logprobs)
+            samples.append(Sample(prompts[index // group], output.tokens, logprobs, output.text,
+                                  output.finish == "stop", output.weights))  # fmt: skip
+        return samples
+
+    def _decided(self, number: int) -> tuple[list[Sample], npt.NDArray[np.float64]]:
+        """Answers and rewards [prompts, group] of this worker; groups without a difference are drawn anew a while
+        (dynamic sampling), with other prompts."""
+        options, found = self._options, []
+        rewards = np.zeros((0, options.group))
+        for round_ in range(options.dynamic_sampling + 1):
+            prompts = self._drawn(number, round_)
+            with self._timed("generate"):
+                fresh = self.answers(prompts, number * 1000 + round_, options.group, options.temperature)
+            with self._timed("reward"):
+                judged = self._judged(fresh).reshape(-1, options.group)
+            if round_ == 0:
+                found, rewards = fresh, judged
+                self._measure(fresh, judged)
+            else:
+                _replace(found, rewards, fresh, judged, options.group)
+            if not undecided(rewards).any():
+                break
+        return found, rewards
+
+    def _drawn(self, number: int, round_: int) -> list[Prompt]:
+        seed = self._seed + 7919 * round_
+        indices = stream_indices(seed, number * self._batch, self._batch, len(self._prompts))
+        mine = rank_slice(indices, self._strategy.reader, self._strategy.readers)
+        return [self._prompts.prompts[i] for i in mine]
+
+    def _judged(self, samples: Sequence[Sample]) -> npt.NDArray[np.float64]:
+        answered = [Answered(s.prompt.row, s.prompt.place, s.prompt.text, s.text) for s in samples]
+        rewards = self._judge(answered)
+        if len(rewards.failures) > self._options.bad_rewards * len(samples):
+            raise DataError(
+                f"{len(rewards.failures)} of {len(samples)} rewards of a step failed; the first: {rewards.failures[0]}",
+                place="rollouts.verifiers",
+                mend="mend the function, raise its timeout, or allow more (bad_rewards)",
+            )
+        self._means |= {f"reward/{name}": mean for name, mean in rewards.means.items()}
+        return rewards.total
+
+    def _measure(self, samples: Sequence[Sample], rewards: npt.NDArray[np.float64]) -> None:
+        """Means over all workers of what was drawn first."""
+        lengths = [len(s.tokens) for s in samples]
+        values = [float(rewards.sum()), float((rewards**2).sum()), float(sum(lengths)), float(len(samples)),
+                  float(sum(not s.ended for s in samples)), sum(repetition(s.tokens) for s in samples),
+                  float(undecided(rewards).sum()), float(len(rewards))]  # fmt: skip
+        total = np.sum(self._strategy.world.gather(values), axis=0)
+        count, groups = max(1.0, total[3]), max(1.0, total[7])
+        mean = total[0] / count
+        self._means |= {
+            "reward": mean, "reward_deviation": max(0.0, total[1] / count - mean**2) ** 0.5,
+            "answer_tokens": total[2] / count, "cut_answers": total[4] / count, "repetition": total[5] / count,
+            "undecided_groups": total[6] / groups, "staleness": 0.0,
+        }  # fmt: skip
+        self.shown = [
+            {"prompt": s.prompt.text, "text": s.text, "reward": float(r)}
+            for s, r in zip(samples[:4], rewards.reshape(-1)[:4], strict=True)
+        ]
+
+    def _shared_advantages(self, rewards: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Advantages of this worker's answers, [answers]; whitening needs the rewards of all workers."""
+        everyone = self._strategy.world.gather(rewards.tolist())
+        before = sum(len(part) for part in everyone[: self._strategy.world.rank])
+        whole = np.asarray([row for part in everyone for row in part]).reshape(-1, self._options.group)
+        return advantages(whole, self._options.variant)[before : before + len(rewards)].reshape(-1)
+
+    def _reference(self, samples: Sequence[Sample]) -> list[list[float]] | None:
+        """Log-probabilities of the answers' tokens before training, where an engine of its own knows them."""
+        if self._scorer is None:
+            return None
+        requests = [
+            Request(f"reference-{i}", (*s.prompt.ids, *s.tokens), detokenize=False, task="score", prompt_logprobs=0,
+                    logprobs_from=len(s.prompt.ids))
+            for i, s in enumerate(samples)
+        ]  # fmt: skip
+        return [[t.logprob for t in c.output.prompt_logprobs] for c in generate(self._scorer, requests)]
+
+    def _scored(self, arrays: Arrays) -> MicroBatches:
+        """Micro-batches, as many on every worker, with old and reference log-probabilities where they are needed."""
+        device, rows = self._strategy.world.device, len(arrays["input_ids"])
+        parts = max(self._strategy.world.gather(-(-rows // self._micro)))
+        batches = []
+        for part in np.array_split(np.arange(rows), parts):
+            batch = {n: torch.from_numpy(np.ascontiguousarray(a[part])).to(device) for n, a in arrays.items()}
+            batches.append(batch if len(part) else _empty(arrays, device))
+        model = self._strategy.model
+        if self._options.updates > 1:
+            _add(batches, "old", model, nullcontext(), self._options.temperature)
+        if self._options.kl and self._scorer is None:
+            _add(batches, "reference", model, adapter_off(model), self._options.temperature)
+        return batches
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def __enter__(self) -> Rollouts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._judge.close()
+
+
+def _replace(
+    found: list[Sample],
+    rewards: npt.NDArray[np.float64],
+    fresh: Sequence[Sample],
+    judged: npt.NDArray[np.float64],
+    group: int,
+) -> None:
+    """Puts decided groups of a further round in the place of undecided ones."""
+    free = iter(np.flatnonzero(~undecided(judged)).tolist())
+    for place in np.flatnonzero(undecided(rewards)).tolist():
+        donor = next(free, None)
+        if donor is None:
+            return
+        rewards[place] = judged[donor]
+        found[place * group : (place + 1) * group] = fresh[donor * group : (donor + 1) * group]
+
+
+def pack(
+    samples: Sequence[Sample], gains: npt.NDArray[np.float64], options: RolloutOptions, pad: int,
+    reference: Sequence[Sequence[float]] | None = None,
+) -> Arrays:  # fmt: skip
+    """Prompts with their answers packed whole into sequences of `options.rows` tokens or the longest, as arrays."""
+    lengths = [len(s.prompt.ids) + len(s.tokens) for s in samples]
+    width = max([options.rows, *lengths])
+    rows = assign(lengths, width)
+    most = max((len(members) for members in rows), default=1)
+    shape = (len(rows), width)
+    found: Arrays = {
+        "input_ids": np.full(shape, pad, dtype=np.int64),
+        "document_ids": np.full(shape, -1, dtype=np.int32),
+        "loss_mask": np.zeros(shape, dtype=bool),
+        "engine": np.zeros(shape, dtype=np.float32),
+        "advantage": np.zeros((len(rows), most), dtype=np.float32),
+    }
+    if reference is not None:
+        found["reference"] = np.zeros(shape, dtype=np.float32)
+    for row, members in enumerate(rows):
+        at = 0
+        for number, member in enumerate(members):
+            sample = samples[member]
+            begin, end = at + len(sample.prompt.ids), at + lengths[member]
+            found["input_ids"][row, at:end] = (*sample.prompt.ids, *sample.tokens)
+            found["document_ids"][row, at:end] = number
+            found["loss_mask"][row, begin:end] = True
+            found["engine"][row, begin:end] = sample.logprobs
+            found["advantage"][row, number] = gains[member]
+            if reference is not None:
+                found["reference"][row, begin:end] = reference[member]
+            at = end
+    return found
+
+
+def _empty(arrays: Arrays, device: torch.device) -> dict[str, torch.Tensor]:
+    """One sequence that is all padding, so that every worker makes the same number of forward passes."""
+    batch = {n: torch.zeros((1, *a.shape[1:]), dtype=torch.from_numpy(a[:0]).dtype) for n, a in arrays.items()}
+    batch["document_ids"].fill_(-1)
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+@torch.no_grad()
+def _add(
+    batches: MicroBatches, name: str, model: nn.Module, state: AbstractContextManager[None], temperature: float
+) -> None:
+    """Log-probabilities of all tokens under the model in some state, at the tokens' own positions, into the batches."""
+    with state:
+        for batch in batches:
+            documents = batch["document_ids"]
+            labels = next_tokens(batch["input_ids"], batch["loss_mask"] & ~first_tokens(documents))
+            inputs = {"input_ids": batch["input_ids"], "position_ids": positions(documents), "use_cache": False}
+            found = token_scores(model, inputs, labels, temperature).logprobs
+            batch[name] = torch.zeros_like(found)
+            batch[name][:, 1:] = found[:, :-1]

@@ -1,0 +1,131 @@
+"""Stage `align`: a model learns from preferences, from opinions, or from rewards of its own answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from modelyard.align.options import PreferenceOptions, RolloutOptions, RolloutStops
+from modelyard.engine.options import EngineOptions
+from modelyard.errors import RecipeError
+from modelyard.planner.estimate import Estimate
+from modelyard.stages.alignment import (
+    AlignmentOptions,
+    check_alignment_stage,
+    copy_facts,
+    estimate_alignment,
+    pack_feedback,
+    pack_preferences,
+    page,
+    prediction,
+    prepared,
+    result,
+)
+from modelyard.stages.base import InputSpec, PlanContext, Stage, StageContext, StageResult
+from modelyard.stages.rollout_stage import check_rollouts, run_rollouts
+from modelyard.stages.training import MODELS, clear, model_place, warnings
+from modelyard.stages.training_report import RESULTS, write_results
+from modelyard.storage import Artifact, join
+
+if TYPE_CHECKING:
+    from modelyard.train.loop import Outcome
+
+
+class AlignOptions(AlignmentOptions):
+    """Preference optimization (dpo, ipo, kto, orpo, simpo), or reinforcement learning (grpo and its variants)."""
+
+    kind: Literal["align"] = Field(description="stage kind")
+    method: Literal["dpo", "ipo", "kto", "orpo", "simpo", "grpo"] = Field(
+        "dpo",
+        description="dpo, ipo: preferences and a reference; kto: opinions; orpo, simpo: no reference; grpo: rewards of "
+        "the model's own answers (rollouts.variant says which kind)",
+    )
+    rollouts: RolloutOptions = Field(RolloutOptions(), description="for grpo: how answers are drawn and rewarded")
+    engine: EngineOptions = Field(EngineOptions(), description="for grpo: the inference engine that answers")
+    stops: RolloutStops = Field(RolloutStops(), description="for grpo: when it has gone wrong, or is done")
+    preference: PreferenceOptions = Field(PreferenceOptions(), description="constants of the preference losses")
+    learning_rate: float = Field(
+        5e-5, gt=0, description="peak rate (DPO with LoRA of small models: 5e-5; full: 5e-7 to 5e-6)"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="decoupled decay of matrices (DPO: 0)")
+
+
+class AlignStage(Stage[AlignOptions]):
+    """See the module."""
+
+    kind = "align"
+    Options = AlignOptions
+    inputs: ClassVar[Mapping[str, InputSpec]] = {
+        "model": InputSpec(kinds=MODELS, files=True),
+        "data": InputSpec(kinds=("curate", "generate"), files=True),
+    }
+
+    def check(self, ctx: PlanContext[AlignOptions]) -> None:
+        """Raises the errors of `check_alignment_stage`, and RecipeError for a reference that cannot be had."""
+        check_alignment_stage(ctx)
+        options = ctx.options
+        if options.method == "grpo":
+            check_rollouts(ctx)
+            return
+        if options.preference.reference == "adapter" and options.adapter.full:
+            raise RecipeError(
+                "there is no adapter to switch off",
+                place="preference.reference",
+                mend="use reference: precomputed, or train an adapter",
+            )
+
+    def estimate(self, ctx: PlanContext[AlignOptions]) -> Estimate:
+        """By the planner, for a budget in steps; how long answers take is not known beforehand."""
+        if ctx.options.method == "grpo":
+            return Estimate(notes=("time depends on how long the answers are", *warnings(ctx.options)))
+        return estimate_alignment(ctx)
+
+    def run(self, ctx: StageContext[AlignOptions]) -> StageResult:
+        """Packs the examples, trains on Ray Train workers, writes model, adapter, held-out examples and report."""
+        from modelyard.align.programs import PreferenceJob
+        from modelyard.stages.workers import Assignment, run_workers
+
+        options = ctx.options
+        for warning in warnings(options):
+            ctx.progress.say(f"[yellow]warning[/]: {warning}")
+        clear(ctx, "model", "adapter", "heldout.jsonl", "quarantine.jsonl", *RESULTS)
+        if options.method == "grpo":
+            return run_rollouts(ctx)
+        facts = prepared(ctx, pack_feedback if options.method == "kto" else pack_preferences)
+        job = PreferenceJob(
+            model="",
+            data="",
+            output=ctx.output,
+            train=options.training(),
+            adapter=options.adapter,
+            method=options.method,
+            preference=options.preference,
+            checkpoints=join(ctx.work, "checkpoints"),
+            reports=ctx.output,
+        )
+        steps = options.total_steps(facts["sequences"], 2 * options.sequence_length)
+        estimate = prediction(ctx, steps)
+        assignment = Assignment("modelyard.align.programs:prefer", job, places(ctx))
+        outcome = run_workers(ctx, assignment, steps, estimate)
+        copy_facts(ctx)
+        write_results(ctx, outcome, page(ctx, outcome, facts, options.method.upper()), estimate)
+        return result(outcome, facts, _shown(outcome))
+
+
+def places(ctx: StageContext[Any]) -> dict[str, tuple[Artifact, str] | str]:
+    """The model and the packed examples, for the workers to bring."""
+    return {"model": model_place(ctx.inputs["model"], "model"), "data": join(ctx.work, "answers")}
+
+
+def _shown(outcome: Outcome) -> str:
+    figures = outcome.figures
+    if "accuracy" not in figures:
+        return "nothing held out"
+    if "prefers" not in figures:
+        return f"held-out accuracy {figures['accuracy']:.1%}"
+    return (
+        f"held-out accuracy {figures['accuracy']:.1%}; the preferred answer is the likelier one in "
+        f"{figures['prefers']:.1%} (before {figures['before_prefers']:.1%})"
+    )

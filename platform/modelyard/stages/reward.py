@@ -1,0 +1,86 @@
+"""Stage `reward`: preferences become a model that gives an answer a number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from modelyard.align.options import RewardOptions
+from modelyard.planner.estimate import Estimate
+from modelyard.stages.align import places
+from modelyard.stages.alignment import (
+    AlignmentOptions,
+    check_alignment_stage,
+    copy_facts,
+    estimate_alignment,
+    pack_preferences,
+    page,
+    prediction,
+    prepared,
+    result,
+)
+from modelyard.stages.base import InputSpec, PlanContext, Stage, StageContext, StageResult
+from modelyard.stages.training import MODELS, clear, warnings
+from modelyard.stages.training_report import RESULTS, write_results
+from modelyard.storage import join
+
+
+class RewardStageOptions(AlignmentOptions):
+    """A Bradley-Terry reward model."""
+
+    kind: Literal["reward"] = Field(description="stage kind")
+    reward: RewardOptions = Field(RewardOptions(), description="constants of the loss")
+    learning_rate: float = Field(1e-4, gt=0, description="peak rate (LoRA: 1e-4; full: 1e-5)")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled decay of matrices")
+
+
+class RewardStage(Stage[RewardStageOptions]):
+    """See the module."""
+
+    kind = "reward"
+    Options = RewardStageOptions
+    inputs: ClassVar[Mapping[str, InputSpec]] = {
+        "model": InputSpec(kinds=(*MODELS, "reward"), files=True),
+        "data": InputSpec(kinds=("curate", "generate"), files=True),
+    }
+
+    def check(self, ctx: PlanContext[RewardStageOptions]) -> None:
+        """Raises the errors of `check_alignment_stage`."""
+        check_alignment_stage(ctx)
+
+    def estimate(self, ctx: PlanContext[RewardStageOptions]) -> Estimate:
+        """By the planner, for a budget in steps."""
+        return estimate_alignment(ctx)
+
+    def run(self, ctx: StageContext[RewardStageOptions]) -> StageResult:
+        """Packs the preferences, trains on Ray Train workers, writes the classifier, held-out pairs and report."""
+        from modelyard.align.programs import RewardJob
+        from modelyard.stages.workers import Assignment, run_workers
+
+        options = ctx.options
+        for warning in warnings(options):
+            ctx.progress.say(f"[yellow]warning[/]: {warning}")
+        clear(ctx, "model", "heldout.jsonl", "quarantine.jsonl", *RESULTS)
+        facts = prepared(ctx, pack_preferences)
+        job = RewardJob(
+            model="",
+            data="",
+            output=ctx.output,
+            train=options.training(),
+            adapter=options.adapter,
+            reward=options.reward,
+            checkpoints=join(ctx.work, "checkpoints"),
+            reports=ctx.output,
+        )
+        steps = options.total_steps(facts["sequences"], 2 * options.sequence_length)
+        estimate = prediction(ctx, steps)
+        outcome = run_workers(
+            ctx, Assignment("modelyard.align.programs:train_reward", job, places(ctx)), steps, estimate
+        )
+        copy_facts(ctx)
+        write_results(ctx, outcome, page(ctx, outcome, facts, "Reward model"), estimate)
+        figures = outcome.figures
+        shown = f"held-out accuracy {figures['accuracy']:.1%}" if "accuracy" in figures else "nothing held out"
+        return result(outcome, facts, shown)

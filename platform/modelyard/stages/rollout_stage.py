@@ -1,0 +1,157 @@
+"""The part of stage `align` that learns from rewards of its own answers (`method: grpo`)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modelyard.errors import DataError, RecipeError
+from modelyard.stages.alignment import Facts, prepared
+from modelyard.stages.base import PlanContext, StageContext, StageResult
+from modelyard.stages.examples import name_of, read_examples, split
+from modelyard.stages.finetune import read_tokenizer
+from modelyard.stages.training import model_place, speed_metrics
+from modelyard.stages.training_report import write_results
+from modelyard.storage import Artifact, join, read_bytes, write_bytes
+
+if TYPE_CHECKING:
+    from modelyard.stages.align import AlignOptions
+    from modelyard.train.loop import Outcome
+    from modelyard.train.report import Page
+
+CURVES = ("reward", "kl", "entropy", "clip_fraction", "answer_tokens", "repetition", "engine_difference_max")
+PHASES = ("sync", "generate", "reward", "score")
+
+
+def check_rollouts(ctx: PlanContext[AlignOptions]) -> None:
+    """Raises RecipeError for what rollouts cannot do, before any worker starts."""
+    options = ctx.options
+    if not options.rollouts.verifiers:
+        raise RecipeError("nothing rewards the answers", place="rollouts.verifiers", mend="name a verifier")
+    if options.parallel.tensor > 1:
+        raise RecipeError("rollouts need whole layers on a worker", place="parallel.tensor", mend="use shard or data")
+    if options.adapter.ia3 is not None:
+        raise RecipeError("rollouts need LoRA or full training", place="adapter", mend="give lora, or lora: null")
+    if options.tokens is not None:
+        raise RecipeError("answers have no length known beforehand", place="tokens", mend="give steps or epochs")
+    if options.checkpoint_every % options.rollouts.updates:
+        raise RecipeError(
+            "a checkpoint between two updates of one set of answers could not be resumed exactly",
+            place="checkpoint_every",
+            mend=f"make it a multiple of rollouts.updates ({options.rollouts.updates})",
+        )
+
+
+def run_rollouts(ctx: StageContext[AlignOptions]) -> StageResult:
+    """Encodes the prompts, trains on Ray Train workers, each with an engine of its own, writes model and report."""
+    from modelyard.align.reinforce import ReinforceJob
+    from modelyard.stages.workers import Assignment, run_workers
+
+    options = ctx.options
+    facts = prepared(ctx, pack_prompts)
+    job = ReinforceJob(
+        model="",
+        data="",
+        output=ctx.output,
+        train=options.training(),
+        adapter=options.adapter,
+        rollouts=options.rollouts,
+        engine=options.engine,
+        stops=options.stops,
+        checkpoints=join(ctx.work, "checkpoints"),
+        reports=ctx.output,
+    )
+    places: dict[str, tuple[Artifact, str] | str] = {
+        "model": model_place(ctx.inputs["model"], "model"),
+        "data": join(ctx.work, "answers"),
+    }
+    steps = options.total_steps(facts["prompts"], 1)
+    outcome = run_workers(ctx, Assignment("modelyard.align.reinforce:reinforce", job, places), steps)
+    write_bytes(join(ctx.output, "quarantine.jsonl"), read_bytes(join(ctx.work, "answers", "quarantine.jsonl")))
+    write_results(ctx, outcome, _page(ctx, outcome, facts), None)
+    return _result(outcome, facts)
+
+
+def pack_prompts(ctx: StageContext[Any], folder: Path) -> Facts:
+    """Tasks as token ids in `train.jsonl` and `heldout.jsonl`; prompts longer than `sequence_length` are left out.
+
+    Raises:
+        DataError: records cannot be used, or no prompt is left.
+    """
+    from modelyard.align.encode import use_template
+    from modelyard.align.records import task
+    from modelyard.train.pairs import render
+
+    options: AlignOptions = ctx.options
+    data = ctx.inputs["data"]
+    examples = read_examples(data, task, options.examples.bad_rows)
+    tokenizer = use_template(read_tokenizer(ctx.inputs["model"]), options.examples.template)
+    kept, held = split(examples.good, options.heldout)
+    facts: Facts = {"quarantined": len(examples.bad), "truncated": 0, "dropped": 0, "heldout_prompts": 0}
+    (folder / "quarantine.jsonl").write_bytes(examples.quarantine())
+    for name, part in (("train", kept), ("heldout", held)):
+        lines = []
+        for example in part:
+            text = render(tokenizer, example.prompt, generate=True)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(ids) > options.sequence_length:
+                facts["dropped"] += 1
+                continue
+            lines.append(json.dumps({"ids": ids, "text": text, "row": example.row, "place": example.place}))
+        if lines:
+            (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        facts["prompts" if name == "train" else "heldout_prompts"] = len(lines)
+    if not facts["prompts"]:
+        raise DataError("no prompt is left to answer", place=name_of(data), mend="raise sequence_length, or give more")
+    return facts
+
+
+def _result(outcome: Outcome, facts: Facts) -> StageResult:
+    rewards = [row["reward"] for row in outcome.history if "reward" in row]
+    first, last = _mean(rewards[:5]), _mean(rewards[-5:])
+    figures = {f"heldout_{name}": value for name, value in outcome.figures.items()}
+    shown = f"reward {first:.3f} -> {last:.3f}" + (
+        f", held out {figures['heldout_before_reward']:.3f} -> {figures['heldout_reward']:.3f}" if figures else ""
+    )
+    return StageResult(
+        summary=f"{outcome.steps:,} steps on {facts['prompts']:,} prompts, {shown}",
+        counts={
+            "parameters": outcome.parameters,
+            "trainable": outcome.trainable,
+            "steps": outcome.steps,
+            **{name: int(facts[name]) for name in ("prompts", "heldout_prompts", "dropped", "quarantined")},
+        },
+        metrics={"loss": outcome.loss, "reward": last, "first_reward": first, **speed_metrics(outcome), **figures},
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / max(1, len(values))
+
+
+def _page(ctx: StageContext[Any], outcome: Outcome, facts: Facts) -> Page:
+    from modelyard.train.report import Line, Page, Table
+
+    history = outcome.history
+    rows = [
+        ("prompts", f"{facts['prompts']:,}, {facts['heldout_prompts']:,} more held out"),
+        ("left out, longer than sequence_length", f"{facts['dropped']:,}"),
+        ("quarantined records", f"{facts['quarantined']:,}"),
+        ("trained", f"{outcome.trainable:,} of {outcome.parameters:,} parameters, {outcome.steps:,} steps"),
+        *[(f"held-out {n.replace('_', ' ')} (greedy answers)", f"{v:.4f}") for n, v in outcome.figures.items()],
+        ("time", f"{outcome.seconds:.0f} s"),
+        *([("ended early", outcome.stopped)] if outcome.stopped else []),
+    ]
+    plots = []
+    for name in CURVES:
+        points = [(row["step"], row[name]) for row in history if name in row]
+        if points:
+            title = f"{name.replace('_', ' ').capitalize()}, by step"
+            plots.append((title, [Line(name.replace("_", " "), points)]))
+    total = sum(row["seconds"] for row in history) or 1.0
+    spent = [(p, sum(row.get(f"{p}_seconds", 0.0) for row in history)) for p in PHASES]
+    spent.append(("train", total - sum(seconds for _, seconds in spent)))
+    shares = [(name, f"{seconds:.1f} s", f"{seconds / total:.0%}") for name, seconds in spent]
+    table = Table("Where the time went", ("phase", "seconds", "share"), shares)
+    return Page(f"{ctx.options.rollouts.variant.upper()}: {ctx.name}", rows, plots, tables=(table,))

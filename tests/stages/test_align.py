@@ -1,0 +1,210 @@
+"""Stages `align` and `reward`: from records on disk over Ray Train workers to models, and every bad input by name."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "align"))
+
+from alignment_parts import write_policy
+from training_stage import artifact, plan, run_stage
+
+from modelyard.errors import DataError, RecipeError
+from modelyard.stages import api
+from modelyard.stages.align import AlignOptions, AlignStage
+from modelyard.stages.import_model import import_model
+from modelyard.stages.inspect_data import inspect_stage
+from modelyard.stages.reward import RewardStageOptions
+from modelyard.storage import Artifact, FileRef, Files
+
+PIPELINES = Path(__file__).parents[2] / "pipelines"
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A tiny model as a fine-tuning stage leaves it."""
+    return artifact(write_policy(tmp_path_factory.mktemp("policy")).parent, "finetune")
+
+
+def files(path: Path) -> Files:
+    return Files((FileRef(str(path), path.stat().st_size, "x"),), "digest")
+
+
+def lines(path: Path, rows: list[Any]) -> Files:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return files(path)
+
+
+def options(**changes: Any) -> AlignOptions:
+    values = {"kind": "align", "sequence_length": 48, "steps": 8, "global_batch": 8, "learning_rate": 1e-2,
+              "heldout": 0.2, "adapter": {"lora": {"r": 4}}, "resources": {"workers": 1}, **changes}  # fmt: skip
+    return AlignOptions.model_validate(values)
+
+
+def pair(i: int) -> dict[str, Any]:
+    return {"prompt": f"say {i}", "chosen": "ok" * (1 + i % 3), "rejected": "no" * (1 + i % 2)}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_preferences_become_an_aligned_model(policy: Artifact, tmp_path: Path) -> None:
+    rows = [pair(i) for i in range(199)] + [{"prompt": "p", "chosen": "same", "rejected": "same"}]
+    path = tmp_path / "pairs.jsonl.gz"
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    result = run_stage(options(resources={"workers": 2}), {"model": policy, "data": files(path)}, tmp_path)
+    assert result.counts["pairs"] + result.counts["heldout_pairs"] == 199
+    assert result.counts["quarantined"] == 1
+    assert result.metrics["heldout_accuracy"] > 0.9
+    assert result.metrics["heldout_before_accuracy"] == 0
+    (bad,) = map(json.loads, (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines())
+    assert bad["place"].endswith("pairs.jsonl.gz:200")
+    assert "chosen equals rejected" in bad["reason"]
+    assert "1 records cannot be used" in (tmp_path / "screen.txt").read_text()
+    assert "Held-out, before and after" in (tmp_path / "out" / "report.html").read_text()
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_opinions_of_a_server_train_kto_and_rewards_a_classifier(policy: Artifact, tmp_path: Path) -> None:
+    opinions = [
+        {
+            "prompt": [{"role": "user", "content": f"say {i}"}],
+            "completion": "ok" if i % 2 else "no",
+            "label": bool(i % 2),
+        }
+        for i in range(60)
+    ]
+    pq.write_table(pa.Table.from_pylist(opinions), tmp_path / "feedback.parquet")
+    inputs = {"model": policy, "data": files(tmp_path / "feedback.parquet")}
+    found = run_stage(options(method="kto", heldout=0, steps=4), inputs, tmp_path / "kto")
+    assert found.counts["pairs"] == 60
+    chosen = RewardStageOptions.model_validate(
+        options().model_dump(exclude={"method", "preference"}) | {"kind": "reward"}
+    )
+    data = lines(tmp_path / "pairs.jsonl", [pair(i) for i in range(100)])
+    result = run_stage(chosen, {"model": policy, "data": data}, tmp_path / "reward")
+    assert result.metrics["heldout_accuracy"] > 0.9
+    assert json.loads((tmp_path / "reward" / "out" / "model" / "config.json").read_text())["architectures"] == [
+        "LlamaForSequenceClassification"
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_policy_learns_from_rewards_of_its_answers(policy: Artifact, tmp_path: Path) -> None:
+    data = lines(tmp_path / "prompts.jsonl", [{"prompt": chr(97 + i % 26), "answer": "x"} for i in range(30)])
+    rollouts = {"group": 4, "max_tokens": 5, "rows": 64, "verifiers": [{"kind": "regex", "pattern": "[a-m]"}]}
+    chosen = options(method="grpo", rollouts=rollouts, engine={"max_sequences": 8}, global_batch=2, steps=4)
+    result = run_stage(chosen, {"model": policy, "data": data}, tmp_path)
+    assert {"reward", "first_reward", "heldout_reward", "heldout_before_reward"} <= set(result.metrics)
+    assert result.counts["prompts"] + result.counts["heldout_prompts"] == 30
+    report = (tmp_path / "out" / "report.md").read_text()
+    for title in ("Where the time went", "What the model writes"):
+        assert f"## {title}" in report
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+
+
+GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "complaint", "place"),
+    [
+        ([GOOD, {**GOOD, "rejected": "a"}], {}, "chosen equals rejected", "pairs.jsonl:2"),
+        ([{**GOOD, "chosen": ""}], {}, "chosen answer is empty", "pairs.jsonl:1"),
+        ([GOOD, "text"], {}, "not a JSON object", "pairs.jsonl:2"),
+        ([{**GOOD, "prompt": "p" * 100}], {}, "has an answer token left", "sequence_length"),
+        ([{"prompt": "p", "completion": "a"}], {}, "fields completion, prompt", "pairs.jsonl:1"),
+        ([{"prompt": "p", "completion": "a", "label": 3}], {"method": "kto"}, "label is 3", "pairs.jsonl:1"),
+        ([], {}, "no pairs to train on", "pairs.jsonl"),
+    ],
+)
+def test_bad_rows_end_the_stage_with_their_place(
+    policy: Artifact, tmp_path: Path, rows: list[Any], changes: dict[str, Any], complaint: str, place: str
+) -> None:
+    inputs = {"model": policy, "data": lines(tmp_path / "pairs.jsonl", rows)}
+    with pytest.raises(DataError, match=complaint) as caught:
+        run_stage(options(heldout=0, **changes), inputs, tmp_path)
+    assert caught.value.place.endswith(place)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"adapter": {"lora": None}, "preference": {"reference": "adapter"}}, "no adapter to switch off"),
+        ({"objective": "causal_lm"}, "objective has no meaning here"),
+        ({"parallel": {"pipeline": 2}, "resources": {"workers": 2}}, "whole sequences and layers"),
+        ({"sequence_length": 500}, "longer than the model's"),
+        ({"method": "grpo"}, "nothing rewards the answers"),
+        ({"method": "grpo", "rollouts": {"verifiers": [{"kind": "exact"}], "updates": 3}}, "resumed exactly"),
+    ],
+)
+def test_broken_configurations_fail_before_work(policy: Artifact, changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(RecipeError, match=complaint):
+        AlignStage().check(plan(options(**changes), {"model": policy}))
+
+
+def test_a_template_must_be_there(tmp_path: Path) -> None:
+    folder = write_policy(tmp_path / "bare")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    inputs = {"model": artifact(folder.parent, "finetune"), "data": lines(tmp_path / "pairs.jsonl", [GOOD])}
+    with pytest.raises(DataError, match="no chat template"):
+        run_stage(options(heldout=0), inputs, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["preference_dpo", "rlhf_grpo", "instruct_lora"])
+def test_the_recipes_are_planned(policy: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(PIPELINES.parent)
+    monkeypatch.setenv("MODELYARD_ROOT", str(tmp_path))
+    monkeypatch.setenv("MODELYARD_MODEL", policy.uri + "/model")
+    short = {"preference_dpo": ["aligned.sequence_length=96"], "rlhf_grpo": ["policy.sequence_length=96"],
+             "instruct_lora": ["chat.sequence_length=96"]}  # fmt: skip
+    stages = api.plan(api.load(PIPELINES / f"{name}.yaml", short[name]))
+    assert [stage.cached for stage in stages] == [False] * len(stages)
+
+
+def test_what_is_learnt_is_shown(policy: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PIPELINES.parent)
+    monkeypatch.setenv("MODELYARD_ROOT", str(tmp_path))
+    monkeypatch.setenv("MODELYARD_MODEL", policy.uri + "/model")
+    recipe = api.load(PIPELINES / "preference_dpo.yaml", ["aligned.sequence_length=96"])
+    chosen, rejected = inspect_stage(recipe, "aligned", 2)
+    assert chosen.title.endswith("brevity.jsonl:1, chosen")
+    first = json.loads((PIPELINES / "data" / "brevity.jsonl").read_text().splitlines()[0])
+    assert "".join(text for text, learnt in chosen.runs if learnt) == first["chosen"] + "<|endoftext|>"
+    assert rejected.cut > 0
+    assert rejected.tokens == 96
+    with pytest.raises(RecipeError, match="no stage 'nothing'"):
+        inspect_stage(recipe, "nothing", 1)
+
+
+def test_models_are_brought_in(policy: Artifact, tmp_path: Path) -> None:
+    source = Path(policy.uri) / "model"
+    (source / "pytorch_model.bin").write_bytes(b"pickled")
+    found = import_model(str(source), tmp_path / "copy")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in found.iterdir()}
+    assert not (found / "pytorch_model.bin").exists()
+    with zipfile.ZipFile(tmp_path / "empty.whl", "w") as wheel:
+        wheel.writestr("a.txt", "nothing")
+    for given, complaint in (
+        (str(tmp_path), "not a model folder"), (str(tmp_path / "empty.whl"), "holds 0 .gguf"),
+        ("no-such-package", "neither a folder"), (str(tmp_path / "no.gguf"), "no such file"), ("rich", "holds 0 .gguf"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=complaint):
+            import_model(given, tmp_path / "new")
+    with pytest.raises(DataError, match="the folder exists"):
+        import_model(str(source), found)
