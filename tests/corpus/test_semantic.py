@@ -15,25 +15,9 @@ from modelyard.corpus.dedup_options import SemanticOptions
 from modelyard.errors import DataError
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A BERT of one layer with random weights and a word tokenizer: equal words in other order are near."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    folder = str(tmp_path_factory.mktemp("embedding"))
-    words = ["[PAD]", "[UNK]", *(f"w{n}" for n in range(100))]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=102, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=64, type_vocab_size=1, initializer_range=1.0,
-    )  # fmt: skip
-    BertModel(config).save_pretrained(folder)
-    return folder
+@pytest.fixture
+def model(embedding_model: str) -> str:
+    return embedding_model
 
 
 def options(model: str, **changes: Any) -> SemanticOptions:

@@ -224,9 +224,10 @@ def _audit(gone: Any, step: str, segment: Segment) -> Any:
 
 
 def hide(audit: Any, options: ScrubOptions | None) -> Any:
-    """Audit rows with personal data redacted in their excerpts, which come a little longer than they are kept."""
+    """Audit rows with personal data, names too, redacted in their excerpts, which come longer than they are kept."""
     if options is not None and audit.num_rows:
-        hider = Scrub(options.model_copy(update={**dict.fromkeys(options.actions, "redact"), "ner": None}))
+        names = options.ner and options.ner.model_copy(update=dict.fromkeys(options.ner.actions, "redact"))
+        hider = Scrub(options.model_copy(update={**dict.fromkeys(options.actions, "redact"), "ner": names}))
         for column in ("text", "source") if "source" in options.columns else ("text",):
             index = audit.column_names.index(column)
             audit = audit.set_column(index, column, hider.rewrite(audit[column]))

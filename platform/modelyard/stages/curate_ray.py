@@ -126,7 +126,7 @@ def deduplicate(segment: Segment, options: DedupMethod, limit: int, resources: R
     Up to `limit` bytes of keys, and of candidate texts, one task does it all; above, Ray Data shuffles.
     Both give the same decisions.
     """
-    from modelyard.stages import curate_shuffle
+    from modelyard.stages import curate_dedup
 
     files = [name for name, _ in list_files(segment.keys)]
     stored = sum(size for _, size in list_files(segment.keys))
@@ -135,7 +135,7 @@ def deduplicate(segment: Segment, options: DedupMethod, limit: int, resources: R
         rows = list(rows_of(each([{"files": json.dumps(files)}], _local, resources, segment, options, limit)))
         record = json.loads(rows[0]["record"])
     if record is None:
-        record = curate_shuffle.deduplicate(segment, options, files, stored, resources)
+        record = curate_dedup.deduplicate(segment, options, files, stored, resources)
     folder = join(segment.keys.rsplit("/", 1)[0], "decisions")
     return {**record, "files": dict(list_files(folder))}
 

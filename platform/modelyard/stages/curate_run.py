@@ -23,6 +23,7 @@ from modelyard.corpus.read.records import NOT_DAMAGE
 from modelyard.corpus.read.units import Unit, units
 from modelyard.corpus.tally import Tally
 from modelyard.errors import DataError, StageError
+from modelyard.recipe import decisive
 from modelyard.stages import curate_ray
 from modelyard.stages.base import StageContext, StageResult
 from modelyard.stages.curate import CurateOptions, CurateStage, file_refs, named_files
@@ -251,7 +252,8 @@ def _finish(ctx: Context, funnel: Funnel, vouched: set[str], refs: list[Any]) ->
         ctx.output,
         ctx.name,
         funnel.tallies,
-        ctx.options.model_dump(mode="json", exclude_none=True),
+        # Not how it ran: the card is the same whatever the workers.
+        ctx.options.model_dump(mode="json", exclude_none=True, include={"inputs", *decisive(ctx.options)}),
         refs,
         ctx.options.card,
     )
