@@ -1,4 +1,4 @@
-"""Runs a recipe on two Ray nodes, one of which dies at work, and again on the one that is left.
+"""Deduplicates over a shuffle on two Ray nodes, one of which dies in it, and in one process on the one that is left.
 
     python tests/e2e/two_nodes.py RECIPE FOLDER
 
@@ -20,8 +20,8 @@ from typing import Any
 
 import psutil
 
-DEATH = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
-NODE = {"num_cpus": 1, "object_store_memory": 120 * 2**20}
+DEATH = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_failure_threshold": 8}
+NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 120 * 2**20}
 
 
 def scratch(root: Path) -> list[str]:
@@ -36,14 +36,21 @@ def tasks_on(node: Any) -> list[str]:
     for worker in psutil.Process(raylet.process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
             titles += worker.cmdline()[:1]
-    return [title for title in titles if title.startswith("ray::") and "Map" in title]
+    return [title for title in titles if title.startswith("ray::") and ("Map" in title or "huffle" in title)]
+
+
+def in_shuffle(files: list[str]) -> bool:
+    """Whether the deduplication has begun: all units that have keys are done."""
+    names = [Path(name) for name in files]
+    keys, done = ({path.stem[-5:] for path in names if path.parent.name == name} for name in ("keys", "done"))
+    return bool(keys) and keys == done
 
 
 def kill_at_work(cluster: Any, node: Any, root: Path, seen: dict[str, Any]) -> None:
-    """Waits until a stage has begun to write and the node computes for it, then takes the node away without notice."""
-    deadline = time.monotonic() + 120
+    """Waits until the shuffle has begun and the node computes for it, then takes the node away without notice."""
+    deadline = time.monotonic() + 300
     files, tasks = scratch(root), tasks_on(node)
-    while not (files and tasks) and time.monotonic() < deadline:
+    while not (in_shuffle(files) and tasks) and time.monotonic() < deadline:
         time.sleep(0.02)
         files, tasks = scratch(root), tasks_on(node)
     seen |= {"scratch": files, "tasks": tasks}
@@ -60,6 +67,25 @@ def published(outcome: Any) -> dict[str, list[list[str]]]:
     }
 
 
+def two_nodes(tries: int = 3) -> tuple[Any, Any]:
+    """A cluster and its second node; Ray gives a node thirty seconds to start, which a busy machine may exceed."""
+    from ray.cluster_utils import Cluster
+
+    head = NODE | {"_system_config": DEATH, "include_dashboard": False}
+    cluster = None
+    try:
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        doomed = cluster.add_node(**NODE)
+        cluster.wait_for_nodes(timeout=120)
+    except Exception:  # Ray raises a bare Exception
+        if cluster is not None:
+            cluster.shutdown()
+        if tries == 1:
+            raise
+        return two_nodes(tries - 1)
+    return cluster, doomed
+
+
 def main(recipe: str, folder: Path) -> None:
     """Prints the comparison."""
     token = folder / "token"
@@ -67,19 +93,18 @@ def main(recipe: str, folder: Path) -> None:
     token.write_text(secrets.token_hex(32))
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     import ray
-    from ray.cluster_utils import Cluster
 
     from modelyard import load, run
+    from modelyard.stages import curate_shuffle
 
-    cluster = Cluster(initialize_head=True, head_node_args=NODE | {"_system_config": DEATH, "include_dashboard": False})
-    doomed = cluster.add_node(**NODE)
-    cluster.wait_for_nodes()
+    curate_shuffle.PARTITION_BYTES = 400_000  # so that little text makes several partitions
+    cluster, doomed = two_nodes()
     try:
         seen: dict[str, Any] = {}
         root = folder / "broken"
         killer = threading.Thread(target=kill_at_work, args=(cluster, doomed, root, seen), daemon=True)
         killer.start()
-        broken = run(load(recipe, [f"root={root}"]), address=cluster.address)
+        broken = run(load(recipe, [f"root={root}", "corpus.shuffle_above=0"]), address=cluster.address)
         killer.join()
         whole = run(load(recipe, [f"root={folder / 'whole'}"]), address=cluster.address)
         ray.shutdown()
