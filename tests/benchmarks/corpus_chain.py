@@ -139,8 +139,8 @@ class Parts:
         }  # fmt: skip
         file, keys = unit_module.ParquetFile, unit_module.dedup.keys
 
-        def build(options: Any) -> Any:
-            step = plain["build"](options)
+        def build(options: Any, *inputs: Any) -> Any:
+            step = plain["build"](options, *inputs)
             kind = type(step)
             timed = type(kind.__name__, (kind,), {"__call__": self.timed(options.name, kind.__call__)})
             step.__class__ = timed
