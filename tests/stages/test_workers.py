@@ -12,7 +12,7 @@ from modelyard.planner.estimate import Estimate
 from modelyard.recipe.schema import Resources
 from modelyard.stages.live import Live, Rates, make_rates
 from modelyard.stages.mailbox import Mailbox, Outbox
-from modelyard.stages.train_worker import load_program
+from modelyard.stages.train_worker import SpotWatch, load_program
 from modelyard.stages.workers import _named, scaling
 from modelyard.train.metrics import StepMetrics
 
@@ -166,3 +166,19 @@ def test_a_worker_ended_for_memory_is_named_with_prediction_and_knob() -> None:
     assert "micro_batch" in error.mend
     other = _named(RuntimeError("x\nit broke"), "base", None, "step 7 took longer than 5 s")
     assert "it broke (before that: step 7 took longer than 5 s)" in other.what
+
+
+def test_a_machine_about_to_be_taken_is_answered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.train.v2.api.preemption import PreemptionInfo
+
+    taken: dict[str, list[int]] = {}
+    monkeypatch.setattr("ray.train.get_preemption_info", lambda: PreemptionInfo(None, taken) if taken else None)
+    said: list[str] = []
+    watch, follower = SpotWatch(said.append, leads=True), SpotWatch(said.append, leads=False)
+    assert watch.asks() and not watch.asks(), "one question in five seconds"
+    assert not follower.asks()
+    assert not watch.answer(), "no machine is taken"
+    taken["node"] = [2, 3]
+    assert watch.answer() and follower.answer()
+    assert not watch.answer(), "answered once a machine"
+    assert said == ["the machine of workers 2, 3 is about to be taken away: writing a checkpoint now"]

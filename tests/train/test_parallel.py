@@ -57,6 +57,9 @@ GOES_ON = ("PP ZBV", "EP, capacity", "TP x FSDP", "TP x PP")
 """Layouts whose checkpoints go on in one process."""
 
 
+ACCUMULATES = ("DDP", "ZeRO-2", "TP + SP, selective recompute", "CP", "EP, capacity", "TP x FSDP", "EP x FSDP")
+"""Layouts of several micro-batches a step, besides pipelines. One process takes the batch as a whole: fewer passes."""
+
 COMPRESSED: dict[str, Case] = {
     kind: ("llama", {"data": 2}, {"compress": {"kind": kind, "after": 4}}) for kind in ("bf16", "fp16", "powersgd")
 }
@@ -91,7 +94,12 @@ def together(request: pytest.FixtureRequest, tokens: Path, tmp_path_factory: pyt
     every = cases | COMPRESSED if workers == 2 else cases
     jobs = {
         name: job(
-            tokens, folder / name, model, checkpoints=name in GOES_ON, parallel=ParallelOptions(**parallel), **train
+            tokens,
+            folder / name,
+            model,
+            checkpoints=name in GOES_ON,
+            parallel=ParallelOptions(**parallel),
+            **{**({"micro_batch": 2} if "pipeline" in parallel or name in ACCUMULATES else {}), **train},
         )
         for name, (model, parallel, train) in every.items()
     }
