@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import uuid
 from pathlib import Path
@@ -17,7 +18,7 @@ root: {root}
 stages:
   corpus:
     kind: curate
-    inputs: {{files: "{root}/raw/**/*.rst"}}
+    inputs: {{files: "{root}/raw/**/*"}}
     steps: [{{normalize: {{}}}}, {{dedup: {{method: exact}}}}, {{dedup: {{method: minhash}}}}, {{scrub: {{}}}}]
   tokens:
     kind: tokenize
@@ -28,8 +29,16 @@ stages:
 """
 
 
+def warc(text: str) -> bytes:
+    """A page in an archive, and another record that is cut short."""
+    block = f"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<main><p>{text}</p></main>".encode()
+    head = f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://site/\r\nContent-Length: {len(block)}\r\n"
+    packed = gzip.compress(f"{head}Content-Type: application/http\r\n\r\n".encode() + block + b"\r\n\r\n")
+    return packed + packed[:80]
+
+
 @pytest.mark.slow
-def test_curate_and_tokenize_on_s3(ray_session: None, moto_server: str, documentation: Path, tmp_path: Path) -> None:
+def test_curate_and_tokenize_on_s3(moto_server: str, ray_session: None, documentation: Path, tmp_path: Path) -> None:
     root = f"s3://yard/{uuid.uuid4().hex}"
     raw = tmp_path / "raw"
     raw.mkdir()
@@ -38,6 +47,9 @@ def test_curate_and_tokenize_on_s3(ray_session: None, moto_server: str, document
     for i, path in enumerate(sources):
         (raw / f"{i:02d}.rst").write_bytes(path.read_bytes())
     (raw / "copy.rst").write_bytes(sources[0].read_bytes())
+    (raw / "in.warc.gz").write_bytes(
+        warc("A page of an archive that lies in a bucket, and its text goes on a little. " * 4)
+    )
     upload(raw, f"{root}/raw")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(root=root))
@@ -47,7 +59,9 @@ def test_curate_and_tokenize_on_s3(ray_session: None, moto_server: str, document
     assert any(name.startswith("data/") for name in names)
     assert any(name.startswith("audit/") for name in names)
     counts = outcome.artifacts["corpus"].manifest.counts
-    assert counts["documents"] < counts["documents_in"]
+    assert counts["documents"] < counts["documents_in"] == len(sources) + 3
+    steps = json.loads(read_bytes(outcome.artifacts["corpus"].join("funnel.json")))["steps"]
+    assert steps[0]["reasons"] == {"truncated": 1}
     facts = json.loads(read_bytes(outcome.artifacts["tokens"].join("tokens.json")))
     assert facts["train_tokens"] > 0
     assert facts["heldout_tokens"] > 0
