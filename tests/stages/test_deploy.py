@@ -122,7 +122,7 @@ def test_the_canary_recipe_follows_the_aliases_there_and_back(
 def test_the_serving_recipes_are_plans(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODELYARD_ROOT", str(tmp_path))
     (stage,) = api.plan(load(PIPELINES / f"{name}.yaml", ["serve.port=0"]))
-    assert stage.artifact is None
+    assert not stage.cached
     assert stage.estimate.memory_bytes
 
 
