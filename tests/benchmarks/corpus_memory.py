@@ -31,7 +31,7 @@ FILE_BYTES = 5_000_000
 
 
 @contextmanager
-def worker_peak(interval: float = 0.1) -> Iterator[Peak]:
+def worker_peak(interval: float = 0.5) -> Iterator[Peak]:
     """The largest unique memory of any one Ray worker below this process while the block runs, MiB."""
     peak, done = Peak(), threading.Event()
 

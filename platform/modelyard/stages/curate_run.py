@@ -232,7 +232,9 @@ def _check(ctx: Context, funnel: Funnel) -> None:
     raise DataError(
         f"no documents are left of {funnel.documents_in:,}; the step {worst.name!r} removed most: {reasons}",
         place=f"{ctx.name}.steps",
-        mend=f"loosen {worst.name}, set single rules to null, or use mode: annotate to look first",
+        mend="check read.text and read.format against the files"
+        if worst.name == "read"
+        else f"loosen {worst.name}, set single rules to null, or use mode: annotate to look first",
     )
 
 
