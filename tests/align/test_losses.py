@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
 from modelyard.align import losses
+from modelyard.align.reward_report import reward_figures
 
 torch.manual_seed(0)
 CHOSEN, REJECTED = -torch.rand(6) * 3 - 0.05, -torch.rand(6) * 3 - 0.05
@@ -74,3 +76,13 @@ def test_a_certain_answer_has_a_finite_gradient() -> None:
     losses.orpo(sure, torch.tensor([-1.0, -2.0]), -sure, 0.1).sum().backward()
     assert sure.grad is not None
     assert sure.grad.isfinite().all()
+
+
+def test_what_a_reward_model_is_worth() -> None:
+    rewards = np.asarray([[2.0, 0.0], [0.0, 2.0], [1.0, 0.0], [3.0, 1.0]])
+    lengths = np.asarray([[9.0, 3.0], [2.0, 8.0], [5.0, 5.0], [8.0, 4.0]])
+    found = reward_figures(rewards, lengths)
+    sure, less = 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-1))
+    assert found["calibration_error"] == pytest.approx((abs(3 * sure - 2) + abs(less - 1)) / 4)
+    assert found["length_correlation"] == pytest.approx(np.corrcoef(rewards.ravel(), lengths.ravel())[0, 1])
+    assert (found["accuracy_of_shorter"], found["accuracy_of_longer"]) == (0.0, 1.0)

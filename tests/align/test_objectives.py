@@ -207,6 +207,9 @@ def test_a_killed_run_resumes_against_the_first_model(model_folder: Path, words:
 def test_a_reward_model_learns_and_is_a_classifier(model_folder: Path, words: Any, tmp_path: Path) -> None:
     outcome = train_reward(job(RewardJob, tmp_path, model_folder, words), ALONE)
     assert outcome.figures["accuracy"] > 0.9
+    assert outcome.figures["calibration_error"] < 0.3
+    assert abs(outcome.figures["length_correlation"]) <= 1
+    assert {"accuracy_of_shorter", "accuracy_of_longer"} <= set(outcome.figures)
     model = load_classifier(tmp_path / "out" / "model").eval()
     data, _ = packed(words, 60)
     _, metrics = RewardObjective(RewardOptions())(model, read(data, np.arange(len(data)), ALONE.device))

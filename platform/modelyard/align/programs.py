@@ -12,12 +12,21 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import Field
 
-from modelyard.align.objectives import USES_REFERENCE, PreferenceObjective, RewardObjective, answers
+from modelyard.align.logprobs import document_sums
+from modelyard.align.objectives import (
+    USES_REFERENCE,
+    PreferenceObjective,
+    RewardObjective,
+    answers,
+    document_rewards,
+)
 from modelyard.align.options import PreferenceOptions, RewardOptions
 from modelyard.align.reward_model import load_classifier, write_classifier
+from modelyard.align.reward_report import reward_figures
 from modelyard.errors import RecipeError
 from modelyard.models.build import check_shape
 from modelyard.models.export import load_model, read_config
@@ -109,6 +118,9 @@ def train_reward(
     objective = RewardObjective(job.reward)
     identity = identify(plain.config, objective, job.adapter)
     outcome = _train(job, strategy, objective, identity, data, heldout, sink, say, hooks)
+    if heldout is not None:
+        pairs = _rewards(strategy, heldout, job.train.micro_batch or 16)
+        outcome = replace(outcome, figures=outcome.figures | reward_figures(pairs[:, 0], pairs[:, 1]))
     state = strategy.full_state(trainable_only=not job.adapter.full)
     if world.leads:
         with written(job.output) as target:
@@ -171,6 +183,21 @@ def measure(strategy: Strategy, objective: Objective, data: PackedPairs, batch: 
     means = dict(zip(sums, totals, strict=True))
     weight = means.pop("weight")
     return {name: value / weight if weight else math.nan for name, value in means.items()}
+
+
+def _rewards(strategy: Strategy, data: PackedPairs, batch: int) -> npt.NDArray[np.float64]:
+    """Rewards and answer lengths of all pairs, [pairs, 2 (reward, tokens), 2 (chosen, rejected)], on every worker."""
+    found: list[list[list[float]]] = []
+
+    def take(rows: dict[str, torch.Tensor], indices: Any) -> None:
+        rewards, present = document_rewards(strategy.model, rows)
+        tokens = document_sums(rows["loss_mask"].float(), rows["document_ids"], rewards.shape[1])
+        both = present[:, 0::2] & present[:, 1::2]
+        sides = [torch.stack([v[:, 0::2][both], v[:, 1::2][both]], dim=1) for v in (rewards, tokens)]
+        found.extend(torch.stack(sides, dim=1).tolist())
+
+    _walk(strategy, data, batch, take)
+    return np.asarray([pair for part in strategy.world.gather(found) for pair in part]).reshape(-1, 2, 2)
 
 
 def _with_reference(strategy: Strategy, data: PackedPairs, train: TrainOptions) -> PackedPairs:
