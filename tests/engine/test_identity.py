@@ -104,7 +104,7 @@ def test_greedy_equals_transformers(name: str, tmp_path: Path) -> None:
     family, overrides = ARCHITECTURES[name]
     folder = save_model(tmp_path / name, family, **overrides)
     # Lengths that are cut into chunks, share steps and end at different times.
-    core = EngineCore(folder, EngineOptions(max_sequences=3, step_tokens=17))
+    core = EngineCore(folder, EngineOptions(max_sequences=3, step_tokens=17, precision="float32"))
     given = prompts(core.config.vocabulary, [1, 5, 40, 33, 2])
     got = answers(core, given, 24)
     assert got == [reference(folder, p, 24) for p in given]
@@ -115,13 +115,13 @@ def test_greedy_equals_transformers(name: str, tmp_path: Path) -> None:
 def test_answers_do_not_depend_on_the_step_budget(tiny_model: Path) -> None:
     seen = []
     for budget, slots in ((1, 1), (7, 2), (64, 8), (512, 4)):
-        core = EngineCore(tiny_model, EngineOptions(max_sequences=slots, step_tokens=budget))
+        core = EngineCore(tiny_model, EngineOptions(max_sequences=slots, step_tokens=budget, precision="float32"))
         seen.append(answers(core, prompts(core.config.vocabulary, [60, 3, 17, 1, 90, 12]), 20))
     assert all(s == seen[0] for s in seen)
 
 
 def test_packed_weights_change_logits_by_little(tiny_model: Path) -> None:
-    exact = EngineCore(tiny_model, EngineOptions(max_sequences=1))
+    exact = EngineCore(tiny_model, EngineOptions(max_sequences=1, precision="float32"))
     packed = EngineCore(tiny_model, EngineOptions(max_sequences=1, precision="float16_packed"))
     logits = []
     for core in (exact, packed):

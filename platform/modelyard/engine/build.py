@@ -12,7 +12,7 @@ from modelyard.engine.cache import BlockStore, Cache, NoStore
 from modelyard.engine.calibrate import pack_int8
 from modelyard.engine.checkpoint import DecoderConfig, check_folder, read_config, read_tensors
 from modelyard.engine.decoder import Decoder
-from modelyard.engine.options import EngineOptions
+from modelyard.engine.options import EngineOptions, Precision
 from modelyard.engine.paged import PagedDecoder
 from modelyard.engine.speculate import DraftModel, Guesser, PromptLookup
 from modelyard.engine.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ def build(folder: Path, options: EngineOptions) -> Parts:
     blocks = _blocks(config, length, options)
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").exists() else None
     gated = options.precision == "int8"
-    weights = Weights(config, "float32" if gated else options.precision)
+    weights = Weights(config, "float32" if gated else _precision(options.precision))
     weights.load(read_tensors(folder), str(folder))
     stored = blocks if options.prefix_cache else 0
     cache = Cache(config, options.max_sequences, length, stored, options.block_tokens)
@@ -94,6 +94,13 @@ def _paged(folder: Path, options: EngineOptions) -> Parts:
     return Parts(config, length, tokenizer, decoder, NoStore(), guesser, blocks)
 
 
+def _precision(wanted: Precision) -> Precision:
+    """Half precision needs fbgemm (x86-64 with AVX2): float32 elsewhere."""
+    if wanted == "float16_packed" and "fbgemm" not in torch.backends.quantized.supported_engines:
+        return "float32"
+    return wanted
+
+
 def _guesser(config: DecoderConfig, length: int, options: EngineOptions) -> Guesser | None:
     s = options.speculation
     if s is None:
@@ -101,7 +108,7 @@ def _guesser(config: DecoderConfig, length: int, options: EngineOptions) -> Gues
     if s.method == "prompt_lookup":
         return PromptLookup(s)
     return DraftModel(
-        s, config.vocabulary, options.max_sequences, length, options.precision, torch.get_num_threads()
+        s, config.vocabulary, options.max_sequences, length, _precision(options.precision), torch.get_num_threads()
     )  # fmt: skip
 
 

@@ -56,6 +56,7 @@ class GenerateStage(Stage[GenerateOptions]):
     """See the module."""
 
     kind = "generate"
+    version = 2
     Options = GenerateOptions
     inputs: ClassVar[Mapping[str, InputSpec]] = {
         "model": InputSpec(kinds=("pretrain", "finetune", "align", "register"), files=True),
