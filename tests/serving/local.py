@@ -13,6 +13,7 @@ import uvicorn
 from modelyard.engine import EngineOptions, NativeEngine, Tokenizer
 from modelyard.serving.api import build_app
 from modelyard.serving.backend import LocalBackend
+from modelyard.serving.background import Background
 from modelyard.serving.feedback import FeedbackStore
 from modelyard.serving.metrics import Metrics
 from modelyard.serving.server import free_port
@@ -32,6 +33,7 @@ class LocalServer:
         feedback: FeedbackStore | None = None,
         adapters: Mapping[str, str] | None = None,
         max_adapters: int = 8,
+        tasks: Background | None = None,
         **service: Any,
     ) -> None:
         self.feedback = feedback
@@ -47,7 +49,7 @@ class LocalServer:
             adapters=tuple(adapters or ()),
             **service,
         )
-        app = build_app(self.service, keys=keys, max_body=100_000, feedback=feedback)
+        app = build_app(self.service, keys=keys, max_body=100_000, feedback=feedback, tasks=tasks)
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))

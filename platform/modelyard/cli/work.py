@@ -190,6 +190,9 @@ def serve(
     feedback: Annotated[
         str | None, typer.Option(help="folder or s3:// URI where thumbs and corrections are kept")
     ] = None,
+    async_redis: Annotated[
+        str | None, typer.Option(help="take requests that are answered later (/v1/async/...), through this Redis")
+    ] = None,
     adapter: Annotated[
         list[str] | None, typer.Option(help="NAME=FOLDER of a LoRA adapter, asked for by that model name; repeatable")
     ] = None,
@@ -202,7 +205,7 @@ def serve(
 ) -> None:
     """Serves a model behind an OpenAI-compatible API until Ctrl-C. An alias that moves is followed."""
     from modelyard.serving import Autoscaling, ServeOptions
-    from modelyard.serving.options import CacheOptions, Canary, Limits, Shadow, Traffic
+    from modelyard.serving.options import AsyncOptions, CacheOptions, Canary, Limits, Shadow, Traffic
     from modelyard.stages.serve import serve_model
 
     console = Console()
@@ -215,6 +218,7 @@ def serve(
         limits=Limits(requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute),
         feedback=feedback,
         adapters=_adapters(adapter or []),
+        asynchronous=AsyncOptions(redis_url=async_redis) if async_redis else None,
         traffic=Traffic(
             canary=Canary(model=canary, percent=percent) if canary else None,
             shadow=Shadow(model=shadow, log=shadow_log) if shadow else None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import struct
 import time
 import uuid
 from typing import Any, Protocol
@@ -14,6 +16,22 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     """OpenAI's usage object."""
     total = prompt_tokens + completion_tokens
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+
+
+def embeddings_object(model: str, answers: list[StepOutput], tokens: int, form: str) -> dict[str, Any]:
+    """OpenAI's list of vectors, one an answer. tokens: of all inputs together. form: `float` or `base64`."""
+    data = [
+        {"object": "embedding", "index": i, "embedding": _vector(answer.embedding, form)}
+        for i, answer in enumerate(answers)
+    ]
+    return {"object": "list", "model": model, "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+
+
+def _vector(values: tuple[float, ...], form: str) -> list[float] | str:
+    """As numbers, or as base64 of little-endian float32, which the official client asks for."""
+    if form == "float":
+        return list(values)
+    return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode("ascii")
 
 
 class Form(Protocol):

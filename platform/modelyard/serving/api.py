@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import logging
-import struct
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
@@ -19,8 +17,9 @@ from starlette.exceptions import HTTPException
 
 from modelyard.engine.request import StepOutput
 from modelyard.errors import StorageError
-from modelyard.serving import describe
-from modelyard.serving.answers import ChatForm, Form, TextForm
+from modelyard.serving import background, describe
+from modelyard.serving.answers import ChatForm, Form, TextForm, embeddings_object
+from modelyard.serving.background import Background
 from modelyard.serving.errors import ApiError, invalid_field, unavailable
 from modelyard.serving.feedback import FeedbackStore
 from modelyard.serving.middleware import Gate
@@ -38,6 +37,7 @@ def build_app(
     max_body: int,
     feedback: FeedbackStore | None = None,
     exposition: Callable[[], Awaitable[bytes]] | None = None,
+    tasks: Background | None = None,
 ) -> FastAPI:
     """The application that serves one model.
 
@@ -47,6 +47,7 @@ def build_app(
         max_body: largest request body in bytes.
         feedback: keeps what people say of answers; None = the route answers 404.
         exposition: makes the page of `/metrics`; None = the service's own metrics.
+        tasks: queues asynchronous requests; None = the routes answer 404.
     """
     app = FastAPI(title="modelyard", summary="OpenAI-compatible inference", docs_url=None, redoc_url=None)
     app.add_middleware(Gate, keys=keys, max_body=max_body, metrics=service.metrics)
@@ -54,6 +55,7 @@ def build_app(
     _information(app, service, feedback is not None, exposition)
     _opinions(app, service, feedback)
     _embeddings(app, service)
+    background.routes(app, service, tasks)
     describe.complete(app, keys=keys is not None)
 
     @app.post("/v1/chat/completions", response_model=None, responses=describe.answers(describe.CHAT, stream=True))
@@ -81,20 +83,7 @@ def _embeddings(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         jobs = await service.embedding_jobs(body, f"embd-{uuid.uuid4().hex}", _holder(request))
         answers = await _unless_disconnected(request, service.whole(jobs))
-        data = [
-            {"object": "embedding", "index": i, "embedding": _vector(answer.embedding, body.encoding_format)}
-            for i, answer in enumerate(answers)
-        ]
-        tokens = service.usage_tokens(jobs)
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return JSONResponse({"object": "list", "model": body.model, "data": data, "usage": usage})
-
-
-def _vector(values: tuple[float, ...], form: str) -> list[float] | str:
-    """As numbers, or as base64 of little-endian float32, which the official client asks for."""
-    if form == "float":
-        return list(values)
-    return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode("ascii")
+        return JSONResponse(embeddings_object(body.model, answers, service.usage_tokens(jobs), body.encoding_format))
 
 
 def _holder(request: Request) -> str:

@@ -24,6 +24,8 @@ from ray.exceptions import RayActorError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import TaskProcessorConfig
+from ray.serve.task_consumer import task_consumer, task_handler
 
 from modelyard.engine.checkpoint import check_adapter, check_folder, read_config
 from modelyard.engine.request import EngineStats, Request, StepOutput
@@ -31,7 +33,9 @@ from modelyard.engine.tokenizer import Tokenizer
 from modelyard.monitor.metrics import SHADOW
 from modelyard.serving import scaling
 from modelyard.serving.api import build_app
-from modelyard.serving.cache import MemoryCache, RedisCache
+from modelyard.serving.background import Background, perform
+from modelyard.serving.cache import Cache, MemoryCache, RedisCache
+from modelyard.serving.consumer import RedisTasks, store_of
 from modelyard.serving.errors import overloaded, unavailable
 from modelyard.serving.feedback import FeedbackStore, append_row
 from modelyard.serving.limits import Limiter
@@ -39,6 +43,7 @@ from modelyard.serving.metrics import Exposition, Metrics
 from modelyard.serving.options import ServeOptions
 from modelyard.serving.service import Service
 from modelyard.serving.shelf import Shelf
+from modelyard.serving.tasks import Task
 from modelyard.serving.traffic import Door, Mirror, Route, Traffic, Variant
 from modelyard.storage import filesystem, is_remote, join, list_files
 
@@ -186,6 +191,8 @@ class Ingress:
         self._routes: dict[Variant, Route] = {}
         self._services: dict[str, Service] = {}
         self._traffic = Traffic(sticky=o.traffic.sticky)
+        a = o.asynchronous
+        self._tasks = Background(store_of(a, name), a.max_pending, a.webhooks) if a else None
 
     async def reconfigure(self, table: Mapping[str, Any]) -> None:
         """Serve's hook: the versions that serve from now on. A version already here keeps its application."""
@@ -205,24 +212,13 @@ class Ingress:
 
     async def _route(self, variant: Variant) -> Route:
         o, version = self._options, variant.version
-        folder = await asyncio.to_thread(local_folder, variant.model, weights=False)
-        tokenizer = await asyncio.to_thread(Tokenizer, folder)
         metrics = Metrics() if variant.shadow else self._metrics_of(version)
-        self._services[version] = service = Service(
-            self._name,
-            tokenizer,
-            ServeBackend(serve.get_deployment_handle(engine_name(version), APPLICATION)),
-            max_length=read_config(folder).length(o.engine.max_length),
-            max_choices=o.max_choices,
-            timeout=o.request_timeout_s,
-            metrics=metrics,
-            cache=None if variant.shadow else self._cache,
-            share=o.cache is not None and o.cache.share,
-            limiter=None if variant.shadow else self._limiter,
-            version=version,
-            adapters=tuple(o.adapters),
-        )
-        app = build_app(service, keys=self._keys, max_body=o.max_body, feedback=self._feedback, exposition=self._render)
+        cache, limiter = (None, None) if variant.shadow else (self._cache, self._limiter)
+        self._services[version] = service = await _service(self._name, variant, o, metrics, cache, limiter)
+        app = build_app(
+            service, keys=self._keys, max_body=o.max_body, feedback=self._feedback, exposition=self._render,
+            tasks=self._tasks,
+        )  # fmt: skip
         return Route(variant, app)
 
     def _metrics_of(self, version: str) -> Metrics:
@@ -256,6 +252,52 @@ class Ingress:
         app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
         app.add_middleware(Door, state=self._traffic)
         return app
+
+
+async def _service(
+    name: str, variant: Variant, o: ServeOptions, metrics: Metrics, cache: Cache | None, limiter: Limiter | None
+) -> Service:
+    """What turns requests into answers of one version's engines."""
+    folder = await asyncio.to_thread(local_folder, variant.model, weights=False)
+    return Service(
+        name,
+        await asyncio.to_thread(Tokenizer, folder),
+        ServeBackend(serve.get_deployment_handle(engine_name(variant.version), APPLICATION)),
+        max_length=read_config(folder).length(o.engine.max_length),
+        max_choices=o.max_choices,
+        timeout=o.request_timeout_s,
+        metrics=metrics,
+        cache=cache,
+        share=o.cache is not None and o.cache.share,
+        limiter=limiter,
+        version=variant.version,
+        adapters=tuple(o.adapters),
+    )
+
+
+class Consumer:
+    """Answers asynchronous requests by the stable version's engines, as `user_config` names it.
+
+    Args:
+        name: the model's name in the API.
+        options: as `ServeOptions`.
+    """
+
+    def __init__(self, name: str, options: Mapping[str, Any]) -> None:
+        self._name, self._options = name, ServeOptions.model_validate(options)
+        self._cache, self._ready = _cache(self._options), asyncio.Event()
+
+    async def reconfigure(self, table: Mapping[str, Any]) -> None:
+        """Serve's hook: tasks begun from now on are answered by this table's first version."""
+        variant = Variant(**table["variants"][0])
+        self._service = await _service(self._name, variant, self._options, Metrics(), self._cache, None)
+        self._ready.set()
+
+    @task_handler(name="answer")
+    async def answer(self, task: Task) -> tuple[str, str]:
+        """What becomes of a task, as `background.perform`."""
+        await self._ready.wait()  # Serve starts the consumer before it brings the table
+        return await perform(self._service, task)
 
 
 def _cache(options: ServeOptions) -> MemoryCache | RedisCache | None:
@@ -315,8 +357,28 @@ def build(
         options.model_dump(),
         dict(keys) if keys else None,
         *(_engine(v, options, ongoing) for v in engines.values()),
+        *_consumer(name, options, variants),
     )
     return bound
+
+
+def _consumer(name: str, options: ServeOptions, variants: Sequence[Variant]) -> list[Any]:
+    """The deployment that answers asynchronous requests, if there are any."""
+    a = options.asynchronous
+    if a is None:
+        return []
+    config = TaskProcessorConfig(
+        queue_name=name, adapter=RedisTasks, adapter_config=a.model_dump(), max_retries=0
+    )  # fmt: skip
+    consumer = serve.deployment(task_consumer(task_processor_config=config)(Consumer)).options(  # type: ignore[attr-defined]
+        name="consumer",
+        max_ongoing_requests=a.concurrency,
+        ray_actor_options={"num_cpus": 0},
+        user_config={"variants": [asdict(v) for v in variants if not v.shadow]},
+        version="1",
+        _internal=True,
+    )
+    return [consumer.bind(name, options.model_dump())]
 
 
 def _engine(variant: Variant, options: ServeOptions, ongoing: int) -> Any:

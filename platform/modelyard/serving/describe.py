@@ -50,6 +50,11 @@ EMBEDDINGS = _object({
 })  # fmt: skip
 MODEL = _MODEL
 MODELS = _object({"object": {"const": "list"}, "data": _list(_MODEL)})
+TASK = _object({
+    "id": _TEXT, "object": {"const": "async.task"}, "endpoint": _TEXT, "created_at": _COUNT,
+    "status": {"enum": ["queued", "in_progress", "completed", "failed", "cancelled"]},
+    "finished_at": _nullable(_COUNT), "response": _nullable({"type": "object"}), "error": _nullable({"type": "object"}),
+})  # fmt: skip
 FEEDBACK = _object({"id": _TEXT, "object": {"const": "feedback"}})
 
 

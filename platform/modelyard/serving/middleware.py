@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/", "/healthz"})
 ENDPOINTS = OPEN_PATHS | {
     "/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/feedback", "/v1/models", "/metrics",
+    "/v1/async",
 }  # fmt: skip
 BODY_SECONDS = 30.0
 
@@ -57,7 +58,8 @@ class Gate:
             if status == 0:
                 await self._refuse(ApiError(500, "internal error", kind="server_error"), counted)
         finally:
-            endpoint = scope["path"] if scope["path"] in ENDPOINTS else "other"
+            endpoint = "/v1/async" if scope["path"].startswith("/v1/async/") else scope["path"]
+            endpoint = endpoint if endpoint in ENDPOINTS else "other"
             self._metrics.requests.labels(endpoint, str(status or 499)).inc()
             self._metrics.seconds.labels(endpoint).observe(time.perf_counter() - started)
 

@@ -48,6 +48,21 @@ class CacheOptions(Options):
     share: bool = Field(False, description="give an answer to other API keys than the one that asked first")
 
 
+class AsyncOptions(Options):
+    """Requests that are answered later, through Redis."""
+
+    redis_url: str = Field(description="Redis that keeps tasks and results (redis://host:6379/0)")
+    keep_s: float = Field(86_400.0, gt=0, description="seconds a result is kept")
+    concurrency: int = Field(16, ge=1, description="tasks a worker has in the engines at a time")
+    max_pending: int = Field(10_000, ge=1, description="tasks that wait or run; more get 429")
+    lease_s: float = Field(15.0, gt=0, description="seconds without a sign of life until another worker takes over")
+    webhooks: tuple[str, ...] = Field(
+        (),
+        description="beginnings of addresses that may be told of an end (https://host/path); none = no webhooks",
+    )
+    webhook_secret: str | None = Field(None, description="file with the key webhooks are signed with (whsec_...)")
+
+
 class Limit(Options):
     """What one API key may use; full at the start, filling steadily."""
 
@@ -113,6 +128,7 @@ class ServeOptions(Options):
     max_choices: int = Field(16, ge=1, description="answers one request may ask for (n times prompts)")
     cache: CacheOptions | None = Field(None, description="response cache; null = every request is computed")
     limits: Limits = Field(Limits(), description="requests and tokens a minute and key")
+    asynchronous: AsyncOptions | None = Field(None, description="requests answered later; null = off")
     feedback: str | None = Field(None, description="folder or s3:// URI for what people say of answers; null = off")
     traffic: Traffic = Field(Traffic(), description="other versions beside the model: canary, shadow; and how to roll")
     warm_up: bool = Field(True, description="compile and run every kind of step before a replica takes requests")

@@ -16,7 +16,15 @@ from modelyard.engine.options import EngineOptions
 from modelyard.errors import DataError, RecipeError, StageError
 from modelyard.planner.estimate import Estimate
 from modelyard.recipe.schema import Options, StageOptions, runtime
-from modelyard.serving.options import AdapterName, Autoscaling, CacheOptions, Limits, ServeOptions, Traffic
+from modelyard.serving.options import (
+    AdapterName,
+    AsyncOptions,
+    Autoscaling,
+    CacheOptions,
+    Limits,
+    ServeOptions,
+    Traffic,
+)
 from modelyard.serving.traffic import Variant
 from modelyard.stages.base import InputSpec, PlanContext, Stage, StageContext, StageResult
 from modelyard.stages.serve import find_model
@@ -54,6 +62,7 @@ class DeployOptions(StageOptions):
     cache: CacheOptions | None = runtime(None, "response cache; null = every request is computed")
     limits: Limits = runtime(Limits(), "requests and tokens a minute and key")
     feedback: str | None = runtime(None, "folder or s3:// URI for what people say of answers; null = off")
+    asynchronous: AsyncOptions | None = runtime(None, "requests answered later, through Redis; null = off")
     adapters: dict[AdapterName, str] = runtime({}, "LoRA adapters by model name in the API: folder or URI")
     traffic: Traffic = runtime(Traffic(), "other versions beside the model: canary, shadow; and how to roll")
     haproxy: bool | None = runtime(None, "HAProxy in front (needs api_keys); null = on beyond loopback")
@@ -72,6 +81,7 @@ class DeployOptions(StageOptions):
             cache=self.cache,
             limits=self.limits,
             feedback=self.feedback,
+            asynchronous=self.asynchronous,
             adapters=self.adapters,
             traffic=self.traffic,
             haproxy=self.haproxy,
@@ -167,7 +177,9 @@ class DeployStage(Stage[DeployOptions]):
             "model": uri,
             "url": handle.url,
             "kept": ctx.keep,
-            "options": ctx.options.serve_options().model_dump(mode="json", exclude={"api_keys", "cache"}),
+            "options": ctx.options.serve_options().model_dump(
+                mode="json", exclude={"api_keys", "cache", "asynchronous"}
+            ),
             "question": ctx.options.smoke.prompt,
             "answer": answer.text,
             "start_seconds": round(handle.seconds, 3),
