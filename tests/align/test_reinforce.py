@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from modelyard.align.advantages import advantages, undecided
-from modelyard.align.options import RolloutOptions, RolloutStops, VerifierOptions
+from modelyard.align.options import RolloutEngine, RolloutOptions, RolloutStops, VerifierOptions
 from modelyard.align.policy import Clip, PolicyObjective, clipped, divergence
 from modelyard.align.reinforce import ReinforceJob, end_reason, reinforce
 from modelyard.align.rollouts import Prompt, Sample, pack
 from modelyard.align.verifiers import Answered, Judge, repetition
 from modelyard.align.weights import policy_weights
-from modelyard.engine import EngineCore, EngineOptions, Request, Sampling, generate
+from modelyard.engine import EngineCore, Request, Sampling, generate
 from modelyard.errors import DataError, RecipeError
 from modelyard.models import load_model
 from modelyard.models.adapters import add_adapter
@@ -108,7 +108,7 @@ def test_the_engine_gets_what_the_trainer_has(model_folder: Path, adapter: Adapt
         for parameter in policy.parameters():
             if parameter.requires_grad:
                 parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    engine = EngineCore(model_folder, EngineOptions(max_sequences=2, max_length=32, threads=1))
+    engine = EngineCore(model_folder, RolloutEngine(max_sequences=2, max_length=32, threads=1))
     engine.update_weights(policy_weights(policy, changed_only=True), 7)
     (found,) = generate(engine, [Request("a", (1, 20, 21, 2), Sampling(6, 0.0, logprobs=0), detokenize=False)])
     assert found.output.weights == 7
@@ -205,7 +205,7 @@ def job(folder: Path, model: Path, words: Any, **rollouts: Any) -> ReinforceJob:
     return ReinforceJob(
         model=str(model), data=str(folder), output=str(folder / "out"), train=train,
         adapter=AdapterOptions(lora=None), rollouts=RolloutOptions.model_validate(options),
-        engine=EngineOptions(max_sequences=8), checkpoints=str(folder / "work"), reports=str(folder / "out"),
+        engine=RolloutEngine(max_sequences=8), checkpoints=str(folder / "work"), reports=str(folder / "out"),
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modelyard.errors import DataError, RecipeError
 from modelyard.models import (
+    AdapterOptions,
     LoraOptions,
     ModelOptions,
     add_adapter,
@@ -66,7 +67,7 @@ def test_only_safetensors_are_read(model: PreTrainedModel, tmp_path: Path) -> No
 
 def test_merged_adapter_equals_adapter(model: PreTrainedModel, tmp_path: Path) -> None:
     export_model(model.config, dict(model.named_parameters()), tmp_path / "base")
-    adapted = add_adapter(load_model(tmp_path / "base"), LoraOptions(r=4), seed=3)
+    adapted = add_adapter(load_model(tmp_path / "base"), AdapterOptions(lora=LoraOptions(r=4)), seed=3)
     before = model(input_ids=IDS).logits
     assert torch.allclose(adapted(input_ids=IDS).logits, before), "an untrained adapter changes nothing"
     generator = torch.Generator().manual_seed(0)
@@ -89,7 +90,7 @@ def test_adapter_weights_follow_from_the_seed(model: PreTrainedModel, tmp_path: 
     states = []
     for seed in (1, 1, 2):
         torch.manual_seed(len(states))
-        adapted = add_adapter(load_model(tmp_path), LoraOptions(), seed)
+        adapted = add_adapter(load_model(tmp_path), AdapterOptions(), seed)
         states.append({n: p for n, p in adapted.named_parameters() if "lora_A" in n})
     assert states[0]
     assert all(torch.equal(p, states[1][n]) for n, p in states[0].items())
@@ -98,4 +99,4 @@ def test_adapter_weights_follow_from_the_seed(model: PreTrainedModel, tmp_path: 
 
 def test_unknown_target_lists_the_layers(model: PreTrainedModel) -> None:
     with pytest.raises(RecipeError, match="q_proj"):
-        add_adapter(model, LoraOptions(targets=("no_such_layer",)), 0)
+        add_adapter(model, AdapterOptions(lora=LoraOptions(targets=("no_such_layer",))), 0)

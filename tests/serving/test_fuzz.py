@@ -45,7 +45,10 @@ def test_requests_drawn_from_the_document(local: LocalServer, mode: str) -> None
         )  # fmt: skip
         @given(case=operation.as_strategy(schemathesis.GenerationMode(mode)))
         def hold(case: Any) -> None:
-            case.call_and_validate(base_url=local.url, session=session, excluded_checks=excluded, timeout=60)
+            answer = case.call(base_url=local.url, session=session, timeout=60)
+            # A body beyond the size limit is refused before anybody looks at what is wrong with it.
+            if answer.status_code != 413:
+                case.validate_response(answer, excluded_checks=excluded)
 
         hold()
     assert local.idle()

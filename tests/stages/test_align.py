@@ -89,9 +89,8 @@ def test_opinions_of_a_server_train_kto_and_rewards_a_classifier(policy: Artifac
     inputs = {"model": policy, "data": files(tmp_path / "feedback.parquet")}
     found = run_stage(options(method="kto", heldout=0, steps=4), inputs, tmp_path / "kto")
     assert found.counts["pairs"] == 60
-    chosen = RewardStageOptions.model_validate(
-        options().model_dump(exclude={"method", "preference"}) | {"kind": "reward"}
-    )
+    fields = set(RewardStageOptions.model_fields)
+    chosen = RewardStageOptions.model_validate(options().model_dump(include=fields) | {"kind": "reward"})
     data = lines(tmp_path / "pairs.jsonl", [pair(i) for i in range(100)])
     result = run_stage(chosen, {"model": policy, "data": data}, tmp_path / "reward")
     assert result.metrics["heldout_accuracy"] > 0.9

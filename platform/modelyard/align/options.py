@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from modelyard.engine.options import EngineOptions, Precision
 from modelyard.recipe.schema import Options
 
 TemplateName = Literal["own", "chatml", "zephyr", "plain"]
@@ -83,6 +84,12 @@ class VerifierOptions(Options):
         if needed and getattr(self, needed) is None:
             raise ValueError(f"a verifier of kind {self.kind} needs {needed}")
         return self
+
+
+class RolloutEngine(EngineOptions):
+    """The engine that answers: in single precision, so that its log-probabilities are the trainer's."""
+
+    precision: Precision = Field("float32", description="as of the engine; less is faster, and its gap is reported")
 
 
 class RolloutOptions(Options):

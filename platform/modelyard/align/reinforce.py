@@ -15,13 +15,13 @@ from pydantic import Field
 from transformers import AutoTokenizer
 
 from modelyard import storage
-from modelyard.align.options import RolloutOptions, RolloutStops
+from modelyard.align.options import RolloutEngine, RolloutOptions, RolloutStops
 from modelyard.align.policy import PolicyObjective
 from modelyard.align.programs import PackedJob, check_alignment
 from modelyard.align.rollouts import Prompts, Rollouts, Sample
 from modelyard.align.verifiers import Answered, Judge
 from modelyard.align.weights import policy_weights
-from modelyard.engine import EngineCore, EngineOptions
+from modelyard.engine import EngineCore
 from modelyard.errors import RecipeError
 from modelyard.models.build import check_shape
 from modelyard.models.export import load_model, read_config
@@ -40,7 +40,7 @@ class ReinforceJob(PackedJob):
     """Reinforcement learning with rewards by rule; `data` holds train.jsonl, and heldout.jsonl where there is any."""
 
     rollouts: RolloutOptions = Field(description="how answers are drawn and rewarded")
-    engine: EngineOptions = Field(EngineOptions(), description="the inference engine that answers")
+    engine: RolloutEngine = Field(RolloutEngine(), description="the inference engine that answers")
     stops: RolloutStops = Field(RolloutStops(), description="when it has gone wrong")
 
 

@@ -251,11 +251,15 @@ class Service:
 
         if len(jobs) == 1:
             return [await collect(jobs[0])]
+        failure: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(collect(job)) for job in jobs]
         except* ApiError as failed:
-            raise failed.exceptions[0] from None
+            # Raised here it would come out in a group again.
+            failure = failed.exceptions[0]
+        if failure is not None:
+            raise failure
         return [task.result() for task in tasks]
 
     async def merged(self, jobs: list[Job]) -> AsyncGenerator[tuple[int, StepOutput], None]:

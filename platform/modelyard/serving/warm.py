@@ -1,7 +1,7 @@
 """What a replica does before it reports ready: every kernel is compiled and every kind of step has run once.
 
-Without it the first request pays: the CPU kernels are compiled at their first call (up to a minute). Afterwards they lie in Numba's
-cache on disk, where the next replica of this machine finds them.
+Without it the first request pays: the CPU kernels are compiled at their first call (up to a minute). Afterwards they
+lie in Numba's cache on disk, where the next replica of this machine finds them.
 """
 
 from __future__ import annotations

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from modelyard.align.options import PreferenceOptions, RolloutOptions, RolloutStops
-from modelyard.engine.options import EngineOptions
+from modelyard.align.options import PreferenceOptions, RolloutEngine, RolloutOptions, RolloutStops
 from modelyard.errors import RecipeError
 from modelyard.planner.estimate import Estimate
 from modelyard.stages.alignment import (
@@ -43,7 +42,7 @@ class AlignOptions(AlignmentOptions):
         "the model's own answers (rollouts.variant says which kind)",
     )
     rollouts: RolloutOptions = Field(RolloutOptions(), description="for grpo: how answers are drawn and rewarded")
-    engine: EngineOptions = Field(EngineOptions(), description="for grpo: the inference engine that answers")
+    engine: RolloutEngine = Field(RolloutEngine(), description="for grpo: the inference engine that answers")
     stops: RolloutStops = Field(RolloutStops(), description="for grpo: when it has gone wrong, or is done")
     preference: PreferenceOptions = Field(PreferenceOptions(), description="constants of the preference losses")
     learning_rate: float = Field(
