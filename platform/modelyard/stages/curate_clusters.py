@@ -15,10 +15,15 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from modelyard.corpus import dedup, stars
 from modelyard.corpus.dedup_options import MinHashOptions
 from modelyard.recipe.schema import Resources
 from modelyard.stages import curate_shuffle
-from modelyard.stages.curate_shuffle import Mapper, Written, files_in, rows_in, shuffle
+from modelyard.stages.curate_shuffle import Mapper, Written, by_table, files_in, rows_in, shuffle, to_units
 from modelyard.storage import exists, join, read_bytes, write_bytes
 
 if TYPE_CHECKING:
@@ -30,7 +35,7 @@ MAX_EDGES = 10_000_000
 def minhash(segment: Segment, options: MinHashOptions, keys: list[str], parts: int, resources: Resources) -> None:
     """Writes found/part-*: the decisions on all candidates, by component."""
     folder = posixpath.dirname(segment.keys)
-    edges = shuffle(keys, _by_band(parts), _edges, join(folder, "edges"), resources, parts, _total)
+    edges = shuffle(keys, _by_band(parts), dedup.edges, join(folder, "edges"), resources, parts, stars.total)
     labels = _components(folder, edges, resources)
     mapper = _by_component(segment, join(folder, "labels"), labels, parts, texts=options.verify != "estimate")
     shuffle(keys, mapper, partial(_decide, options=options), join(folder, "found"), resources, parts)
@@ -38,30 +43,13 @@ def minhash(segment: Segment, options: MinHashOptions, keys: list[str], parts: i
 
 def _by_band(parts: int) -> Mapper:
     def mapper(name: str) -> Iterator[Any]:
-        import numpy as np
-        import pyarrow as pa
-
-        from modelyard.corpus.dedup import key_matrix
-
         for table in rows_in(name, ["doc", "keys"]):
-            matrix = key_matrix(table)
+            matrix = dedup.key_matrix(table)
             flat = matrix.reshape(-1)
             docs = np.repeat(table["doc"].to_numpy(), matrix.shape[1])
             yield pa.table({"key": flat, "doc": docs, "p": (flat % parts).astype("int64")})
 
     return mapper
-
-
-def _edges(table: Any) -> Any:
-    from modelyard.corpus.dedup import edges
-
-    return edges(table)
-
-
-def _total(edges: Any) -> int:
-    from modelyard.corpus.stars import total
-
-    return total(edges)
 
 
 def _components(folder: str, edges: Written, resources: Resources) -> int:
@@ -73,22 +61,18 @@ def _components(folder: str, edges: Written, resources: Resources) -> int:
             pass
         return 1
     parts = max(2, min(1000, 16 * edges.rows // curate_shuffle.PARTITION_BYTES))
-    stars = _stars(folder, edges, resources, parts)
-    shuffle(files_in(stars), _labels_by_unit(parts), _unique, join(folder, "labels"), resources, parts)
+    names = files_in(_stars(folder, edges, resources, parts))
+    shuffle(names, by_table(partial(_label_units, parts=parts)), _unique, join(folder, "labels"), resources, parts)
     return parts
 
 
 def _label(item: dict[str, Any]) -> Iterator[Any]:
-    import pyarrow as pa
-
-    from modelyard.corpus.dedup import components
     from modelyard.corpus.files import write_parquet
-    from modelyard.corpus.stars import EDGES
     from modelyard.corpus.unit import part
 
     tables = [table for name in files_in(join(item["folder"], "edges")) for table in rows_in(name)]
-    edges = pa.concat_tables(tables or [EDGES.empty_table()])
-    labels = components(edges["small"].to_numpy(), edges["large"].to_numpy())
+    edges = pa.concat_tables(tables or [stars.EDGES.empty_table()])
+    labels = dedup.components(edges["small"].to_numpy(), edges["large"].to_numpy())
     write_parquet(join(item["folder"], "labels", part(0)), labels)
     yield pa.table({"documents": [labels.num_rows]})
 
@@ -101,11 +85,12 @@ def _stars(folder: str, edges: Written, resources: Resources, parts: int) -> str
     place = join(folder, "stars.json")
     if exists(place):
         state = json.loads(read_bytes(place))
+    both, one = (by_table(partial(ends, parts=parts)) for ends in (stars.around_both, stars.around_large))
     while True:
         turn, at = state["turn"], state["at"]
         large, small = join(folder, f"large-{turn}"), join(folder, f"small-{turn}")
-        shuffle(files_in(join(folder, at)), _around_both(parts), _large_star, large, resources, parts)
-        done = shuffle(files_in(large), _around_large(parts), _small_star, small, resources, parts, _total)
+        shuffle(files_in(join(folder, at)), both, stars.large_star, large, resources, parts)
+        done = shuffle(files_in(large), one, stars.small_star, small, resources, parts, stars.total)
         if done.total == state["total"]:
             return small
         state = {"at": f"small-{turn}", "turn": turn + 1, "total": done.total}
@@ -114,49 +99,8 @@ def _stars(folder: str, edges: Written, resources: Resources, parts: int) -> str
             remove(old)
 
 
-def _around_both(parts: int) -> Mapper:
-    def mapper(name: str) -> Iterator[Any]:
-        from modelyard.corpus.stars import around_both
-
-        for table in rows_in(name):
-            yield around_both(table, parts)
-
-    return mapper
-
-
-def _around_large(parts: int) -> Mapper:
-    def mapper(name: str) -> Iterator[Any]:
-        from modelyard.corpus.stars import around_large
-
-        for table in rows_in(name):
-            yield around_large(table, parts)
-
-    return mapper
-
-
-def _large_star(rows: Any) -> Any:
-    from modelyard.corpus.stars import large_star
-
-    return large_star(rows)
-
-
-def _small_star(rows: Any) -> Any:
-    from modelyard.corpus.stars import small_star
-
-    return small_star(rows)
-
-
-def _labels_by_unit(parts: int) -> Mapper:
-    def mapper(name: str) -> Iterator[Any]:
-        import pyarrow as pa
-
-        from modelyard.corpus.stars import labels
-
-        for table in rows_in(name):
-            rows = labels(table)
-            yield rows.append_column("p", pa.array((rows["doc"].to_numpy() >> 32) % parts))
-
-    return mapper
+def _label_units(table: Any, parts: int) -> Any:
+    return to_units(stars.labels(table), parts)
 
 
 def _unique(table: Any) -> Any:
@@ -165,10 +109,6 @@ def _unique(table: Any) -> Any:
 
 def _by_component(segment: Segment, labels: str, label_parts: int, parts: int, texts: bool) -> Mapper:
     def mapper(name: str) -> Iterator[Any]:
-        import numpy as np
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
         from modelyard.corpus import unit
 
         for table in rows_in(name):
@@ -190,8 +130,6 @@ def _by_component(segment: Segment, labels: str, label_parts: int, parts: int, t
 
 
 def _decide(table: Any, options: MinHashOptions) -> Any:
-    from modelyard.corpus.dedup import decide, decide_unseen
-
     if options.verify == "estimate":
-        return decide_unseen(table, options)
-    return decide(table.drop_columns(["text"]), table["text"], options)
+        return dedup.decide_unseen(table, options)
+    return dedup.decide(table.drop_columns(["text"]), table["text"], options)

@@ -18,11 +18,17 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
+
+from modelyard.corpus import semantic
+from modelyard.corpus.dedup import equal, key_matrix
 from modelyard.corpus.dedup_options import DedupMethod, ExactOptions, ParagraphOptions, SemanticOptions
+from modelyard.corpus.paragraphs import repeated
 from modelyard.recipe.schema import Resources
 from modelyard.stages import curate_shuffle
 from modelyard.stages.curate_clusters import minhash
-from modelyard.stages.curate_shuffle import Mapper, files_in, rows_in, shuffle
+from modelyard.stages.curate_shuffle import Mapper, by_table, files_in, rows_in, shuffle, to_units
 from modelyard.storage import join, list_files, read_bytes, write_bytes
 
 if TYPE_CHECKING:
@@ -38,40 +44,20 @@ def deduplicate(
     parts = max(1, min(1000, 2 * stored // curate_shuffle.PARTITION_BYTES + 1))
     found = join(folder, "found")
     if isinstance(options, ExactOptions):
-        shuffle(keys, _by_digest(parts), _equal, found, resources, parts)
+        shuffle(keys, by_table(partial(_to_digests, parts=parts)), equal, found, resources, parts)
     elif isinstance(options, ParagraphOptions):
-        shuffle(keys, _by_digest(parts), _repeated, found, resources, parts)
+        shuffle(keys, by_table(partial(_to_digests, parts=parts)), repeated, found, resources, parts)
     elif isinstance(options, SemanticOptions):
         clusters = _centroids(folder, keys, options, resources)
         mapper = _by_cluster(join(folder, "centroids.npy"))
-        shuffle(keys, mapper, partial(_alike, options=options), found, resources, clusters)
+        shuffle(keys, mapper, partial(semantic.alike, options=options), found, resources, clusters)
     else:
         minhash(segment, options, keys, parts, resources)
     return _by_unit(folder, keys, resources)
 
 
-def _by_digest(parts: int) -> Mapper:
-    def mapper(name: str) -> Iterator[Any]:
-        import pyarrow as pa
-
-        from modelyard.corpus.dedup import key_matrix
-
-        for table in rows_in(name):
-            yield table.append_column("p", pa.array((key_matrix(table)[:, 0] % parts).astype("int64")))
-
-    return mapper
-
-
-def _equal(table: Any) -> Any:
-    from modelyard.corpus.dedup import equal
-
-    return equal(table)
-
-
-def _repeated(table: Any) -> Any:
-    from modelyard.corpus.paragraphs import repeated
-
-    return repeated(table)
+def _to_digests(table: Any, parts: int) -> Any:
+    return table.append_column("p", pa.array((key_matrix(table)[:, 0] % parts).astype("int64")))
 
 
 def _centroids(folder: str, keys: list[str], options: SemanticOptions, resources: Resources) -> int:
@@ -83,11 +69,6 @@ def _centroids(folder: str, keys: list[str], options: SemanticOptions, resources
 
 
 def _fit(item: dict[str, Any], options: SemanticOptions) -> Iterator[Any]:
-    import numpy as np
-    import pyarrow as pa
-
-    from modelyard.corpus import semantic
-
     names = json.loads(item["files"])
     documents = sum(table.num_rows for name in names for table in rows_in(name, ["doc"]))
     clusters = semantic.cluster_count(documents, options)
@@ -108,22 +89,11 @@ def _fit(item: dict[str, Any], options: SemanticOptions) -> Iterator[Any]:
 
 def _by_cluster(centroids: str) -> Mapper:
     def mapper(name: str) -> Iterator[Any]:
-        import numpy as np
-        import pyarrow as pa
-
-        from modelyard.corpus import semantic
-
         found = np.load(io.BytesIO(read_bytes(centroids)), allow_pickle=False)
         for table in rows_in(name):
             yield table.append_column("p", pa.array(semantic.nearest(semantic.vectors_of(table), found)))
 
     return mapper
-
-
-def _alike(table: Any, options: SemanticOptions) -> Any:
-    from modelyard.corpus.semantic import alike
-
-    return alike(table, options)
 
 
 def _by_unit(folder: str, keys: list[str], resources: Resources) -> dict[str, Any]:
@@ -133,13 +103,7 @@ def _by_unit(folder: str, keys: list[str], resources: Resources) -> dict[str, An
     parts = max(1, min(1000, stored // curate_shuffle.PARTITION_BYTES))
     removed = 0
     if names:
-
-        def mapper(name: str) -> Iterator[Any]:
-            import pyarrow as pa
-
-            for table in rows_in(name):
-                yield table.append_column("p", pa.array((table["doc"].to_numpy() >> 32) % parts))
-
+        mapper = by_table(partial(to_units, parts=parts))
         removed = shuffle(names, mapper, _sorted, join(folder, "decisions"), resources, parts).rows
     documents = sum(t.num_rows for name in keys for t in rows_in(name, ["doc"]))
     how = f"over {parts} partitions"

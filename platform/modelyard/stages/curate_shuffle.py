@@ -110,6 +110,23 @@ def rows_in(name: str, columns: list[str] | None = None) -> Iterator[Any]:
     return read_parquet(name, 100_000, columns)
 
 
+def by_table(change: Callable[[Any], Any]) -> Mapper:
+    """The mapper that makes a table with a column `p` of each table of a file."""
+
+    def mapper(name: str) -> Iterator[Any]:
+        for table in rows_in(name):
+            yield change(table)
+
+    return mapper
+
+
+def to_units(table: Any, parts: int) -> Any:
+    """Rows about documents with the partition of each one's unit, the upper half of its address, in `p`."""
+    import pyarrow as pa
+
+    return table.append_column("p", pa.array((table["doc"].to_numpy() >> 32) % parts))
+
+
 def files_in(folder: str) -> list[str]:
     """URIs of the files of a folder, in order."""
     return [join(folder, name) for name, _ in list_files(folder)]
