@@ -183,6 +183,16 @@ def test_mistakes_are_seen_before_work(tokens: Path, changes: dict[str, Any], ki
         PretrainStage().check(ctx)
 
 
+def test_tokens_that_do_not_go_together_are_seen_before_work(tokens: Path, tmp_path: Path) -> None:
+    facts = json.loads((tokens / "tokens.json").read_text())
+    (tmp_path / "tokens.json").write_text(json.dumps(facts | {"vocab_size": 299}))
+    inputs = {"tokens": artifact(tokens, "tokenize"), "code": artifact(tmp_path, "tokenize")}
+    with pytest.raises(DataError, match="code has a vocab_size of 299, tokens of 300"):
+        PretrainStage().check(plan(options(), inputs))
+    (tmp_path / "tokens.json").write_text(json.dumps(facts))
+    PretrainStage().check(plan(options(), inputs))
+
+
 def test_mistakes_are_seen_even_before_the_tokens_exist() -> None:
     upstream = {"tokens": TokenizeOptions(kind="tokenize", sequence_length=4096)}
     with pytest.raises(RecipeError, match="4,096 tokens are longer than the model's 2,048"):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from modelyard.errors import DataError, RecipeError
+from modelyard.errors import RecipeError
 from modelyard.models.options import ModelOptions
 from modelyard.models.presets import learning_rate, parameters_of
 from modelyard.models.vocabulary import extends_vocabulary
@@ -78,6 +78,7 @@ class PretrainStage(Stage[PretrainOptions]):
             raise RecipeError(
                 "no model is given", place="model", mend="give model (preset or config) or an input model"
             )
+        _check_alike(_token_inputs(ctx))
         length, vocabulary = token_shape(ctx)
         check_training(options, _config(ctx), length, None if _extends(ctx) else vocabulary)
 
@@ -95,15 +96,9 @@ class PretrainStage(Stage[PretrainOptions]):
         from modelyard.stages.workers import Assignment, run_workers
         from modelyard.train.programs import PretrainJob
 
-        options, all_tokens = ctx.options, _token_inputs(ctx)
-        facts = _joined_facts(all_tokens)
+        options, facts = ctx.options, _joined_facts(_token_inputs(ctx))
         for warning in warnings(options):
             ctx.progress.say(f"[yellow]warning[/]: {warning}")
-        places: dict[str, Any] = {"tokens": (all_tokens.pop("tokens"), "")}
-        if all_tokens:
-            places["more"] = {name: (tokens, "") for name, tokens in all_tokens.items()}
-        if "model" in ctx.inputs:
-            places["start"] = model_place(ctx.inputs["model"], "model")
         steps = options.total_steps(int(facts["train_sequences"]), int(facts["sequence_length"]))
         job = PretrainJob(
             tokens="",
@@ -115,7 +110,7 @@ class PretrainStage(Stage[PretrainOptions]):
         )
         clear(ctx, "model", *RESULTS)
         estimate = _prediction(ctx, steps, facts)
-        assignment = Assignment("modelyard.train.programs:pretrain", job, places)
+        assignment = Assignment("modelyard.train.programs:pretrain", job, job_places(ctx))
         outcome = run_workers(ctx, assignment, steps, estimate)
         unigram = float(facts["unigram_entropy"])
         write_results(ctx, outcome, _page(ctx, outcome, unigram), estimate)
@@ -139,16 +134,24 @@ def _token_inputs(ctx: PlanContext[PretrainOptions] | StageContext[PretrainOptio
     return {name: found[name] for name in sorted(found, key="tokens".__ne__) if found[name].manifest.kind == "tokenize"}
 
 
+def job_places(ctx: PlanContext[PretrainOptions] | StageContext[PretrainOptions]) -> dict[str, Any]:
+    """What a `PretrainJob` reads, by field: a place, or places by name. All inputs must be there."""
+    tokens = {name: (value, "") for name, value in _token_inputs(ctx).items()}
+    places: dict[str, Any] = {"tokens": tokens.pop("tokens")}
+    if tokens:
+        places["more"] = tokens
+    if "model" in ctx.inputs:
+        places["start"] = model_place(ctx.inputs["model"], "model")
+    return places
+
+
 def _check_alike(inputs: Mapping[str, Artifact]) -> None:
-    facts = {name: token_facts(tokens) for name, tokens in inputs.items()} if len(inputs) > 1 else {}
-    for what in ("sequence_length", "vocab_size"):
-        values = {name: known[what] for name, known in facts.items()}
-        if len(set(values.values())) > 1:
-            raise DataError(
-                f"the tokens differ in {what}: " + ", ".join(f"{name} {value:,}" for name, value in values.items()),
-                place="inputs",
-                mend="tokenize all with one tokenizer (tokenizer: {path: ...}) and one sequence_length",
-            )
+    if len(inputs) < 2:
+        return
+    from modelyard.train.token_folders import check_shapes
+
+    facts = {name: token_facts(tokens) for name, tokens in inputs.items()}
+    check_shapes(facts, {name: tokens.uri for name, tokens in inputs.items()})
 
 
 def _joined_facts(inputs: Mapping[str, Artifact]) -> dict[str, Any]:

@@ -9,9 +9,8 @@ from modelyard.errors import RecipeError
 from modelyard.recipe import Recipe
 from modelyard.stages.base import PlanContext
 from modelyard.stages.graph import plan_context, plan_graph
-from modelyard.stages.pretrain import PretrainOptions, PretrainStage
-from modelyard.stages.training import model_place
-from modelyard.storage import Artifact, absolute, join
+from modelyard.stages.pretrain import PretrainOptions, PretrainStage, job_places
+from modelyard.storage import absolute, join
 from modelyard.train.options import ParallelOptions
 
 if TYPE_CHECKING:
@@ -74,18 +73,6 @@ def _context(recipe: Recipe, stage: str | None) -> PlanContext[PretrainOptions]:
 def _job(ctx: PlanContext[PretrainOptions], output: str) -> Mapping[str, object]:
     from modelyard.stages.train_worker import bring
 
-    tokens = {
-        name: bring((value, ""))
-        for name, value in ctx.inputs.items()
-        if name != "model" and isinstance(value, Artifact)
-    }
-    model = ctx.inputs.get("model")
     train = ctx.options.training().model_copy(update={"parallel": ParallelOptions()})
-    return {
-        "tokens": tokens.pop("tokens"),
-        "more": tokens,
-        "output": output,
-        "train": train,
-        "model": ctx.options.model,
-        "start": None if model is None else bring(model_place(model, "model")),
-    }
+    brought = {name: bring(place) for name, place in job_places(ctx).items()}
+    return {"output": output, "train": train, "model": ctx.options.model, **brought}

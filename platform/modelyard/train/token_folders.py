@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from modelyard.errors import DataError
 from modelyard.tokens import TokenDataset
@@ -43,16 +44,30 @@ def open_tokens(folders: Mapping[str, Path], side: str, *, verify: bool) -> Toke
     return TokenDataset(parts[0].folder, parts[0].index.model_copy(update=update))
 
 
-def _check_alike(folders: Mapping[str, Path], found: Mapping[str, TokenDataset]) -> None:
-    first = next(iter(found))
-    for name, data in found.items():
+def check_shapes(shapes: Mapping[str, Mapping[str, Any]], places: Mapping[str, str]) -> None:
+    """Compares the `sequence_length` and `vocab_size` of token folders, by name, of which `places` says where they are.
+
+    Raises:
+        DataError: one is not as the first.
+    """
+    first = next(iter(shapes))
+    for name, shape in shapes.items():
         for what in ("sequence_length", "vocab_size"):
-            if getattr(data, what) != getattr(found[first], what):
+            if shape[what] != shapes[first][what]:
                 raise DataError(
-                    f"{name} has a {what} of {getattr(data, what):,}, {first} of {getattr(found[first], what):,}",
-                    place=str(data.folder),
+                    f"{name} has a {what} of {shape[what]:,}, {first} of {shapes[first][what]:,}",
+                    place=places[name],
                     mend="tokenize all with one tokenizer (tokenizer: {path: ...}) and one sequence_length",
                 )
+
+
+def _check_alike(folders: Mapping[str, Path], found: Mapping[str, TokenDataset]) -> None:
+    check_shapes(
+        {name: dict(data.index) for name, data in found.items()},
+        {name: str(data.folder) for name, data in found.items()},
+    )
+    first = next(iter(found))
+    for name, data in found.items():
         files = [folders[each] / "tokenizer" / "tokenizer.json" for each in (first, name)]
         if len({file.read_bytes() for file in files if file.exists()}) > 1:
             raise DataError(
