@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def test_folders_become_sources_of_one_data_set(tokens: Path, code: Path) -> Non
     assert [(source.name, source.sequences) for source in data.sources] == [("tokens", 400), ("code", 60)]
     first, second = (open_tokens({"": folder}, "train", verify=False) for folder in (tokens, code))
     assert first is not None and second is not None
-    whole = data.batch([399, 400, 459])
+    whole = pickle.loads(pickle.dumps(data)).batch([399, 400, 459])
     assert np.array_equal(whole["input_ids"][0], first.batch([399])["input_ids"][0])
     assert np.array_equal(whole["input_ids"][1:], second.batch([0, 59])["input_ids"])
     mixture = MixtureOptions(weights={"tokens": 1, "code": 3})

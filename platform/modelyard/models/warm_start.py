@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from transformers import PreTrainedModel
@@ -52,5 +53,7 @@ def take_over(parameters: Mapping[str, torch.Tensor], source: PreTrainedModel) -
         else:
             store(parameter, given[name])
             found.taken.append(name)
-    found.unused = sorted(set(given) - set(parameters) - {"lm_head.weight"})
+    # A tied weight has several names in the state, and one here.
+    own = {name for name, _ in chain(source.named_parameters(), source.named_buffers())}
+    found.unused = sorted((own & set(given)) - set(parameters))
     return found

@@ -168,15 +168,10 @@ def describe_source(name: str, position: int, shards: Iterable[Shard], documents
     )
 
 
-def write_index(
-    folder: str, sequence_length: int, vocab_size: int, shards: Iterable[Shard], sources: Sequence[Source]
-) -> Index:
-    """Writes `index.json` below a local or remote folder, last: it is what makes a folder readable.
-
-    The shards are listed source by source, otherwise in the order given.
-    """
+def make_index(sequence_length: int, vocab_size: int, shards: Iterable[Shard], sources: Sequence[Source]) -> Index:
+    """The index of these shards, listed source by source, otherwise in the order given."""
     ordered = sorted(shards, key=lambda shard: shard.source)
-    index = Index(
+    return Index(
         sequence_length=sequence_length,
         vocab_size=vocab_size,
         dtype=token_dtype(vocab_size),
@@ -187,6 +182,13 @@ def write_index(
         sources=tuple(sources),
         shards=tuple(ordered),
     )
+
+
+def write_index(
+    folder: str, sequence_length: int, vocab_size: int, shards: Iterable[Shard], sources: Sequence[Source]
+) -> Index:
+    """Writes `index.json` below a local or remote folder, last: it is what makes a folder readable."""
+    index = make_index(sequence_length, vocab_size, shards, sources)
     write_bytes(join(folder, INDEX), (index.model_dump_json(indent=1) + "\n").encode())
     return index
 
@@ -298,20 +300,14 @@ class TokenDataset:
             DataError: a file is missing, empty, cut short, damaged, or there are no sequences.
         """
         path = Path(folder)
-        index = _read_index(path)
-        if not index.shards:
-            raise DataError("the token folder holds no sequences", place=str(path), mend="tokenize more text")
-        itemsize = record_dtype(index.sequence_length, index.dtype).itemsize
-        for shard in index.shards:
-            _check_shard(path / shard.file, shard, itemsize, verify)
-        return cls(path, index)
+        return _checked(path, _read_index(path), verify)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Memory maps do not travel between processes; the folder does.
-        return _reopen, (str(self.folder),)
+        # Memory maps do not travel between processes; the index does, which may be of several folders together.
+        return _checked, (self.folder, self.index, False)
 
     def source_range(self, name: str) -> range:
         """The global indices of a source's sequences. Raises KeyError for a name that is not in `sources`."""
@@ -370,5 +366,11 @@ class TokenDataset:
             raise DataError("a token shard is damaged: a record holds impossible values", place=place, mend=_MEND)
 
 
-def _reopen(folder: str) -> TokenDataset:
-    return TokenDataset.open(folder, verify=False)
+def _checked(folder: Path, index: Index, verify: bool) -> TokenDataset:
+    """See `TokenDataset.open`."""
+    if not index.shards:
+        raise DataError("the token folder holds no sequences", place=str(folder), mend="tokenize more text")
+    itemsize = record_dtype(index.sequence_length, index.dtype).itemsize
+    for shard in index.shards:
+        _check_shard(folder / shard.file, shard, itemsize, verify)
+    return TokenDataset(folder, index)

@@ -13,7 +13,7 @@ from torch import nn
 
 from modelyard.train.checkpoint import Checkpoints, Row, State
 from modelyard.train.clock import Timings, time_collectives
-from modelyard.train.data import Batches, Feed, Sequences, StreamFeed, make_order
+from modelyard.train.data import Batches, Feed, Sequences, make_order
 from modelyard.train.ema import Ema
 from modelyard.train.guard import DivergedError, Guard, Verdict, skipped_in_a_row
 from modelyard.train.hooks import Hooks, Pulse
@@ -35,7 +35,7 @@ TIMED_EVERY = 10
 
 @dataclass(frozen=True)
 class Additions:
-    """What a program adds to the loop where its data come about while it trains (rollouts of a policy).
+    """What a program adds to the loop where its data come about while it trains (rollouts of a policy, a stream).
 
     Attributes:
         batches: makes what hands out the batches from the given step on; None = the job's data by their order.
@@ -67,7 +67,6 @@ class Job:
         strategy: how gradients come about on the mesh; None = data parallelism, as the model is sharded.
         hooks: what the outside adds to every step, on all workers.
         sample: writes text with the model as it is at a step. All workers call it together.
-        stream: makes the feed of a run that reads a stream from the given step on; None = `data` by its order.
         additions: of a program whose data come about while it trains.
     """
 
@@ -84,7 +83,6 @@ class Job:
     strategy: Strategy | None = None
     hooks: Hooks = field(default_factory=Hooks)
     sample: Callable[[int], None] | None = None
-    stream: Callable[[int], StreamFeed] | None = None
     additions: Additions = field(default_factory=Additions)
 
 
@@ -160,8 +158,6 @@ def fit(job: Job, world: World) -> Outcome:
 def _feed(job: Job, world: World, strategy: Strategy, step: int) -> Batches:
     if job.additions.batches is not None:
         return job.additions.batches(step)
-    if job.stream is not None:
-        return job.stream(step)
     share, micro = (strategy.reader, strategy.readers), strategy.micro_batch or job.options.micro_batch
     return Feed(job.data, make_order(job.data, job.options), micro, *share, world.device)
 

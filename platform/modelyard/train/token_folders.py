@@ -8,7 +8,7 @@ from typing import Any
 
 from modelyard.errors import DataError
 from modelyard.tokens import TokenDataset
-from modelyard.tokens.shards import Shard, Source
+from modelyard.tokens.shards import Shard, Source, make_index
 
 
 def open_tokens(folders: Mapping[str, Path], side: str, *, verify: bool) -> TokenDataset | None:
@@ -37,11 +37,8 @@ def open_tokens(folders: Mapping[str, Path], side: str, *, verify: bool) -> Toke
             shards.append(shard.model_copy(update={"file": place, "source": before + shard.source}))
         many = len(data.sources) > 1
         sources += [s.model_copy(update={"name": f"{name}/{s.name}" if many else name}) for s in data.sources]
-    parts = list(found.values())
-    totals = {key: sum(getattr(data.index, key) for data in parts)
-              for key in ("sequences", "tokens", "documents", "text_bytes")}  # fmt: skip
-    update = {**totals, "version": 2, "sources": tuple(sources), "shards": tuple(shards)}
-    return TokenDataset(parts[0].folder, parts[0].index.model_copy(update=update))
+    first = next(iter(found.values()))
+    return TokenDataset(first.folder, make_index(first.sequence_length, first.vocab_size, shards, sources))
 
 
 def check_shapes(shapes: Mapping[str, Mapping[str, Any]], places: Mapping[str, str]) -> None:

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from modelyard.errors import RecipeError
 from modelyard.train.method_options import RoutingOptions
 from modelyard.train.parallel import exchange
+from modelyard.train.parallel.experts import expert_layers
 
 Noted = tuple[int, torch.Tensor, torch.Tensor]
 """Number of a router, its logits [T, E] and its choices [T, k], of one call."""
@@ -50,7 +51,7 @@ def find_routing(model: nn.Module, options: RoutingOptions | None) -> Routing | 
     if found:
         sizes = {int(router.num_experts) for router in found.values()}  # type: ignore[arg-type]
         return Routing(list(found), max(sizes), options)
-    if any(hasattr(module, "gate_up_proj") and hasattr(module, "num_experts") for module in model.modules()):
+    if expert_layers(model):
         raise RecipeError(
             f"the routers of a {type(model).__name__} are not known",
             place="routing",
