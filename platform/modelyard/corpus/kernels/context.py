@@ -69,7 +69,7 @@ def _table() -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8]]:
 
 KEYS, BITS = _table()
 LONGEST = max(len(word.encode()) for words in WORDS.values() for word in words.split())
-"""Bytes of the longest telling word: a longer one needs no look-up."""
+"""Bytes of the longest telling word."""
 
 
 @kernel
@@ -81,6 +81,8 @@ def letter(byte: Any, forms: Any) -> Any:
 @kernel
 def word_bits(data: Any, start: Any, end: Any, forms: Any) -> Any:
     """Bits of the word data[start:end], upper and lower case ASCII alike; 0 = no telling word."""
+    if end - start > LONGEST:
+        return np.int64(0)
     h = SEED
     for i in range(start, end):
         byte = data[i]

@@ -45,6 +45,27 @@ def begins(data: Any, i: Any, end: Any, phrase: Any) -> Any:
 
 
 @kernel
+def ends_in_one(data: Any, stop: Any, start: Any, phrases: Any, bounds: Any, forms: Any) -> Any:
+    """Whether data[start:stop] ends with one of the phrases in lower case, upper and lower case ASCII alike.
+
+    `phrases` holds the bytes of all; number p is phrases[bounds[p] : bounds[p + 1]].
+    """
+    for p in range(len(bounds) - 1):
+        first, j = bounds[p], bounds[p + 1] - 1
+        at = stop - (j + 1 - first)
+        if at < start:
+            continue
+        while j >= first:
+            byte = data[at + j - first]
+            if (byte | 0x20 if forms[byte] & UPPER else byte) != phrases[j]:
+                break
+            j -= 1
+        if j < first:
+            return True
+    return False
+
+
+@kernel
 def has(data: Any, i: Any, start: Any, end: Any, forms: Any, bits: Any) -> Any:
     """Whether the byte at i lies in the document and has one of `bits`."""
     return start <= i < end and (forms[data[i]] & bits) != 0

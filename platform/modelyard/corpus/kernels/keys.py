@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from modelyard.corpus.kernels import kernel
-from modelyard.corpus.kernels.forms import ALPHA, TOKEN, begins, has
+from modelyard.corpus.kernels.forms import ALPHA, TOKEN, begins, ends_in_one, has
 
 # Prefixes that providers put before their keys, and the fewest token bytes that follow.
 _GIVEN: tuple[tuple[bytes, int], ...] = (
@@ -97,24 +97,6 @@ def private(data: Any, i: Any, end: Any) -> Any:
 
 
 @kernel
-def _keyword(data: Any, stop: Any, start: Any, forms: Any) -> Any:
-    """Whether a telling name (`password`, in any case) ends at `stop`."""
-    for p in range(len(KEYWORD_ENDS) - 1):
-        first, last = KEYWORD_ENDS[p], KEYWORD_ENDS[p + 1]
-        at, j = stop - (last - first), last - 1
-        if at < start:
-            continue
-        while j >= first:
-            byte = data[at + j - first]
-            if (byte | 0x20 if forms[byte] & ALPHA else byte) != KEYWORD_BYTES[j]:
-                break
-            j -= 1
-        if j < first:
-            return True
-    return False
-
-
-@kernel
 def assigned(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
     """Span of a value behind `password =`, `"api_key":` and the like, with = or : at i; (0, 0) = none.
 
@@ -123,7 +105,8 @@ def assigned(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
     k = i - 1
     while k > start and data[k] in (0x20, 0x22, 0x27, 0x5D):
         k -= 1
-    if k < start or not _LAST[data[k] | 0x20] or not _keyword(data, k + 1, start, forms):
+    named = k >= start and _LAST[data[k] | 0x20]
+    if not named or not ends_in_one(data, k + 1, start, KEYWORD_BYTES, KEYWORD_ENDS, forms):
         return 0, 0
     k = i + 1
     while k < end and data[k] in (0x20, 0x3D, 0x3E):

@@ -19,7 +19,6 @@ from modelyard.corpus.kernels.context import (
     IDENTITY,
     LEAD,
     LINK,
-    LONGEST,
     SUFFIX,
     adjacent,
     after,
@@ -27,7 +26,7 @@ from modelyard.corpus.kernels.context import (
     letter,
     word_bits,
 )  # fmt: skip
-from modelyard.corpus.kernels.forms import ALPHA, DIGIT, TOKEN, UPPER, has, run_end
+from modelyard.corpus.kernels.forms import ALPHA, DIGIT, TOKEN, UPPER, ends_in_one, has, run_end
 
 _TAILS = (
     "straße", "strasse", "str", "weg", "platz", "allee", "gasse", "damm", "ufer", "straat", "laan", "gracht", "plein",
@@ -166,22 +165,8 @@ def coordinates(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
 @kernel
 def _street_tail(data: Any, start: Any, end: Any, forms: Any) -> Any:
     """Whether the word data[start:end] ends like the name of a street (Hauptstraße, Nybyvägen)."""
-    if not _TAIL_LAST[data[end - 1]]:
-        return False
-    for t in range(len(_TAIL_ENDS) - 1):
-        first, j = _TAIL_ENDS[t], _TAIL_ENDS[t + 1] - 1
-        size = j + 1 - first
-        # Some letters must come before: "Weg" and "Platz" alone are words.
-        if end - start < size + 2:
-            continue
-        while j >= first:
-            byte = data[end - size + j - first]
-            if (byte | 0x20 if forms[byte] & UPPER else byte) != _TAIL_BYTES[j]:
-                break
-            j -= 1
-        if j < first:
-            return True
-    return False
+    # Some letters must come before: "Weg" and "Platz" alone are words.
+    return _TAIL_LAST[data[end - 1]] and ends_in_one(data, end, start + 2, _TAIL_BYTES, _TAIL_ENDS, forms)
 
 
 @kernel
@@ -216,7 +201,7 @@ def address(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
     while words < 7 and k + 1 < end and data[k] == 0x20:
         word = k + 1
         k = _name(data, word, end, forms)
-        bits = word_bits(data, word, k, forms) if k - word <= LONGEST else 0
+        bits = word_bits(data, word, k, forms)
         if k == word or (words == 0 and not named and bits & LINK):
             break
         if bits & SUFFIX and named:
@@ -255,7 +240,7 @@ def _street_before(data: Any, i: Any, start: Any, end: Any, forms: Any) -> Any:
         if words == 0 and capital and _street_tail(data, word, stop, forms):
             return word
         if named or not capital:
-            bits = word_bits(data, word, stop, forms) if stop - word <= LONGEST else 0
+            bits = word_bits(data, word, stop, forms)
             if bits & LEAD and named:
                 return word
             if not capital and not bits & LINK:
