@@ -1,7 +1,7 @@
 """Ray Serve application around the engine: an OpenAI-compatible HTTP API, replicas and autoscaling.
 
-`api` builds the HTTP application over a `Backend` and knows nothing of Ray; `app` holds the two Serve
-deployments (ingress and engine replicas) and `server` starts and stops them. The ingress never imports torch.
+`api` builds the HTTP application over a `Backend` and knows nothing of Ray; `ingress` and `replicas` hold Serve's
+deployments, `app` puts them together, and `server` starts and stops them. The ingress never imports torch.
 May import engine, storage, errors, monitor and recipe options; is imported by stages and the command line.
 """
 

@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from modelyard.errors import ResourceError, StageError
+from modelyard.serving.names import APPLICATION, INGRESS, engine_name
 from modelyard.serving.options import ServeOptions
 from modelyard.serving.traffic import Variant
 
@@ -41,11 +42,8 @@ class Rollout:
         self.variants: tuple[Variant, ...] = checked(variants)
         self._lock = threading.Lock()
 
-    def application(self, others: Sequence[Variant] = ()) -> serve.Application:
-        """The Serve application of the versions of now. Raises DataError for a folder that cannot be served."""
-        return self._build(self.variants, others)
-
-    def _build(self, variants: Sequence[Variant], others: Sequence[Variant]) -> serve.Application:
+    def application(self, variants: Sequence[Variant], others: Sequence[Variant] = ()) -> serve.Application:
+        """The Serve application of some versions, as `app.build`. Raises DataError for what cannot be served."""
         from modelyard.serving.app import build
 
         return build(self._name, self._options, self._keys, variants, others)
@@ -53,8 +51,6 @@ class Rollout:
     def deploy(self, application: serve.Application) -> None:
         """Hands an application to Serve and returns at once."""
         from ray import serve
-
-        from modelyard.serving.app import APPLICATION
 
         serve.run_many(
             [serve.RunTarget(application, name=APPLICATION, route_prefix="/", logging_config=quiet())],
@@ -81,18 +77,18 @@ class Rollout:
                 self._expect(new)
             except (StageError, ResourceError):
                 say("the new version does not start: back to the old one")
-                self.deploy(self._build(old, ()))
+                self.deploy(self.application(old))
                 raise
             self.variants = new
             leaving = [v for v in old if v.version not in {n.version for n in new}]
             for variant in leaving:
                 self._drain(variant.version)
             if leaving:
-                self._settle(new, ())
+                self._settle(new)
 
-    def _settle(self, variants: Sequence[Variant], others: Sequence[Variant]) -> None:
+    def _settle(self, variants: Sequence[Variant], others: Sequence[Variant] = ()) -> None:
         """Deploys and waits until everything runs."""
-        self.deploy(self._build(variants, others))
+        self.deploy(self.application(variants, others))
         deadline = time.monotonic() + self._options.ready_timeout_s
         time.sleep(0.2)  # the controller takes up the new goal with its next turn
         while not running():
@@ -106,12 +102,10 @@ class Rollout:
 
     def _expect(self, variants: Sequence[Variant]) -> None:
         """Waits until every ingress sends requests to these versions."""
-        from modelyard.serving.app import APPLICATION
-
         goal, seen = [v.version for v in variants], list[Any]()
         for _ in range(300):
             with suppress(Exception):  # an ingress that is just starting does not answer
-                seen = calls("ingress", "versions", APPLICATION)
+                seen = calls(INGRESS, "versions", APPLICATION)
                 if seen and all(found == goal for found in seen):
                     return
             time.sleep(0.1)
@@ -119,8 +113,6 @@ class Rollout:
 
     def _drain(self, version: str) -> None:
         """Waits until a version's engines have nothing to do, twice in a row, at most `drain_s`."""
-        from modelyard.serving.app import APPLICATION, engine_name
-
         deadline, quiet_looks = time.monotonic() + self._options.traffic.drain_s, 0
         while quiet_looks < 2 and time.monotonic() < deadline:
             time.sleep(0.3)
@@ -161,8 +153,6 @@ def quiet() -> Any:
 
 def running() -> bool:
     """Whether the application runs as asked. Raises StageError when a replica failed to start."""
-    from modelyard.serving.app import APPLICATION
-
     status = _status()
     if status is not None and status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
         raise StageError(f"a replica failed to start: {reason()}", place=APPLICATION, mend="see above")
@@ -171,8 +161,6 @@ def running() -> bool:
 
 def _status() -> Any:
     from ray import serve
-
-    from modelyard.serving.app import APPLICATION
 
     return serve.status().applications.get(APPLICATION)
 

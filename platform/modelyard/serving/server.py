@@ -11,15 +11,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from modelyard.errors import RecipeError, ResourceError
 from modelyard.serving.keys import digest, new_key, read_keys
 from modelyard.serving.options import ServeOptions
+from modelyard.serving.rollout import Rollout, quiet, reason, running
 from modelyard.serving.traffic import Variant
-
-if TYPE_CHECKING:
-    from modelyard.serving.rollout import Rollout
 
 SHUTDOWN_SECONDS = 45.0
 _CONTROLLER = "SERVE_CONTROLLER_ACTOR"
@@ -103,10 +100,8 @@ def launch(
     port = o.port or free_port(o.host)
     import ray
 
-    from modelyard.serving.rollout import Rollout
-
     rollout = Rollout(name, o, keys, (Variant(version, model), *others))
-    application = rollout.application()
+    application = rollout.application(rollout.variants)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its import set it to INFO
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False)
@@ -215,8 +210,6 @@ def _start(options: ServeOptions, port: int) -> None:
     from ray import serve
     from ray.serve.config import ControllerOptions, HTTPOptions, ProxyLocation
 
-    from modelyard.serving.rollout import quiet
-
     # For Serve's processes alone: in this one a handle must go on working without an event loop.
     chosen = {k: v for k, v in os.environ.items() if k.startswith("RAY_SERVE_")}
     environment = ENVIRONMENT | (HAPROXY_ENVIRONMENT if options.use_haproxy else {}) | chosen
@@ -231,8 +224,6 @@ def _start(options: ServeOptions, port: int) -> None:
 def _wait(url: str, deadline: float) -> None:
     """Returns when the application runs and `/healthz` answers. Raises StageError or ResourceError when not."""
     import httpx
-
-    from modelyard.serving.rollout import reason, running
 
     while time.monotonic() < deadline:
         if running():

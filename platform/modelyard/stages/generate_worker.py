@@ -25,7 +25,7 @@ class Writer:
     """
 
     def __init__(self, model: str, engine: Mapping[str, Any], how: Mapping[str, Any], output: str, done: str) -> None:
-        from modelyard.serving.app import local_folder
+        from modelyard.serving.folders import local_folder
 
         folder = local_folder(model, weights=True)
         options = EngineOptions.model_validate(engine)
