@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.task_consumer import task_handler
@@ -55,7 +55,7 @@ class Ingress:
         self._feedback = FeedbackStore(o.feedback) if o.feedback else None
         self._limiter, self._cache = Limiter(o.limits), _cache(o)
         self._metrics, self._exposition = dict[str, Metrics](), Exposition()
-        self._shadowed: dict[str, CollectorRegistry] = {}
+        self._shadowed: dict[str, Counter] = {}
         self._routes: dict[Variant, Route] = {}
         self._services: dict[str, Service] = {}
         self._traffic = Traffic(sticky=o.traffic.sticky)
@@ -98,10 +98,10 @@ class Ingress:
     def _mirror(self, route: Route) -> Mirror:
         shadow, version = self._options.traffic.shadow, route.variant.version
         if version not in self._shadowed:
-            self._shadowed[version] = CollectorRegistry()
-            self._exposition.add(version, self._shadowed[version])
-            self._counts = SHADOW.counter(self._shadowed[version])
-        counts, place = self._counts, shadow.log if shadow is not None else None
+            registry = CollectorRegistry()
+            self._exposition.add(version, registry)
+            self._shadowed[version] = SHADOW.counter(registry)
+        counts, place = self._shadowed[version], shadow.log if shadow is not None else None
 
         def keep(row: Mapping[str, Any]) -> None:
             if place is not None:
