@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 from modelyard.engine.request import Request, StepOutput, TokenLogprob
-from modelyard.errors import ResourceError
+from modelyard.serving.redis_client import redis_client
 
 log = logging.getLogger(__name__)
 
@@ -127,18 +127,9 @@ class RedisCache:
     """
 
     def __init__(self, url: str, ttl: float) -> None:
-        try:
-            from redis.asyncio import Redis
-        except ImportError as error:
-            raise ResourceError(
-                "redis_url needs the redis client", place="cache.redis_url", mend="pip install 'modelyard[redis]'"
-            ) from error
-        try:
-            self._client = Redis.from_url(url, socket_timeout=REDIS_SECONDS, socket_connect_timeout=REDIS_SECONDS)
-        except ValueError as error:
-            raise ResourceError(
-                f"not a Redis URL: {error}", place="cache.redis_url", mend="write redis://host:6379/0"
-            ) from error
+        self._client = redis_client(
+            url, "cache.redis_url", socket_timeout=REDIS_SECONDS, socket_connect_timeout=REDIS_SECONDS
+        )
         self._ttl, self._away_until = ttl, 0.0
 
     async def get(self, key: str) -> bytes | None:

@@ -17,7 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from modelyard.errors import ResourceError
+from modelyard.serving.errors import ApiError
+from modelyard.serving.redis_client import redis_client
 
 log = logging.getLogger(__name__)
 
@@ -93,21 +94,9 @@ class TaskStore:
     """
 
     def __init__(self, url: str, queue: str, keep_s: float, lease_s: float) -> None:
-        try:
-            from redis.asyncio import Redis
-        except ImportError as error:
-            raise ResourceError(
-                "asynchronous answers need the redis client", place="asynchronous.redis_url",
-                mend="pip install 'modelyard[redis]'",
-            ) from error  # fmt: skip
-        try:
-            self._redis: Any = Redis.from_url(
-                url, decode_responses=True, socket_connect_timeout=5.0, socket_timeout=10.0
-            )
-        except ValueError as error:
-            raise ResourceError(
-                f"not a Redis URL: {error}", place="asynchronous.redis_url", mend="write redis://host:6379/0"
-            ) from error
+        self._redis = redis_client(
+            url, "asynchronous.redis_url", decode_responses=True, socket_connect_timeout=5.0, socket_timeout=10.0
+        )
         self._stream, self._keep, self.lease = f"modelyard:tasks:{queue}", max(1, int(keep_s)), lease_s
         self._end = self._redis.register_script(_END)
 
@@ -172,9 +161,8 @@ class TaskStore:
             return task
         attempts = int(await self._redis.hincrby(_PREFIX + name, "attempts", 1))
         if attempts > ATTEMPTS:
-            error = {"message": f"{ATTEMPTS} workers were lost over this request", "type": "server_error",
-                     "param": None, "code": "lost"}  # fmt: skip
-            await self.end(name, "failed", json.dumps({"error": error}))
+            error = ApiError(500, f"{ATTEMPTS} workers were lost over this request", kind="server_error", code="lost")
+            await self.end(name, "failed", json.dumps(error.body()))
             return await self.get(name)
         await self._redis.hset(_PREFIX + name, "status", "in_progress")
         return replace(task, status="in_progress")
