@@ -22,7 +22,7 @@ from modelyard.serving.answers import ChatForm, Form, TextForm, embeddings_objec
 from modelyard.serving.background import Background
 from modelyard.serving.errors import ApiError, invalid_field, unavailable
 from modelyard.serving.feedback import FeedbackStore
-from modelyard.serving.middleware import Gate
+from modelyard.serving.middleware import Gate, holder_of
 from modelyard.serving.schema import ChatRequest, CompletionRequest, EmbeddingRequest, FeedbackRequest
 from modelyard.serving.service import Job, Service
 
@@ -60,18 +60,16 @@ def build_app(
 
     @app.post("/v1/chat/completions", response_model=None, responses=describe.answers(describe.CHAT, stream=True))
     async def chat(body: ChatRequest, request: Request) -> Response:
-        service.check_model(body.model)
         include_usage = body.stream_options is not None and body.stream_options.include_usage
         form = ChatForm(body.model, service.tokenizer, include_usage=include_usage)
-        jobs = await service.chat_jobs(body, form, _holder(request))
+        jobs = await service.chat_jobs(body, form, holder_of(request))
         return await _respond(service, request, jobs, form, stream=body.stream, include_usage=include_usage)
 
     @app.post("/v1/completions", response_model=None, responses=describe.answers(describe.COMPLETION, stream=True))
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        service.check_model(body.model)
         include_usage = body.stream_options is not None and body.stream_options.include_usage
         form = TextForm(body.model, service.tokenizer, include_usage=include_usage)
-        jobs = await service.text_jobs(body, form, _holder(request))
+        jobs = await service.text_jobs(body, form, holder_of(request))
         return await _respond(service, request, jobs, form, stream=body.stream, include_usage=include_usage)
 
     return app
@@ -80,15 +78,9 @@ def build_app(
 def _embeddings(app: FastAPI, service: Service) -> None:
     @app.post("/v1/embeddings", response_model=None, responses=describe.answers(describe.EMBEDDINGS))
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
-        service.check_model(body.model)
-        jobs = await service.embedding_jobs(body, f"embd-{uuid.uuid4().hex}", _holder(request))
+        jobs = await service.embedding_jobs(body, f"embd-{uuid.uuid4().hex}", holder_of(request))
         answers = await _unless_disconnected(request, service.whole(jobs))
         return JSONResponse(embeddings_object(body.model, answers, service.usage_tokens(jobs), body.encoding_format))
-
-
-def _holder(request: Request) -> str:
-    """Name of the API key's holder; empty when no key is asked for."""
-    return str(getattr(request.state, "key", ""))
 
 
 def _opinions(app: FastAPI, service: Service, store: FeedbackStore | None) -> None:
@@ -97,7 +89,7 @@ def _opinions(app: FastAPI, service: Service, store: FeedbackStore | None) -> No
         if store is None:
             raise ApiError(404, "this server keeps no feedback", code="feedback_off")
         try:
-            name = await store.add(body, _holder(request), service.version)
+            name = await store.add(body, holder_of(request), service.version)
         except ValueError as error:  # images in a message
             raise ApiError(400, str(error), param="messages") from None
         except (OSError, StorageError):
@@ -194,7 +186,7 @@ async def _respond(
 
 def _charge(service: Service, request: Request, tokens: int) -> None:
     if service.limiter is not None:
-        service.limiter.used(_holder(request), tokens)
+        service.limiter.used(holder_of(request), tokens)
 
 
 async def _first(outputs: AsyncGenerator[tuple[int, StepOutput], None]) -> tuple[int, StepOutput]:

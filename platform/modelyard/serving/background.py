@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from modelyard.serving import describe
 from modelyard.serving.answers import ChatForm, TextForm, embeddings_object
 from modelyard.serving.errors import ApiError, unavailable
+from modelyard.serving.middleware import holder_of
 from modelyard.serving.schema import ChatRequest, CompletionRequest, EmbeddingRequest
 from modelyard.serving.service import Job, Service
 from modelyard.serving.tasks import ENDED, Task, TaskStore, new_task
@@ -88,10 +89,10 @@ def routes(app: FastAPI, service: Service, background: Background | None) -> Non
         return background
 
     async def submit(endpoint: str, body: Body, request: Request, webhook: str | None) -> JSONResponse:
-        there, holder = ready(), str(getattr(request.state, "key", ""))
+        there, holder = ready(), holder_of(request)
         if getattr(body, "stream", False):
             raise ApiError(400, "an asynchronous answer cannot be streamed", param="stream")
-        await _jobs(service, endpoint, body, holder)  # whatever is wrong with it is said now, and its tokens counted
+        await _jobs(service, body, holder)  # whatever is wrong with it is said now, and its tokens counted
         task = new_task(endpoint, holder, body.model_dump_json(exclude_unset=True, by_alias=True), webhook or "")
         await there.submit(task)
         return JSONResponse(task.public(), 202)
@@ -113,21 +114,19 @@ def routes(app: FastAPI, service: Service, background: Background | None) -> Non
 
     @app.get("/v1/async/{name}", response_model=None, responses=describe.answers(describe.TASK))
     async def poll(name: str, request: Request) -> JSONResponse:
-        return JSONResponse((await ready().find(name, str(getattr(request.state, "key", "")))).public())
+        return JSONResponse((await ready().find(name, holder_of(request))).public())
 
     @app.post("/v1/async/{name}/cancel", response_model=None, responses=describe.answers(describe.TASK))
     async def cancel(name: str, request: Request) -> JSONResponse:
-        return JSONResponse((await ready().cancel(name, str(getattr(request.state, "key", "")))).public())
+        return JSONResponse((await ready().cancel(name, holder_of(request))).public())
 
 
-async def _jobs(service: Service, endpoint: str, body: Body, holder: str) -> tuple[list[Job], ChatForm | TextForm]:
+async def _jobs(service: Service, body: Body, holder: str) -> tuple[list[Job], ChatForm | TextForm]:
     """A body's jobs, and the form of its answer. Raises ApiError for what cannot run."""
-    form = ChatForm(body.model, service.tokenizer) if endpoint.endswith("chat/completions") else TextForm(
-        body.model, service.tokenizer
-    )  # fmt: skip
-    service.check_model(body.model)
     if isinstance(body, ChatRequest):
-        return await service.chat_jobs(body, form, holder), form
+        chat = ChatForm(body.model, service.tokenizer)
+        return await service.chat_jobs(body, chat, holder), chat
+    form = TextForm(body.model, service.tokenizer)
     if isinstance(body, CompletionRequest):
         return await service.text_jobs(body, form, holder), form
     return await service.embedding_jobs(body, form.id, holder), form
@@ -147,7 +146,7 @@ async def perform(service: Service, task: Task) -> tuple[str, str]:
 
 async def _whole(service: Service, task: Task) -> dict[str, Any]:
     body = BODIES[task.endpoint].model_validate_json(task.body)
-    jobs, form = await _jobs(service, task.endpoint, body, task.holder)
+    jobs, form = await _jobs(service, body, task.holder)
     answers = await service.whole(jobs)
     if isinstance(body, EmbeddingRequest):
         return embeddings_object(body.model, answers, service.usage_tokens(jobs), body.encoding_format)

@@ -11,10 +11,10 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from ray.serve.schema import TaskProcessorAdapter, TaskProcessorConfig, TaskResult
+from ray.serve.schema import TaskProcessorAdapter, TaskProcessorConfig
 
 from modelyard.serving.options import AsyncOptions
-from modelyard.serving.tasks import Task, TaskStore, Worker, new_task
+from modelyard.serving.tasks import Task, TaskStore, Worker
 from modelyard.serving.webhooks import Messenger, read_secret
 
 Handler = Callable[[Task], Awaitable[tuple[str, str]]]
@@ -26,7 +26,7 @@ def store_of(options: AsyncOptions, queue: str) -> TaskStore:
 
 
 class RedisTasks(TaskProcessorAdapter):
-    """Serve's adapter protocol over :class:`TaskStore` and :class:`Worker`. Asynchronous only, one handler.
+    """The consuming half of Serve's adapter protocol over :class:`TaskStore` and :class:`Worker`, for one handler.
 
     `config.adapter_config` holds :class:`AsyncOptions` as a mapping.
     """
@@ -58,45 +58,8 @@ class RedisTasks(TaskProcessorAdapter):
         if self._work is not None and not self._work.get_loop().is_closed():
             self._work.get_loop().call_soon_threadsafe(self._work.cancel)
 
-    async def enqueue_task_async(self, task_name: str, args: Any = None, kwargs: Any = None, **_: Any) -> TaskResult:
-        """Queues `kwargs` (endpoint, holder, body, webhook) as a task."""
-        task = new_task(**(kwargs or {}))
-        await self._store.submit(task)
-        return TaskResult(id=task.id, status=task.status, created_at=task.created, result=None)
+    def _elsewhere(self, *_: Any, **__: Any) -> Any:
+        """Not offered, though Serve's protocol asks for it: tasks are submitted and looked at through the ingress."""
+        raise NotImplementedError("ask the ingress, under /v1/async/")
 
-    async def get_task_status_async(self, task_id: str) -> TaskResult:
-        """Status and result of a task."""
-        task = await self._store.get(task_id)
-        return TaskResult(id=task_id, status=task.status if task else "unknown", result=task.result if task else None)
-
-    async def cancel_task_async(self, task_id: str) -> None:
-        """Ends a task that has not ended."""
-        await self._store.end(task_id, "cancelled")
-
-    async def get_metrics_async(self) -> dict[str, Any]:
-        """Tasks that have not ended."""
-        return {"pending": await self._store.pending()}
-
-    async def health_check_async(self) -> list[dict[str, Any]]:
-        """Whether this replica takes tasks."""
-        return [{"consuming": self._work is not None and not self._work.done()}]
-
-    def enqueue_task_sync(self, task_name: str, args: Any = None, kwargs: Any = None, **_: Any) -> TaskResult:
-        """Not offered: this adapter lives in an event loop."""
-        raise NotImplementedError("use enqueue_task_async")
-
-    def get_task_status_sync(self, task_id: str) -> TaskResult:
-        """Not offered, as above."""
-        raise NotImplementedError("use get_task_status_async")
-
-    def cancel_task_sync(self, task_id: str) -> None:
-        """Not offered, as above."""
-        raise NotImplementedError("use cancel_task_async")
-
-    def get_metrics_sync(self) -> dict[str, Any]:
-        """Not offered, as above."""
-        raise NotImplementedError("use get_metrics_async")
-
-    def health_check_sync(self) -> list[dict[str, Any]]:
-        """Not offered, as above."""
-        raise NotImplementedError("use health_check_async")
+    enqueue_task_sync = get_task_status_sync = cancel_task_sync = get_metrics_sync = health_check_sync = _elsewhere

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from starlette.types import Send
 
 
 class ApiError(Exception):
@@ -39,6 +42,14 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         """Headers to send with it."""
         return {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
+
+
+async def refuse(error: ApiError, send: Send) -> None:
+    """Answers an ASGI request with an error."""
+    headers = {"content-type": "application/json"} | error.headers()
+    pairs = [(k.encode(), v.encode()) for k, v in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": pairs})
+    await send({"type": "http.response.body", "body": json.dumps(error.body()).encode()})
 
 
 def overloaded() -> ApiError:

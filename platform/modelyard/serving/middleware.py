@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 import traceback
 from collections.abc import Mapping
 
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from modelyard.serving.errors import ApiError
+from modelyard.serving.errors import ApiError, refuse
 from modelyard.serving.keys import holder
 from modelyard.serving.metrics import Metrics
 
@@ -23,6 +23,11 @@ ENDPOINTS = OPEN_PATHS | {
     "/v1/async",
 }  # fmt: skip
 BODY_SECONDS = 30.0
+
+
+def holder_of(request: Request) -> str:
+    """Name of the API key's holder, as `Gate` found it; empty when no key is asked for."""
+    return str(getattr(request.state, "key", ""))
 
 
 class Gate:
@@ -106,7 +111,4 @@ class Gate:
 
     async def _refuse(self, error: ApiError, send: Send) -> None:
         self._metrics.errors.labels(error.code or error.kind).inc()
-        headers = {"content-type": "application/json"} | error.headers()
-        pairs = [(k.encode(), v.encode()) for k, v in headers.items()]
-        await send({"type": "http.response.start", "status": error.status, "headers": pairs})
-        await send({"type": "http.response.body", "body": json.dumps(error.body()).encode()})
+        await refuse(error, send)

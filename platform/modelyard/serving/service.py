@@ -96,14 +96,16 @@ class Service:
     async def chat_jobs(self, body: ChatRequest, form: Form, holder: str = "") -> list[Job]:
         """The choices of a chat request of a key's holder.
 
-        Raises ApiError when the prompt cannot be made or is too long, or the holder has used up its limit.
+        Raises ApiError for another model's name, when the prompt cannot be made or is too long, or when the holder
+        has used up its limit.
         """
+        adapter = self.check_model(body.model)
         try:
             turns = body.turns()
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from None
         text = self._render(turns, body)
-        return self._jobs([await self._encode(text, special=False)], body, form, "messages", holder)
+        return self._jobs([await self._encode(text, special=False)], body, form, "messages", holder, adapter)
 
     def _render(self, turns: list[dict[str, object]], body: ChatRequest) -> str:
         try:
@@ -113,8 +115,9 @@ class Service:
 
     async def text_jobs(self, body: CompletionRequest, form: Form, holder: str = "") -> list[Job]:
         """The choices of a text completion request, prompt by prompt. Raises ApiError as above."""
+        adapter = self.check_model(body.model)
         prompts = [p if isinstance(p, list) else await self._encode(p, special=True) for p in body.prompts()]
-        return self._jobs(prompts, body, form, "prompt", holder)
+        return self._jobs(prompts, body, form, "prompt", holder, adapter)
 
     async def _encode(self, text: str, *, special: bool) -> list[int]:
         try:
@@ -125,11 +128,11 @@ class Service:
             raise ApiError(400, error.what) from None
 
     def _jobs(
-        self, prompts: Sequence[list[int]], body: ChatRequest | CompletionRequest, form: Form, field: str, holder: str
-    ) -> list[Job]:
+        self, prompts: Sequence[list[int]], body: ChatRequest | CompletionRequest, form: Form, field: str, holder: str,
+        adapter: str | None,
+    ) -> list[Job]:  # fmt: skip
         if len(prompts) * body.n > self.max_choices:
             raise ApiError(400, f"at most {self.max_choices} answers a request", param="n")
-        adapter = self.check_model(body.model)
         jobs: list[Job] = []
         for tokens in prompts:
             sampling = body.sampling(self._room(tokens, field))
@@ -138,20 +141,23 @@ class Service:
             for copy in range(body.n):
                 request = Request(f"{form.id}-{len(jobs)}", prompt, _seeded(sampling, copy), adapter=adapter)
                 jobs.append(Job(len(jobs), request, self._key(request, holder)))
-        if self.limiter is not None:
-            self.limiter.admit(holder, _prompt_tokens(jobs))
-        return jobs
+        return self._admitted(jobs, holder)
 
     async def embedding_jobs(self, body: EmbeddingRequest, name: str, holder: str = "") -> list[Job]:
         """One job an input. Raises ApiError as above."""
+        adapter = self.check_model(body.model)
         inputs = [p if isinstance(p, list) else await self._encode(p, special=True) for p in body.inputs()]
-        jobs, adapter = [], self.check_model(body.model)
+        jobs = []
         for i, tokens in enumerate(inputs):
             self._room(tokens, "input")
             request = Request(
                 f"{name}-{i}", tuple(tokens), task="embed", pooling=body.pooling, detokenize=False, adapter=adapter
             )
             jobs.append(Job(i, request))
+        return self._admitted(jobs, holder)
+
+    def _admitted(self, jobs: list[Job], holder: str) -> list[Job]:
+        """The jobs, taken from what their holder may use. Raises ApiError when that is used up."""
         if self.limiter is not None:
             self.limiter.admit(holder, _prompt_tokens(jobs))
         return jobs
@@ -233,11 +239,7 @@ class Service:
         """Every choice's full answer. The first failure cancels the others."""
 
         async def once(job: Job) -> StepOutput:
-            parts = [part async for part in self.outputs(job)]
-            total = parts[0]
-            for part in parts[1:]:
-                total = total + part
-            return total
+            return reduce(add, [part async for part in self.outputs(job)])
 
         async def collect(job: Job) -> StepOutput:
             # Nothing has been sent yet, so a replica lost in the midst of an answer is nobody's concern.

@@ -20,7 +20,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from modelyard.serving.errors import ApiError
+from modelyard.serving.errors import ApiError, refuse
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Door:
         try:
             route = self._state.choose(scope)
         except ApiError as error:
-            await _refuse(error, send)
+            await refuse(error, send)
             return
         mirror = self._state.mirror
         if mirror is not None and scope["path"] in MIRRORED and mirror.wants():
@@ -278,10 +278,3 @@ async def _ask(app: ASGIApp, scope: Scope, body: bytes) -> _Seen:
     await app({**scope, "state": {}}, receive, send)
     seen.end()
     return seen
-
-
-async def _refuse(error: ApiError, send: Send) -> None:
-    body = json.dumps(error.body()).encode()
-    head = [(b"content-type", b"application/json")]
-    await send({"type": "http.response.start", "status": error.status, "headers": head})
-    await send({"type": "http.response.body", "body": body})
