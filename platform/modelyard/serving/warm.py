@@ -7,8 +7,8 @@ lie in Numba's cache on disk, where the next replica of this machine finds them.
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from modelyard.engine.options import EngineOptions
 from modelyard.engine.protocol import Engine
@@ -39,19 +39,9 @@ def warm_up(engine: Engine, options: EngineOptions) -> float:
 
     It blocks, whether or not the calling thread has an event loop. Raises what the engine raises.
     """
-    started, failed = time.perf_counter(), []
-
-    def run() -> None:
-        try:
-            asyncio.run(_all(engine, options))
-        except Exception as error:  # raised again in the caller's thread
-            failed.append(error)
-
-    thread = threading.Thread(target=run, name="warm-up")
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
+    started = time.perf_counter()
+    with ThreadPoolExecutor(1, "warm-up") as thread:
+        thread.submit(lambda: asyncio.run(_all(engine, options))).result()
     return time.perf_counter() - started
 
 

@@ -206,7 +206,7 @@ def _models(ctx: StageContext[DeployOptions], options: ServeOptions) -> tuple[Va
         uri, name, version = find_model(ctx.options.reference, ctx.root)
         return Variant(version, uri), name, references(ctx.options.reference, options)
     given = ctx.inputs["model"]
-    uri, follow = model_uri(given), model_uri(given)
+    uri = follow = model_uri(given)
     if isinstance(given, Artifact) and given.manifest.kind == "register":
         follow = "models:/{name}@{alias}".format(**given.manifest.extra)
     return Variant(_version(given), uri), _name(given), references(follow, options)

@@ -61,11 +61,12 @@ def serve_model(
     Raises what :func:`find_model` and :func:`modelyard.serving.launch` raise.
     """
     from modelyard.serving.server import HAPROXY_ENVIRONMENT, check, launch
+    from modelyard.serving.traffic import Variant
     from modelyard.stages.served import Served, references, variants
 
-    _, found, _ = find_model(reference, root)
+    uri, found, version = find_model(reference, root)
     wanted = references(reference, options)
-    stable, *others = variants(wanted, root)
+    stable, *others = variants(wanted[1:], root, [Variant(version, uri)])
     check(options)
     if options.use_haproxy:
         # Ray's processes inherit this: it has to be there before they start.
