@@ -4,8 +4,8 @@ A request carries `computed`, the number of its tokens whose keys and values are
 a token budget; there is no prefill phase and no decode phase. `request` holds what goes in and out,
 `scheduler`, `blocks` and `slots` decide what runs and what is shared, `batch` lays a step out, `decoder` is the
 forward pass over Hugging Face safetensors with `kernels` between its matrix products, `sampler`, `grammar` and
-`detokenize` turn logits into text, `speculate` guesses ahead, `adapters` is LoRA, `core` is the step loop and
-`native` runs it behind an asynchronous interface (`protocol.Engine`). `any_architecture` and `vllm_engine` put other
+`detokenize` turn logits into text, `speculate` guesses ahead, `adapters` is LoRA, `core` is the step loop,
+`offline` runs it in the caller's thread and `native` behind an asynchronous interface (`protocol.Engine`). `any_architecture` and `vllm_engine` put other
 libraries behind the same interface.
 
 May import storage, errors and planner; never Ray, MLflow or another core. Importing this package, `request`,
@@ -18,15 +18,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from modelyard.engine.core import Completion, EngineCore, generate
+    from modelyard.engine.core import EngineCore
     from modelyard.engine.native import NativeEngine
+    from modelyard.engine.offline import Completion, generate
     from modelyard.engine.options import EngineOptions
     from modelyard.engine.protocol import Engine
     from modelyard.engine.request import EngineStats, Grammar, Request, Sampling, Scored, StepOutput, TokenLogprob
     from modelyard.engine.tokenizer import Tokenizer
 
 _HOME = {
-    "Completion": "core",
+    "Completion": "offline",
     "Engine": "protocol",
     "EngineCore": "core",
     "EngineOptions": "options",
@@ -39,7 +40,7 @@ _HOME = {
     "StepOutput": "request",
     "TokenLogprob": "request",
     "Tokenizer": "tokenizer",
-    "generate": "core",
+    "generate": "offline",
 }
 
 __all__ = [

@@ -338,11 +338,15 @@ class EngineCore:
         salt = f"{next(self._adapters_read)}:{name}".encode()
         return read_adapter(name, Path(folder), self.decoder.weights.modules, salt)
 
-    def load_adapter(self, name: str, folder: str | Path | Adapter) -> None:
-        """See `protocol.Engine.load_adapter`; takes what `read_adapter` read, too."""
-        if not name or name in self.adapters:
-            raise DataError(f"adapter name {name!r} is empty or taken", place="adapter", mend="unload it first")
-        self.adapters[name] = folder if isinstance(folder, Adapter) else self.read_adapter(name, folder)
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """See `protocol.Engine.load_adapter`."""
+        self.add_adapter(self.read_adapter(name, folder))
+
+    def add_adapter(self, adapter: Adapter) -> None:
+        """Lets requests name an adapter. Raises DataError for a name that is empty or taken."""
+        if not adapter.name or adapter.name in self.adapters:
+            raise DataError(f"adapter name {adapter.name!r} is empty or taken", place="adapter", mend="unload it first")
+        self.adapters[adapter.name] = adapter
 
     def unload_adapter(self, name: str) -> None:
         """See `protocol.Engine.unload_adapter`."""
@@ -388,31 +392,3 @@ class EngineCore:
         if not set(self._text) <= set(self._sequences):
             faults.append("text of a finished request is kept")
         return faults
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A finished answer: everything its step outputs said, as one."""
-
-    request: Request
-    output: StepOutput
-
-
-def generate(core: EngineCore, requests: Iterable[Request]) -> list[Completion]:
-    """Continues all requests and returns their answers in order. For programs that need no streaming.
-
-    Raises DataError when the engine is paused: nobody could resume it meanwhile.
-    """
-    if core.paused:
-        raise DataError("the engine is paused", place="engine", mend="resume it first")
-    wanted = list(requests)
-    outputs: dict[str, StepOutput] = {}
-    queue = iter(wanted)
-    pending = next(queue, None)
-    while pending is not None or core.busy:
-        while pending is not None and core.scheduler.waiting < core.options.max_sequences:
-            core.add(pending)
-            pending = next(queue, None)
-        for name, output in core.step():
-            outputs[name] = outputs[name] + output if name in outputs else output
-    return [Completion(r, outputs[r.id]) for r in wanted]

@@ -154,7 +154,7 @@ class NativeEngine:
     def load_adapter(self, name: str, folder: str) -> None:
         """See `protocol.Engine.load_adapter`. Reads in the caller's thread while the engine goes on."""
         adapter = self._core.read_adapter(name, folder)
-        self._call(lambda: self._core.load_adapter(name, adapter)).result()
+        self._call(lambda: self._core.add_adapter(adapter)).result()
 
     def unload_adapter(self, name: str) -> None:
         """See `protocol.Engine.unload_adapter`."""
