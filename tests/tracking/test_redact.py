@@ -32,6 +32,13 @@ def test_values_of_secret_environment_variables_are_blanked_inside_text(monkeypa
     assert flatten({"url": "https://t0psecret-value@host"}) == {"url": f"https://{HIDDEN}@host"}
 
 
+def test_passwords_in_urls_are_blanked() -> None:
+    assert flatten({"redis_url": "rediss://:p%40ss@host:6379/0"}) == {"redis_url": f"rediss://:{HIDDEN}@host:6379/0"}
+    assert redact_text("at http://me:secret@host/a:b@c") == f"at http://me:{HIDDEN}@host/a:b@c"
+    for harmless in ("s3://bucket/a:b@c", "models:/name@champion", "http://host:8000/x", "redis://host:6379/0"):
+        assert redact_text(harmless) == harmless
+
+
 def test_flatten_numbers_lists_of_mappings_and_keeps_plain_lists() -> None:
     flat = flatten({"steps": [{"dedup": {"jaccard": 0.8}}], "rules": ["c4", "gopher"], "none": None, "empty": {}})
     assert flat == {"steps.0.dedup.jaccard": "0.8", "rules": '["c4", "gopher"]', "none": "null", "empty": "{}"}

@@ -18,6 +18,7 @@ _SECRET_WORDS = frozenset(
     ("key", "apikey", "token", "secret", "secrets", "password", "passwd", "passphrase", "credential", "credentials")
 )
 _BAD_KEY = re.compile(r"[^\w\-. :/]")
+_URL_PASSWORD = re.compile(r"(?<=://)([^\s/@:]*:)[^\s/@]+(?=@)")
 _SHORTEST_SECRET = 8  # an environment value shorter than this ("1", "yes") would blank ordinary text
 
 
@@ -32,17 +33,17 @@ def _environment_secrets() -> list[str]:
 
 
 def redact_text(text: str) -> str:
-    """`text` with every value of a secret-sounding environment variable blanked."""
+    """`text` with every value of a secret-sounding environment variable blanked, and every password of a URL."""
     for secret in _environment_secrets():
         text = text.replace(secret, HIDDEN)
-    return text
+    return _URL_PASSWORD.sub(rf"\1{HIDDEN}", text)
 
 
 def redact(value: Any, name: str = "") -> Any:
     """A copy of nested options in which no secret is left.
 
     A string under a secret-sounding name is blanked, and so is any part of a string that equals the
-    value of a secret-sounding environment variable. Numbers stay: `tokens: 256` is no secret.
+    value of a secret-sounding environment variable or is a URL's password. Numbers stay: `tokens: 256` is no secret.
     """
     if isinstance(value, Mapping):
         return {key: redact(item, str(key)) for key, item in value.items()}
