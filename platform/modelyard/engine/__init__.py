@@ -1,12 +1,12 @@
 """CORE: the continuous-batching inference engine that serving, rollouts, evaluation and batch generation share.
 
-A request carries `computed`, the number of its tokens whose keys and values are cached; every step has
-a token budget; there is no prefill phase and no decode phase. `request` holds what goes in and out,
-`scheduler`, `blocks` and `slots` decide what runs and what is shared, `batch` lays a step out, `decoder` is the
-forward pass over Hugging Face safetensors with `kernels` between its matrix products, `sampler`, `grammar` and
-`detokenize` turn logits into text, `speculate` guesses ahead, `adapters` is LoRA, `core` is the step loop,
-`offline` runs it in the caller's thread and `native` behind an asynchronous interface (`protocol.Engine`). `any_architecture` and `vllm_engine` put other
-libraries behind the same interface.
+A request carries `computed`, the number of its tokens whose keys and values are cached; every step has a token
+budget; there is no prefill phase and no decode phase. `request` holds what goes in and out, `scheduler`,
+`blocks` and `slots` decide what runs and what is shared, `batch` lays a step out, `decoder` is the forward pass
+over Hugging Face safetensors with `kernels` between its matrix products, `sampler`, `grammar` and `detokenize`
+turn logits into text, `speculate` guesses ahead, `adapters` is LoRA, `core` is the step loop, `offline` runs it
+in the caller's thread and `native` behind an asynchronous interface (`protocol.Engine`). `any_architecture` and
+`vllm_engine` put other libraries behind the same interface.
 
 May import storage, errors and planner; never Ray, MLflow or another core. Importing this package, `request`,
 `options` or `tokenizer` does not import torch, so that an HTTP process stays small.

@@ -59,8 +59,13 @@ class ServerHandle:
     name: str
     url: str
     seconds: float
-    key: str | None = field(default=None, repr=False)
-    rollout: Rollout | None = field(default=None, repr=False)
+    key: str | None = field(repr=False)
+    rollout: Rollout = field(repr=False)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers that requests to it need."""
+        return {"authorization": f"Bearer {self.key}"} if self.key else {}
 
     def shutdown(self) -> None:
         """Drains and stops the server and Ray Serve. Ray itself goes on."""

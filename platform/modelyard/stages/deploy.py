@@ -260,9 +260,8 @@ def _post(handle: ServerHandle, path: str, body: dict[str, Any]) -> _Answer | st
     """The answer, or the server's error message."""
     import httpx
 
-    headers = {"authorization": f"Bearer {handle.key}"} if handle.key else {}
     started = time.perf_counter()
-    response = httpx.post(handle.url + path, json=body, headers=headers, timeout=300)
+    response = httpx.post(handle.url + path, json=body, headers=handle.headers, timeout=300)
     seconds = time.perf_counter() - started
     value = response.json()
     if response.status_code != 200:

@@ -109,7 +109,7 @@ class Served:
         Called by the watching thread alone.
         """
         rollout = self._handle.rollout
-        if rollout is None or not any(reference.moves for reference in self._wanted):
+        if not any(reference.moves for reference in self._wanted):
             return
         try:
             now = tuple(variants(self._wanted, self._root))
@@ -155,16 +155,15 @@ class Served:
     def _look(self) -> series.Look | None:
         import httpx
 
-        headers = {"authorization": f"Bearer {self._handle.key}"} if self._handle.key else {}
         try:
-            answer = httpx.get(self._handle.url + "/metrics", headers=headers, timeout=10)
+            answer = httpx.get(self._handle.url + "/metrics", headers=self._handle.headers, timeout=10)
         except httpx.HTTPError:
             return None
         return series.read(answer.text) if answer.status_code == 200 else None
 
     def _note(self, event: str, seconds: float | None = None) -> None:
         """Writes down which versions serve now."""
-        found = self._handle.rollout.variants if self._handle.rollout is not None else ()
+        found = self._handle.rollout.variants
         self.run.set_tags({"version": _names(found), **{f"model.{v.version}": v.model for v in found}})
         self._events.append({
             "event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": seconds,
@@ -180,8 +179,6 @@ def stop_watching() -> None:
 
 
 def _names(found: tuple[Variant, ...]) -> str:
-    """The versions in a few words, such as `3 (with 10 % to 4)`."""
-    if not found:
-        return "none"
+    """The versions in a few words, such as `3 (with 10% to 4)`."""
     parts = ["a shadow of " + v.version if v.shadow else f"{v.share:.0%} to {v.version}" for v in found[1:]]
     return (found[0].version or "unnamed") + (f" (with {' and '.join(parts)})" if parts else "")
