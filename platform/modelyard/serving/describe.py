@@ -35,7 +35,7 @@ _FINISH = {"enum": ["stop", "length"]}
 _HEAD = {"id": _TEXT, "created": _COUNT, "model": _TEXT, "usage": _USAGE}
 _MESSAGE = _object({"role": {"const": "assistant"}, "content": _TEXT, "refusal": {"type": "null"}})
 _CHOICE = {"index": _COUNT, "finish_reason": _FINISH, "logprobs": _nullable({"type": "object"})}
-_MODEL = _object({"id": _TEXT, "object": {"const": "model"}, "created": _COUNT, "owned_by": _TEXT})
+MODEL = _object({"id": _TEXT, "object": {"const": "model"}, "created": _COUNT, "owned_by": _TEXT})
 _VECTOR = {"anyOf": [_list({"type": "number"}), {"type": "string", "contentEncoding": "base64"}]}
 
 CHAT = _object(
@@ -48,8 +48,7 @@ EMBEDDINGS = _object({
     "object": {"const": "list"}, "model": _TEXT, "usage": _USAGE,
     "data": _list(_object({"object": {"const": "embedding"}, "index": _COUNT, "embedding": _VECTOR})),
 })  # fmt: skip
-MODEL = _MODEL
-MODELS = _object({"object": {"const": "list"}, "data": _list(_MODEL)})
+MODELS = _object({"object": {"const": "list"}, "data": _list(MODEL)})
 TASK = _object({
     "id": _TEXT, "object": {"const": "async.task"}, "endpoint": _TEXT, "created_at": _COUNT,
     "status": {"enum": ["queued", "in_progress", "completed", "failed", "cancelled"]},

@@ -49,8 +49,12 @@ def references(model: str, options: ServeOptions) -> list[Reference]:
     return found
 
 
-def variants(wanted: Sequence[Reference], root: str, known: Sequence[Variant] = ()) -> list[Variant]:
-    """The versions that the references mean now, behind `known` ones. One that equals an earlier one is left out.
+def variants(
+    wanted: Sequence[Reference], root: str, known: Sequence[Variant] = (), say: Callable[[str], None] = log.warning
+) -> list[Variant]:
+    """The versions that the references mean now, behind `known` ones.
+
+    One that equals an earlier one is left out, and `say` is told.
 
     Raises DataError or StorageError as :func:`modelyard.stages.serve.find_model`.
     """
@@ -60,7 +64,7 @@ def variants(wanted: Sequence[Reference], root: str, known: Sequence[Variant] = 
     for reference in wanted:
         uri, _, version = find_model(reference.text, root)
         if version in {v.version for v in found}:
-            log.warning("%s is version %s, which another already stands for: left out", reference.role, version)
+            say(f"{reference.role} is version {version}, which another already stands for: left out")
             continue
         found.append(Variant(version, uri, reference.share, shadow=reference.role == "shadow"))
     return found
@@ -112,7 +116,7 @@ class Served:
         if not any(reference.moves for reference in self._wanted):
             return
         try:
-            now = tuple(variants(self._wanted, self._root))
+            now = tuple(variants(self._wanted, self._root, say=log.debug))  # or it would be said at every look
             if now == rollout.variants or now == self._refused:
                 return
             self._refused = now  # what did not start is not tried again until an alias moves
