@@ -377,3 +377,7 @@ def test_constraints_nothing_can_satisfy_are_400(local: LocalServer) -> None:
 def test_openapi_describes_the_requests(local: LocalServer) -> None:
     document = HTTP.get(local.url + "/openapi.json").json()
     assert {"/v1/completions", "/v1/chat/completions", "/v1/models"} <= set(document["paths"])
+    for name in ("temperature", "top_p", "n", "presence_penalty", "frequency_penalty", "stream"):
+        field = document["components"]["schemas"]["ChatRequest"]["properties"][name]
+        assert {"type": "null"} in field["anyOf"], name
+    assert post(local, CHAT | {"presence_penalty": None, "n": None, "max_tokens": 1}).status_code == 200

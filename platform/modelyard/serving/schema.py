@@ -51,10 +51,24 @@ class ResponseFormat(BaseModel):
         return Grammar("json_object") if self.type == "json_object" else None
 
 
+_NULLABLE = ("temperature", "top_p", "n", "presence_penalty", "frequency_penalty", "stream")
+"""Fields whose null means their default, as OpenAI's server takes it."""
+
+
+def _say_nullable(schema: dict[str, Any]) -> None:
+    """The same for the OpenAPI document."""
+    for name in _NULLABLE:
+        bounds = schema["properties"][name]
+        about = {key: bounds.pop(key) for key in ("title", "description", "default") if key in bounds}
+        schema["properties"][name] = {"anyOf": [bounds, {"type": "null"}], **about}
+
+
 class _Common(BaseModel):
     """Fields completions and chat share."""
 
-    model_config = ConfigDict(extra="ignore", protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="ignore", protected_namespaces=(), allow_inf_nan=False, json_schema_extra=_say_nullable
+    )
 
     model: str = Field(description="served model name")
     temperature: float = Field(1.0, ge=0, le=2, description="0 = greedy")
@@ -82,7 +96,7 @@ class _Common(BaseModel):
             raise ValueError("give regex or response_format, not both")
         return self
 
-    @field_validator("temperature", "top_p", "n", "presence_penalty", "frequency_penalty", "stream", mode="before")
+    @field_validator(*_NULLABLE, mode="before")
     @classmethod
     def _null_is_default(cls, value: Any, info: Any) -> Any:
         return cls.model_fields[info.field_name].default if value is None else value
