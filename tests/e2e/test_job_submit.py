@@ -181,6 +181,21 @@ def test_any_recipe_runs_as_a_job_and_the_second_submission_finds_it_done(head: 
     assert manifest.stat().st_mtime_ns == written
 
 
+OWN = """
+from modelyard.stages import session
+session.start(3)
+import ray
+print("CPUS", ray.cluster_resources()["CPU"])
+"""
+
+
+def test_a_cluster_that_runs_on_this_machine_is_not_joined_unasked(head: Head) -> None:
+    env = head.env | {"RAY_TMPDIR": str(head.folder)}  # where `ray start` left its address for whoever gives none
+    assert list((head.folder / "ray").glob("ray_current_cluster"))
+    done = subprocess.run([sys.executable, "-c", OWN], env=env, capture_output=True, text=True, timeout=120, check=True)
+    assert "CPUS 3.0" in done.stdout
+
+
 def test_a_mistake_in_the_recipe_ends_the_job_with_its_place(head: Head, recipe: Path) -> None:
     recipe.write_text(recipe.read_text().replace("steps:", "stepz:"))
     done = head.submit("python", "jobs/run_recipe.py", str(recipe))

@@ -109,7 +109,8 @@ def launch(
     application = rollout.application(rollout.variants)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its import set it to INFO
     if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False)
+        # "local": never a cluster that merely happens to run on this machine.
+        ray.init(os.environ.get("RAY_ADDRESS") or "local", include_dashboard=False, log_to_driver=False)
     _check_cluster(o, 1 + len(others))
     _start(o, port)
     rollout.deploy(application)

@@ -60,6 +60,8 @@ def _start_local(cpus: int) -> None:
     paths = [str(PACKAGE.parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     ray.init(
+        # Without it Ray joins any cluster that `ray start` left on this machine, and refuses num_cpus there.
+        address="local",
         num_cpus=cpus,
         include_dashboard=False,
         object_store_memory=LOCAL_OBJECT_STORE,
