@@ -35,9 +35,9 @@ def test_the_page_holds_every_plot(recipe: Path, tmp_path: Path, capsys: pytest.
     code, text = call(capsys, "plan", recipe, "--html", tmp_path / "plan.html", "--region", "france")
     assert code == 0 and "base" in text
     page = (tmp_path / "plan.html").read_text()
-    for title in ("base (pretrain)", "Memory", "Parameters", "Cost against time", "Loss against compute"):
+    for title in ("base (pretrain)", "Memory", "Layouts", "Parameters", "Cost against time", "Loss against compute"):
         assert title in page
-    assert page.count("<svg") == 3 and "nan" not in page and "<script" not in page
+    assert page.count("<svg") == 4 and "nan" not in page and "<script" not in page
 
 
 def test_what_if_on_other_hardware(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,8 @@ from modelyard.planner import formatting as fmt
         (fmt.duration(0.0123), "12.3 ms"), (fmt.duration(59), "59 s"), (fmt.duration(90), "1 min 30 s"),
         (fmt.duration(86400 * 3), "3 d"), (fmt.money(1234.5), "$1,234"), (fmt.money(0.0123), "$0.012"),
         (fmt.energy(0.0042), "4.2 Wh"), (fmt.energy(5300), "5.3 MWh"), (fmt.share(0.473), "47.3 %"),
+        (fmt.mass(125_000), "125 t"), (fmt.mass(1.5), "1.5 kg"), (fmt.mass(0.0042), "4.2 g"),
+        (fmt.number(1.2e26), "120 Y"),
         (fmt.flop(5.1e15), "5.1 PFLOP"), (fmt.flop(2e9), "2 GFLOP"),
     ],
 )  # fmt: skip

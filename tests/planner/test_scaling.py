@@ -181,5 +181,5 @@ def test_page_is_self_contained(llama_70b: dict[str, Any]) -> None:
         memory_section(found.best.memory.rows(), 80e9), layouts_section(found), cost_section(offers),
         returns_section(flops=choice.estimate.flops),
     ])  # fmt: skip
-    assert html.count("<svg") == 3 and "plan &lt;1&gt;" in html
+    assert html.count("<svg") == 4 and "plan &lt;1&gt;" in html
     assert "http" not in html and "<script" not in html and "nan" not in html

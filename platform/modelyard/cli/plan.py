@@ -80,7 +80,7 @@ def plan(
     if loaded is not None and plans:
         console.print(tables.plan_table(loaded, plans))
     if html is not None:
-        _write_page(console, html, loaded, found, choice, region, own_law)
+        _write_page(console, html, loaded, found or whatif.own_layouts(shapes), choice, region, own_law)
 
 
 def _layouts(console: Console, shapes: list[Shape], hardware: str | None, devices: int | None) -> dict[str, Search]:

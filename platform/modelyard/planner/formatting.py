@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_SCALES = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
+_SCALES = ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 
 
 def number(value: float | None) -> str:
@@ -67,6 +67,16 @@ def energy(kwh: float | None) -> str:
         if kwh >= scale:
             return f"{kwh / scale:.3g} {unit}" if kwh < 1000 * scale else f"{kwh / scale:,.0f} {unit}"
     return f"{kwh * 1000:.2g} Wh"
+
+
+def mass(kilograms: float | None) -> str:
+    """Kilograms: 0.0042 -> `4.2 g`, 125000 -> `125 t`."""
+    if kilograms is None:
+        return "-"
+    for scale, unit in ((1e3, "t"), (1.0, "kg")):
+        if kilograms >= scale:
+            return f"{kilograms / scale:.3g} {unit}" if kilograms < 1000 * scale else f"{kilograms / scale:,.0f} {unit}"
+    return f"{kilograms * 1000:.2g} g"
 
 
 def share(value: float | None) -> str:

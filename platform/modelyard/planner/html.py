@@ -18,6 +18,7 @@ from modelyard.planner.search import Search
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _RIGHT = 720, 280, 70, 40, 136
 _COLORS = ("#2463b8", "#c4572e", "#3d8c5a", "#8a5fb0", "#b8902a", "#4aa3a3", "#9a9a9a")
+_CAUSES = ("compute", "optimizer", "bubble", "communication")
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:840px;color:#1c2430;padding:0 1em}
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2.2em}h3{font-size:1em}svg{width:100%;height:auto}
@@ -156,7 +157,7 @@ def estimate_section(name: str, estimate: Estimate) -> str:
     ]  # fmt: skip
     rows = [pair for pair in pairs if pair[1] != "-"]
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in estimate.notes)
-    return f"<h2>{escape(name)}</h2>{table(('', 'predicted'), rows)}{notes}"
+    return f"<h2>{escape(name)}</h2>{table(('', 'predicted'), rows) if rows else ''}{notes}"
 
 
 def parameters_section(config: Mapping[str, Any]) -> str:
@@ -184,7 +185,29 @@ def layouts_section(found: Search, most: int = 10) -> str:
     out = "; ".join(f"{number} {reason}" for reason, number in found.rejected.items())
     head = ("layout", "step", "MFU", "bubble", "communication", "memory", "")
     ruled = f'<p class="note">{found.tried} layouts tried. Ruled out: {escape(out or "none")}.</p>'
-    return "<h3>Layouts</h3>" + table(head, rows) + ruled
+    return "<h3>Layouts</h3>" + _steps(found, most) + table(head, rows) + ruled
+
+
+def _steps(found: Search, most: int) -> str:
+    """The step of each layout as a bar of what it is spent on."""
+    steps = [(c.layout.label(), c.step) for c in found.candidates[:most]]
+    if not steps:
+        return ""
+    scale = (_WIDTH - 20) / max(step.seconds for _, step in steps)
+    parts = []
+    for row, (label, step) in enumerate(steps):
+        x, top = 10.0, 40 + 34 * row
+        parts.append(f'<text x="10" y="{top - 3}">{escape(label)}: {escape(fmt.duration(step.seconds))}</text>')
+        for color, name in zip(_COLORS, _CAUSES, strict=False):
+            width = getattr(step, name) * scale
+            parts.append(f'<rect x="{x:.1f}" y="{top}" width="{width:.1f}" height="12" fill="{color}"/>')
+            x += width
+    for place, (color, name) in enumerate(zip(_COLORS, _CAUSES, strict=False)):
+        left = 10 + 150 * place
+        parts.append(f'<rect x="{left}" y="0" width="11" height="11" fill="{color}"/>')
+        parts.append(f'<text x="{left + 17}" y="10">{name}</text>')
+    height = 44 + 34 * len(steps)
+    return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="steps of the layouts">{"".join(parts)}</svg>'
 
 
 def cost_section(options: Sequence[Option]) -> str:
@@ -196,12 +219,17 @@ def cost_section(options: Sequence[Option]) -> str:
         curves.append(Curve(name, points, [f"{o.devices} x {name}" for o in mine]))
     rows = [
         (f"{o.devices} x {o.hardware}", fmt.duration(o.hours * 3600), fmt.money(o.cost.on_demand_usd),
-         fmt.money(o.cost.spot_usd), fmt.energy(o.cost.kwh), f"{o.cost.co2e_kg:,.3g} kg")
+         fmt.money(o.cost.spot_usd), fmt.energy(o.cost.kwh), fmt.mass(o.cost.co2e_kg))
         for o in options
     ]  # fmt: skip
     head = ("devices", "time", "on demand", "spot", "energy", "CO2e")
     drawing = plot(curves, "hours", "USD", log_x=True, log_y=True)
-    return "<h3>Cost against time</h3>" + drawing + table(head, rows)
+    note = (
+        '<p class="note">No spot price: the table has none, or so many devices are interrupted more often than work '
+        "is saved.</p>"
+        if any(o.cost.spot_usd is None for o in options) else ""
+    )  # fmt: skip
+    return "<h3>Cost against time</h3>" + drawing + table(head, rows) + note
 
 
 def returns_section(law: Law | None = None, flops: float | None = None) -> str:

@@ -53,21 +53,32 @@ def start(cpus_needed: float, address: str | None = None) -> bool:
     return True
 
 
-def _start_local(cpus: int) -> None:
+def _start_local(cpus: int, tries: int = 2) -> None:
     import ray
 
     # Ray's processes inherit our environment: workers run our interpreter, but without our sys.path.
     paths = [str(PACKAGE.parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-    ray.init(
-        # Without it Ray joins any cluster that `ray start` left on this machine, and refuses num_cpus there.
-        address="local",
-        num_cpus=cpus,
-        include_dashboard=False,
-        object_store_memory=LOCAL_OBJECT_STORE,
-        logging_level=logging.WARNING,
-        log_to_driver=False,
-    )
+    try:
+        ray.init(
+            # Without it Ray joins any cluster that `ray start` left on this machine, and refuses num_cpus there.
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            object_store_memory=LOCAL_OBJECT_STORE,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+        )
+    except Exception as error:  # Ray raises a bare Exception when its thirty seconds for a start are over
+        if "timed out during startup" not in str(error):
+            raise
+        if tries > 1:
+            return _start_local(cpus, tries - 1)
+        raise ResourceError(
+            "Ray did not start within thirty seconds, twice",
+            place="ray.init",
+            mend="the machine is too busy: try again when its load is lower (uptime)",
+        ) from error
 
 
 def runtime_environment() -> dict[str, Any]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from modelyard.errors import DataError, RecipeError
+from modelyard.errors import DataError, RecipeError, ResourceError
 from modelyard.planner import html
 from modelyard.planner.choose import Choice, choose
 from modelyard.planner.hardware import find_hardware
@@ -90,6 +91,16 @@ def layouts(shape: Shape, hardware: str | None, devices: int | None) -> Search:
         shape.config, sequence_length=shape.sequence_length, global_batch=shape.global_batch,
         devices=devices or shape.workers, hardware=hw, precision_name="fp32" if hw.kind == "cpu" else "mixed",
     )  # fmt: skip
+
+
+def own_layouts(shapes: Sequence[Shape]) -> dict[str, Search]:
+    """Stage -> layouts on the hardware its recipe names; stages of one worker, or that fit nowhere, are left out."""
+    found = {}
+    for shape in shapes:
+        with suppress(ResourceError):
+            if shape.workers > 1:
+                found[shape.stage] = layouts(shape, None, None)
+    return found
 
 
 def own_law(root: str | None) -> Fit | None:
