@@ -7,13 +7,13 @@ import json
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from listener import Listener
 from local import LocalServer
 
 from modelyard.errors import DataError, ResourceError
@@ -30,28 +30,6 @@ CHAT: dict[str, Any] = {
 LONG = CHAT | {"max_tokens": 240, "logit_bias": {"1": -100}, "n": 8}
 HTTP = httpx.Client(timeout=60)
 Ask = Callable[..., httpx.Response]
-
-
-class Listener:
-    """An address webhooks go to: the first delivery is turned away."""
-
-    def __init__(self) -> None:
-        self.got: list[tuple[dict[str, str], bytes]] = []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
-                outer.got.append(({k.lower(): v for k, v in self.headers.items()}, body))
-                self.send_response(503 if len(outer.got) == 1 else 204)
-                self.end_headers()
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
 
 def in_thread(work: Coroutine[Any, Any, None]) -> Callable[[], None]:

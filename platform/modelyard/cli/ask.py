@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,10 +15,17 @@ from rich.console import Console
 from modelyard.errors import ModelyardError, RecipeError
 
 if TYPE_CHECKING:
+    from modelyard.serving.client import Client
     from modelyard.serving.load import Result
+
+    Connect = Callable[[], Client]
 
 Url = Annotated[str, typer.Argument(help="address of the server, such as http://127.0.0.1:8000")]
 Key = Annotated[str | None, typer.Option(help="API key", envvar="MODELYARD_API_KEY", show_envvar=True)]
+
+Ca = Annotated[
+    str | None, typer.Option(help="PEM file of the certificates to trust over HTTPS; default the well-known ones")
+]
 
 
 def add(app: typer.Typer) -> None:
@@ -28,16 +37,17 @@ def add(app: typer.Typer) -> None:
 def chat(
     url: Url = "http://127.0.0.1:8000",
     key: Key = None,
+    ca: Ca = None,
     model: Annotated[str | None, typer.Option(help="model name; default the server's first")] = None,
     system: Annotated[str | None, typer.Option(help="system prompt")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, max=2.0)] = 0.7,
     max_tokens: Annotated[int, typer.Option(min=1, help="tokens of an answer at most")] = 512,
 ) -> None:
     """Talks to a served model. An empty line or Ctrl-D ends, `/new` starts anew, Ctrl-C stops an answer."""
-    console = Console()
+    console, connect = Console(), _client(url, key, ca)
     options: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens}
     with asyncio.Runner() as runner:
-        name = model or runner.run(_name(url, key))
+        name = model or runner.run(_name(connect))
         console.print(f"[bold]{name}[/] at {url}  [dim](empty line ends, /new starts anew)[/]")
         start = [{"role": "system", "content": system}] if system else []
         turns = list(start)
@@ -47,9 +57,7 @@ def chat(
                 continue
             turns.append({"role": "user", "content": text})
             try:
-                turns.append(
-                    {"role": "assistant", "content": runner.run(_say(console, url, key, name, turns, options))}
-                )
+                turns.append({"role": "assistant", "content": runner.run(_say(console, connect, name, turns, options))})
             except KeyboardInterrupt:
                 console.print("\n[dim]stopped[/]")
                 turns.pop()
@@ -66,21 +74,23 @@ def _line(console: Console) -> str | None:
         return None
 
 
-async def _name(url: str, key: str | None) -> str:
+def _client(url: str, key: str | None, ca: str | None) -> Connect:
     from modelyard.serving.client import Client
 
-    async with Client(url, key) as client:
+    return partial(Client, url, key, ca=ca)
+
+
+async def _name(connect: Connect) -> str:
+    async with connect() as client:
         return await client.model()
 
 
 async def _say(
-    console: Console, url: str, key: str | None, name: str, turns: list[dict[str, str]], options: dict[str, Any]
+    console: Console, connect: Connect, name: str, turns: list[dict[str, str]], options: dict[str, Any]
 ) -> str:
     """Prints an answer as it comes and returns it."""
-    from modelyard.serving.client import Client
-
     text, seconds, tokens = "", 0.0, 0
-    async with Client(url, key) as client:
+    async with connect() as client:
         async for piece in client.chat(name, turns, **options):
             console.print(piece.text, end="", markup=False, highlight=False, soft_wrap=True)
             text, seconds, tokens = text + piece.text, piece.seconds, piece.tokens or tokens
@@ -91,6 +101,7 @@ async def _say(
 def bench_serve(
     url: Url = "http://127.0.0.1:8000",
     key: Key = None,
+    ca: Ca = None,
     rates: Annotated[str, typer.Option(help="requests a second to offer, one after the other")] = "1,2,4,8",
     seconds: Annotated[float, typer.Option(help="how long each rate is offered")] = 20.0,
     prompt: Annotated[int, typer.Option(help="words of a prompt")] = 64,
@@ -106,7 +117,7 @@ def bench_serve(
     loads = [load.Load(rate, seconds, prompt, tokens, seed) for seed, rate in enumerate(_rates(rates))]
     for one in loads:
         one.check()
-    results = asyncio.run(_measure(url, key, model, loads))
+    results = asyncio.run(_measure(_client(url, key, ca), model, loads))
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in load.HEAD:
         table.add_column(column, justify="right", no_wrap=True)
@@ -130,12 +141,11 @@ def _rates(text: str) -> list[float]:
     return found
 
 
-async def _measure(url: str, key: str | None, model: str | None, loads: list[Any]) -> list[Result]:
-    from modelyard.serving.client import Client
+async def _measure(connect: Connect, model: str | None, loads: list[Any]) -> list[Result]:
     from modelyard.serving.load import offer
 
     console = Console(stderr=True)
-    async with Client(url, key) as client:
+    async with connect() as client:
         name = model or await client.model()
         results = []
         for load in loads:

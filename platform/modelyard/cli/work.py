@@ -15,6 +15,7 @@ from modelyard.errors import RecipeError, ResourceError
 
 if TYPE_CHECKING:
     from modelyard.recipe import Recipe
+    from modelyard.serving.tls import Tls
 
 RecipePath = Annotated[Path, typer.Argument(help="recipe file, such as pipelines/quickstart.yaml")]
 Assignments = Annotated[
@@ -172,6 +173,17 @@ def _adapters(pairs: list[str]) -> dict[str, str]:
     return found
 
 
+def _tls(certificate: Path | None, key: Path | None) -> Tls | None:
+    from modelyard.serving.tls import Tls
+
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        missing = "--tls-certificate" if certificate is None else "--tls-key"
+        raise RecipeError("HTTPS takes a certificate and its key", place=missing, mend=f"give {missing}, too")
+    return Tls(certificate=str(certificate), key=str(key))
+
+
 def serve(
     model: Annotated[str, typer.Argument(help="models:/name@champion, an artifact folder, or a Hugging Face folder")],
     port: Annotated[int, typer.Option(help="0 = any free port")] = 8000,
@@ -180,6 +192,8 @@ def serve(
     min_replicas: Annotated[int, typer.Option(min=0)] = 1,
     max_replicas: Annotated[int, typer.Option(min=1)] = 2,
     api_keys: Annotated[Path | None, typer.Option(help="file with one API key a line")] = None,
+    tls_certificate: Annotated[Path | None, typer.Option(help="PEM file: serve HTTPS with it")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file: the certificate's private key")] = None,
     root: Annotated[str, typer.Option(help="root whose MLflow store resolves models:/")] = ".modelyard",
     cache: Annotated[
         bool, typer.Option("--cache", help="give equal greedy or seeded requests the same answer")
@@ -214,6 +228,7 @@ def serve(
         port=port,
         autoscaling=Autoscaling(min_replicas=min_replicas, max_replicas=max(min_replicas, max_replicas)),
         api_keys=str(api_keys) if api_keys else None,
+        tls=_tls(tls_certificate, tls_key),
         cache=CacheOptions(redis_url=redis_url) if cache or redis_url else None,
         limits=Limits(requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute),
         feedback=feedback,

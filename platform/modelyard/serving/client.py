@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from modelyard.errors import DataError, ResourceError, StageError
+from modelyard.serving.tls import client_context
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,21 @@ class Client:
         url: its address, with or without `/v1`.
         key: API key, if it asks for one.
         connections: requests in flight at most.
+        ca: PEM file of the certificates to trust over HTTPS; None = the well-known authorities.
+
+    Raises DataError for an address or a file that cannot be.
     """
 
-    def __init__(self, url: str, key: str | None = None, connections: int = 1000) -> None:
+    def __init__(self, url: str, key: str | None = None, connections: int = 1000, ca: str | None = None) -> None:
         self.url = base(url)
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-        self._http = httpx.AsyncClient(base_url=self.url, headers=headers, timeout=httpx.Timeout(600, connect=10),
-                                       limits=limits)  # fmt: skip
+        self._http = httpx.AsyncClient(
+            base_url=self.url,
+            headers=headers,
+            timeout=httpx.Timeout(600, connect=10),
+            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+            verify=client_context(ca, hostname=True) if ca else True,
+        )
 
     async def __aenter__(self) -> Client:
         return self
@@ -76,7 +84,7 @@ class Client:
             raise ResourceError(
                 f"no server answers: {error or type(error).__name__}",
                 place=self.url,
-                mend="start one with `modelyard serve`, or check the address",
+                mend=_mend(error),
             ) from error
         if answer.status_code != 200:
             raise Refused(answer.status_code, _message(answer.content), self.url)
@@ -119,6 +127,12 @@ class Client:
         for choice in event.get("choices", ()):
             text += (choice.get("delta") or {}).get("content") or choice.get("text") or ""
         return Piece(seconds, text, int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0)))
+
+
+def _mend(error: httpx.TransportError) -> str:
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return "give the certificate of who issued the server's with --ca, and the host name that it was issued for"
+    return "start one with `modelyard serve`, or check the address"
 
 
 def _message(content: bytes) -> str:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from modelyard.engine.options import EngineOptions
 from modelyard.recipe.schema import Bytes, Options
+from modelyard.serving.tls import Tls
 
 AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -122,6 +123,7 @@ class ServeOptions(Options):
     cpus_per_replica: float = Field(1.0, gt=0, description="CPU cores Ray reserves for an engine replica")
     gpus_per_replica: float = Field(0.0, ge=0, description="GPUs Ray reserves for an engine replica")
     api_keys: str | None = Field(None, description="file of hashed API keys (modelyard.serving.keys); null = open")
+    tls: Tls | None = Field(None, description="certificate and key for HTTPS; null = plain HTTP")
     max_body: Bytes = Field(2_000_000, description="largest request body in bytes; larger ones get 413")
     max_queued: int = Field(256, ge=1, description="requests that wait for a replica; more get 429")
     request_timeout_s: float = Field(600.0, gt=0, description="seconds until a request is given up with 504")
@@ -135,7 +137,7 @@ class ServeOptions(Options):
     haproxy: bool | None = Field(
         None,
         description="HAProxy in front instead of Serve's Python proxy: half the time to first token under load, but "
-        "replicas listen on all interfaces and stopping takes longer; null = on when host is not loopback",
+        "replicas listen on all interfaces and stopping takes longer; null = on beyond loopback without tls",
     )
     ready_timeout_s: float = Field(180.0, gt=0, description="seconds until a server that does not answer is given up")
 
@@ -147,4 +149,4 @@ class ServeOptions(Options):
     @property
     def use_haproxy(self) -> bool:
         """Whether HAProxy mode is on after defaults."""
-        return (not self.loopback) if self.haproxy is None else self.haproxy
+        return (not self.loopback and self.tls is None) if self.haproxy is None else self.haproxy

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modelyard.errors import RecipeError, ResourceError
+from modelyard.serving import tls
 from modelyard.serving.keys import digest, new_key, read_keys
 from modelyard.serving.options import ServeOptions
 from modelyard.serving.rollout import Rollout, quiet, reason, running
@@ -54,6 +56,7 @@ class ServerHandle:
         seconds: from the call to the first answer of `/healthz`.
         key: an API key made for the caller, valid while this server runs; None when none is asked for.
         rollout: the versions that serve, and how others take their place.
+        verify: what httpx is to verify HTTPS by: this server's certificate and no other.
     """
 
     name: str
@@ -61,6 +64,7 @@ class ServerHandle:
     seconds: float
     key: str | None = field(repr=False)
     rollout: Rollout = field(repr=False)
+    verify: ssl.SSLContext | bool = field(default=True, repr=False)
 
     @property
     def headers(self) -> dict[str, str]:
@@ -92,7 +96,7 @@ def launch(
 
     Raises:
         RecipeError: an address beyond loopback without API keys.
-        DataError: the folder cannot be served, or the key file is damaged.
+        DataError: the folder cannot be served, the key file is damaged, or certificate and key do not do.
         ResourceError: the port is in use, Serve already runs, or the cluster is too small.
         StageError: a replica failed to start.
     """
@@ -114,17 +118,23 @@ def launch(
     _check_cluster(o, 1 + len(others))
     _start(o, port)
     rollout.deploy(application)
-    url = f"http://{'127.0.0.1' if o.host in ANYWHERE else o.host}:{port}"
+    url = _url(o, port)
+    verify = tls.client_context(o.tls.certificate) if o.tls is not None else True
     try:
-        _wait(url, started + o.ready_timeout_s)
+        _wait(url, verify, started + o.ready_timeout_s)
     except BaseException:
         shutdown()
         raise
-    return ServerHandle(name, url, time.monotonic() - started, key, rollout)
+    return ServerHandle(name, url, time.monotonic() - started, key, rollout, verify)
+
+
+def _url(options: ServeOptions, port: int) -> str:
+    host = "127.0.0.1" if options.host in ANYWHERE else options.host
+    return f"{'https' if options.tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def check(options: ServeOptions) -> Mapping[str, str] | None:
-    """Checks address, port and keys before any work; returns the keys' digests and holders, if any.
+    """Checks address, port, keys and certificate before any work; returns the keys' digests and holders, if any.
 
     Raises RecipeError, DataError or ResourceError.
     """
@@ -141,6 +151,14 @@ def check(options: ServeOptions) -> Mapping[str, str] | None:
             place="haproxy",
             mend="give api_keys, or leave haproxy off",
         )
+    if options.tls is not None:
+        if options.use_haproxy:
+            raise RecipeError(
+                "HAProxy as Ray sets it up cannot end TLS",
+                place="haproxy",
+                mend="leave haproxy out; or leave tls out and end TLS in a proxy of your own in front",
+            )
+        tls.check(options.tls)
     if options.port:
         check_port(options.host, options.port)
     return keys
@@ -219,22 +237,29 @@ def _start(options: ServeOptions, port: int) -> None:
     # For Serve's processes alone: in this one a handle must go on working without an event loop.
     chosen = {k: v for k, v in os.environ.items() if k.startswith("RAY_SERVE_")}
     environment = ENVIRONMENT | (HAPROXY_ENVIRONMENT if options.use_haproxy else {}) | chosen
+    certificate, key = options.tls.absolute() if options.tls is not None else (None, None)
     serve.start(
         proxy_location=ProxyLocation.HeadOnly if options.loopback else ProxyLocation.EveryNode,
-        http_options=HTTPOptions(host=options.host, port=port, request_timeout_s=options.request_timeout_s),
+        http_options=HTTPOptions(
+            host=options.host,
+            port=port,
+            request_timeout_s=options.request_timeout_s,
+            ssl_keyfile=key,
+            ssl_certfile=certificate,
+        ),
         logging_config=quiet(),
         controller_options=ControllerOptions(runtime_env={"env_vars": environment}),
     )
 
 
-def _wait(url: str, deadline: float) -> None:
+def _wait(url: str, verify: ssl.SSLContext | bool, deadline: float) -> None:
     """Returns when the application runs and `/healthz` answers. Raises StageError or ResourceError when not."""
     import httpx
 
     while time.monotonic() < deadline:
         if running():
             try:
-                if httpx.get(f"{url}/healthz", timeout=5).status_code == 200:
+                if httpx.get(f"{url}/healthz", timeout=5, verify=verify).status_code == 200:
                     return
             except httpx.TransportError:
                 pass  # the proxy is still starting

@@ -25,6 +25,7 @@ from modelyard.serving.options import (
     ServeOptions,
     Traffic,
 )
+from modelyard.serving.tls import Tls
 from modelyard.serving.traffic import Variant
 from modelyard.stages.base import InputSpec, PlanContext, Stage, StageContext, StageResult
 from modelyard.stages.serve import find_model
@@ -59,13 +60,14 @@ class DeployOptions(StageOptions):
     host: str = runtime("127.0.0.1", "address to listen on; other than loopback only with api_keys")
     port: int = runtime(8000, "TCP port; 0 = any free one", ge=0, le=65535)
     api_keys: str | None = runtime(None, "file of hashed API keys; null = open (loopback only)")
+    tls: Tls | None = runtime(None, "certificate and key for HTTPS; null = plain HTTP")
     cache: CacheOptions | None = runtime(None, "response cache; null = every request is computed")
     limits: Limits = runtime(Limits(), "requests and tokens a minute and key")
     feedback: str | None = runtime(None, "folder or s3:// URI for what people say of answers; null = off")
     asynchronous: AsyncOptions | None = runtime(None, "requests answered later, through Redis; null = off")
     adapters: dict[AdapterName, str] = runtime({}, "LoRA adapters by model name in the API: folder or URI")
     traffic: Traffic = runtime(Traffic(), "other versions beside the model: canary, shadow; and how to roll")
-    haproxy: bool | None = runtime(None, "HAProxy in front (needs api_keys); null = on beyond loopback")
+    haproxy: bool | None = runtime(None, "HAProxy in front (needs api_keys); null = on beyond loopback without tls")
     ready_timeout_s: float = runtime(180.0, "seconds until a server that does not answer is given up", gt=0)
 
     def serve_options(self) -> ServeOptions:
@@ -78,6 +80,7 @@ class DeployOptions(StageOptions):
             cpus_per_replica=self.resources.cpus_per_worker,
             gpus_per_replica=self.resources.gpus_per_worker,
             api_keys=self.api_keys,
+            tls=self.tls,
             cache=self.cache,
             limits=self.limits,
             feedback=self.feedback,
@@ -178,13 +181,13 @@ class DeployStage(Stage[DeployOptions]):
             "url": handle.url,
             "kept": ctx.keep,
             "options": ctx.options.serve_options().model_dump(
-                mode="json", exclude={"api_keys", "cache", "asynchronous"}
+                mode="json", exclude={"api_keys", "tls", "cache", "asynchronous"}
             ),
             "question": ctx.options.smoke.prompt,
             "answer": answer.text,
             "start_seconds": round(handle.seconds, 3),
             "latency_seconds": round(answer.seconds, 4),
-            "curl": curl(handle.url, answer.path, answer.body, key=handle.key is not None),
+            "curl": curl(handle.url, answer.path, answer.body, key=handle.key is not None, tls=ctx.options.tls),
         }
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
         write_bytes(join(ctx.output, "deployment.json"), text.encode())
@@ -261,7 +264,7 @@ def _post(handle: ServerHandle, path: str, body: dict[str, Any]) -> _Answer | st
     import httpx
 
     started = time.perf_counter()
-    response = httpx.post(handle.url + path, json=body, headers=handle.headers, timeout=300)
+    response = httpx.post(handle.url + path, json=body, headers=handle.headers, timeout=300, verify=handle.verify)
     seconds = time.perf_counter() - started
     value = response.json()
     if response.status_code != 200:
@@ -271,7 +274,8 @@ def _post(handle: ServerHandle, path: str, body: dict[str, Any]) -> _Answer | st
     return _Answer(text, seconds, value["usage"]["completion_tokens"], path, body)
 
 
-def curl(url: str, path: str, body: Mapping[str, Any], *, key: bool) -> str:
+def curl(url: str, path: str, body: Mapping[str, Any], *, key: bool, tls: Tls | None = None) -> str:
     """A command that asks the same question."""
     auth = ' -H "authorization: Bearer $KEY"' if key else ""
+    auth += f" --cacert {shlex.quote(tls.certificate)}" if tls is not None else ""
     return f"curl {url}{path} -H 'content-type: application/json'{auth} -d {shlex.quote(json.dumps(dict(body)))}"

@@ -160,7 +160,8 @@ class Served:
         import httpx
 
         try:
-            answer = httpx.get(self._handle.url + "/metrics", headers=self._handle.headers, timeout=10)
+            handle = self._handle
+            answer = httpx.get(handle.url + "/metrics", headers=handle.headers, timeout=10, verify=handle.verify)
         except httpx.HTTPError:
             return None
         return series.read(answer.text) if answer.status_code == 200 else None
