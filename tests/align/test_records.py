@@ -10,7 +10,7 @@ import pytest
 from modelyard.align.encode import encode_preferences, use_template
 from modelyard.align.records import conversation, feedback, preference, task
 from modelyard.errors import DataError
-from modelyard.train.pairs import encode_chat
+from modelyard.train.pairs import Pair, encode, encode_chat
 
 USER, ANSWER = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
 HH = "\n\nHuman: hello\n\nAssistant: hi\n\nHuman: and?\n\nAssistant: "
@@ -107,3 +107,17 @@ def test_sides_cut_to_the_same_tokens_are_dropped_and_counted(words: Any) -> Non
     groups, kept, counts = encode_preferences(examples, words, 32)
     assert (kept, counts.dropped, counts.truncated) == ([1], 1, 1)
     assert len(groups[0][0].ids) == 32
+
+
+def test_long_examples_are_cut_or_left_out(words: Any) -> None:
+    short, long = preference(_pair("b", "c"), "x:1"), preference(_pair("b" * 30, "c"), "x:2")
+    cut, _, counts = encode_preferences([short, long], words, 16)
+    assert (len(cut), counts.truncated, counts.dropped) == (2, 1, 0)
+    whole, kept, counts = encode_preferences([short, long], words, 16, whole_only=True)
+    assert (len(whole), kept, counts.truncated, counts.dropped) == (1, [0], 0, 1)
+    pairs = [Pair(({"role": "user", "content": "a"},), text, "x") for text in ("b", "b" * 30)]
+    assert [len(encode(pairs, words, 16, "last", only)[0]) for only in (False, True)] == [2, 1]
+
+
+def _pair(chosen: str, rejected: str) -> dict[str, Any]:
+    return {"prompt": "a", "chosen": chosen, "rejected": rejected}

@@ -132,6 +132,8 @@ def judged(kind: str, answer: Any, text: str, **options: Any) -> float:
         ("regex", None, "yes: ok", {"pattern": r"^yes\b"}, 1),
         ("json_schema", None, '{"a": 1}', {"json_schema": {"type": "object", "required": ["a"]}}, 1),
         ("json_schema", None, "{a: 1}", {"json_schema": {"type": "object"}}, 0),
+        ("json", {"a": 1, "b": "x"}, ' {"b": "x",\n "a": 1}', {}, 1), ("json", {"a": 1}, '{"a": "1"}', {}, 0),
+        ("json", {"a": True}, '{"a": 1}', {}, 0), ("json", {"a": 1}, 'So: {"a": 1}', {}, 0),
         ("length", None, "w " * 20, {"limit": 10}, 0.5),
         ("function", None, "abc", {"function": "operator:length_hint_of_nothing"}, None),
     ],

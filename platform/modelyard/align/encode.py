@@ -47,12 +47,12 @@ def use_template(tokenizer: Any, name: TemplateName) -> Any:
 
 
 def encode_preferences(
-    examples: Sequence[Preference], tokenizer: Any, length: int
+    examples: Sequence[Preference], tokenizer: Any, length: int, whole_only: bool = False
 ) -> tuple[list[Group], list[int], Counts]:
     """(chosen, rejected) of each preference, each at most `length` tokens; the index of the example each came from.
 
     Learnt are the assistant's turns after the prompt. A preference one side of which has no such token left after
-    cutting, or whose sides are cut to the same tokens, is dropped and counted.
+    cutting, or whose sides are cut to the same tokens, is dropped and counted; with `whole_only` one that is longer.
 
     Raises:
         DataError: none is left, or the template does not fit.
@@ -67,7 +67,7 @@ def encode_preferences(
             for side in (example.chosen, example.rejected)
         ]
         cut = tuple(side.cut(length) for side in sides)
-        if not all(side.learnt.any() for side in cut) or np.array_equal(cut[0].ids, cut[1].ids):
+        if not _usable(sides, cut, whole_only) or np.array_equal(cut[0].ids, cut[1].ids):
             counts.dropped += 1
             continue
         _count(counts, sides, cut, length)
@@ -76,8 +76,12 @@ def encode_preferences(
     return _some(groups, counts, length), kept, counts
 
 
-def encode_feedback(examples: Sequence[Feedback], tokenizer: Any, length: int) -> tuple[list[Group], list[int], Counts]:
+def encode_feedback(
+    examples: Sequence[Feedback], tokenizer: Any, length: int, whole_only: bool = False
+) -> tuple[list[Group], list[int], Counts]:
     """(answer, another example's answer to the same prompt) of each opinion; the second estimates KTO's baseline.
+
+    Cut and dropped as by :func:`encode_preferences`.
 
     Raises:
         DataError: none is left, or the template does not fit.
@@ -90,7 +94,7 @@ def encode_feedback(examples: Sequence[Feedback], tokenizer: Any, length: int) -
         other = examples[(index + 1) % len(examples)].completion
         sides = [encode_chat(tokenizer, _answered(example.prompt, text)) for text in (example.completion, other)]
         cut = tuple(side.cut(length) for side in sides)
-        if not all(side.learnt.any() for side in cut):
+        if not _usable(sides, cut, whole_only):
             counts.dropped += 1
             continue
         _count(counts, sides, cut, length)
@@ -101,6 +105,12 @@ def encode_feedback(examples: Sequence[Feedback], tokenizer: Any, length: int) -
 
 def _answered(prompt: Sequence[Message], text: str) -> tuple[Message, ...]:
     return (*prompt, {"role": "assistant", "content": text})
+
+
+def _usable(whole: Sequence[Encoded], cut: Sequence[Encoded], whole_only: bool) -> bool:
+    if whole_only and any(len(side.ids) > len(short.ids) for side, short in zip(whole, cut, strict=True)):
+        return False
+    return all(side.learnt.any() for side in cut)
 
 
 def _count(counts: Counts, whole: Sequence[Encoded], cut: Sequence[Encoded], length: int) -> None:

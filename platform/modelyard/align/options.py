@@ -24,6 +24,9 @@ class ExampleOptions(Options):
     learn: Literal["last", "turns", "all"] = Field(
         "last", description="what is learnt: the last answer, every answer of a conversation, or prompts too"
     )
+    long: Literal["cut", "drop"] = Field(
+        "cut", description="records longer than sequence_length: cut at their end, or left out; counted either way"
+    )
     bad_rows: float = Field(
         0.01, ge=0, lt=1, description="share of records that may be unusable; they go to quarantine.jsonl with reasons"
     )
@@ -62,9 +65,9 @@ class RewardOptions(Options):
 class VerifierOptions(Options):
     """One rule that judges an answer with a number, usually 0 or 1."""
 
-    kind: Literal["exact", "contains", "numeric", "regex", "json_schema", "function", "length"] = Field(
-        description="exact or contains: the record's answer; numeric: its last number; regex; json_schema; a Python "
-        "function; length: 1 up to `limit` words, then less"
+    kind: Literal["exact", "contains", "numeric", "regex", "json", "json_schema", "function", "length"] = Field(
+        description="exact or contains: the record's answer; numeric: its last number; regex; json: the answer is the "
+        "record's as JSON; json_schema; a Python function; length: 1 up to `limit` words, then less"
     )
     weight: float = Field(1.0, description="factor of this reward in the sum")
     pattern: str | None = Field(None, description="for regex: searched in the answer")
@@ -108,6 +111,9 @@ class RolloutOptions(Options):
         None, gt=0, description="how far above 1; null = clip, for dapo 0.28 (clip higher, arXiv 2503.14476)"
     )
     kl: float = Field(0.0, ge=0, description="weight of the KL divergence from the model before training (GRPO: 0.04)")
+    unbiased_kl: bool = Field(
+        False, description="times the probability ratio, whose gradient is the divergence's own (arXiv 2512.02556)"
+    )
     updates: int = Field(1, ge=1, description="optimizer steps on each set of answers")
     dynamic_sampling: int = Field(
         0, ge=0, description="further rounds to replace groups whose rewards are all equal (DAPO); 0 = keep them"

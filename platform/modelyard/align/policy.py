@@ -100,7 +100,8 @@ class PolicyObjective:
         if "reference" in batch:
             kl = divergence(scores.logprobs, _shifted(batch["reference"])) * learnt
             metrics["kl"] = (kl.detach() * measure).sum()
-            total = total + self.options.kl * (kl * weights).sum()
+            corrected = kl * change.exp() if self.options.unbiased_kl else kl
+            total = total + self.options.kl * (corrected * weights).sum()
         if self.options.temperature == 1.0:
             gap = ((scores.logprobs.detach() - _shifted(batch["engine"])) * learnt).abs()
             metrics["engine_difference"] = (gap * measure).sum()

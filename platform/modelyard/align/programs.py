@@ -89,6 +89,8 @@ def prefer(
     check_shape(plain.config, data.longest)
     strategy = adapted(plain, job.adapter, job.train, world)
     if job.method in USES_REFERENCE and job.preference.reference == "precomputed":
+        if world.leads:
+            say(f"computing the reference's log-probabilities of {len(data):,} sequences, once")
         data = _with_reference(strategy, data, job.train)
         heldout = _with_reference(strategy, heldout, job.train) if heldout is not None else None
     objective = PreferenceObjective(job.method, job.preference)

@@ -105,6 +105,8 @@ def _rule(options: VerifierOptions) -> Any:
         return _regex(str(options.pattern))
     if options.kind == "json_schema":
         return _schema(options.json_schema or {})
+    if options.kind == "json":
+        return lambda row, text: float(_same_json(row["answer"], text))
     if options.kind == "function":
         return FunctionProcess(str(options.function), options.timeout)
     if options.kind == "numeric":
@@ -141,6 +143,15 @@ def _schema(schema: dict[str, Any]) -> Rule:
             return 0.0
 
     return judge
+
+
+def _same_json(wanted: Any, text: str) -> bool:
+    """Whether the whole answer is JSON of this value; 1 and true differ, the order of keys does not matter."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return json.dumps(found, sort_keys=True) == json.dumps(wanted, sort_keys=True)
 
 
 def _same_number(wanted: Any, text: str, tolerance: float) -> bool:

@@ -151,7 +151,7 @@ def _pack(ctx: StageContext[Any], folder: Path, parse: Any, encode: Any, values:
             continue
         groups: list[tuple[Encoded, ...]]
         counts: Counts
-        groups, indices, counts = encode(part, tokenizer, options.sequence_length)
+        groups, indices, counts = encode(part, tokenizer, options.sequence_length, options.examples.long == "drop")
         arrays = {k: np.asarray(v, dtype=np.float32) for k, v in values([part[i] for i in indices]).items()}
         length = 2 * options.sequence_length
         packed = PackedPairs.pack_groups(groups, length, options.seed, tokenizer.pad_token_id or 0, arrays)
@@ -190,7 +190,7 @@ def page(ctx: StageContext[Any], outcome: Outcome, facts: Facts, title: str) -> 
     rows = [
         ("examples", f"{facts['pairs']:,}, {facts['heldout_pairs']:,} more held out"),
         ("cut to fit", f"{facts['truncated']:,}"),
-        ("left out, nothing to learn after cutting", f"{facts['dropped']:,}"),
+        ("left out, too long or nothing to learn after cutting", f"{facts['dropped']:,}"),
         ("quarantined records", f"{facts['quarantined']:,}"),
         ("trained", f"{outcome.trainable:,} of {outcome.parameters:,} parameters, {outcome.steps:,} steps"),
         ("last training loss", f"{outcome.loss:.4f}"),

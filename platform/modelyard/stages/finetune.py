@@ -147,7 +147,7 @@ def say_losses(ctx: StageContext[Any], facts: Mapping[str, Any], length: int) ->
     """Tells the person what was cut, left out and quarantined: never silently."""
     cut, dropped, bad = facts["truncated"], facts["dropped"], facts["quarantined"]
     if cut or dropped:
-        ctx.progress.say(f"{cut:,} pairs cut at {length} tokens, {dropped:,} left out (their prompt fills it)")
+        ctx.progress.say(f"{cut:,} pairs cut at {length} tokens, {dropped:,} left out whole")
     if bad:
         ctx.progress.say(f"[yellow]{bad:,} records cannot be used[/]: see quarantine.jsonl for places and reasons")
 
@@ -162,7 +162,9 @@ def _pack(ctx: StageContext[FinetuneOptions], target: str) -> dict[str, Any]:
     if not kept:
         raise DataError("there are no pairs to train on", place=name_of(ctx.inputs["data"]), mend="give more pairs")
     tokenizer = use_template(read_tokenizer(ctx.inputs["model"]), options.examples.template)
-    encoded, counts = encode(kept, tokenizer, options.sequence_length, options.examples.learn)
+    encoded, counts = encode(
+        kept, tokenizer, options.sequence_length, options.examples.learn, options.examples.long == "drop"
+    )
     pad = tokenizer.pad_token_id or 0
     train = PackedPairs.pack(encoded, options.sequence_length, options.seed, pad)
     with tempfile.TemporaryDirectory() as folder:
@@ -190,7 +192,9 @@ def _pack_heldout(
     if not held:
         return None
     options = ctx.options
-    encoded, counts = encode(held, tokenizer, options.sequence_length, options.examples.learn)
+    encoded, counts = encode(
+        held, tokenizer, options.sequence_length, options.examples.learn, options.examples.long == "drop"
+    )
     PackedPairs.pack(encoded, options.sequence_length, options.seed, pad).save(folder / "heldout.npz")
     return counts
 
@@ -253,7 +257,7 @@ def _page(ctx: StageContext[FinetuneOptions], outcome: Outcome, facts: Mapping[s
     rows = [
         ("pairs", f"{facts['pairs']:,}, {facts['heldout_pairs']:,} more held out"),
         ("cut to fit", f"{facts['truncated']:,}"),
-        ("left out, prompt too long", f"{facts['dropped']:,}"),
+        ("left out, too long", f"{facts['dropped']:,}"),
         ("quarantined records", f"{facts['quarantined']:,}"),
         ("sequences filled", f"{facts['filled']:.0%}"),
         ("trained", f"{outcome.trainable:,} of {outcome.parameters:,} parameters, {outcome.steps:,} steps"),

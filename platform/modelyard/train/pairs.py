@@ -130,11 +130,12 @@ Learn = Literal["last", "turns", "all"]
 
 
 def encode(
-    pairs: Iterable[Pair], tokenizer: Any, sequence_length: int, learn: Learn = "last"
+    pairs: Iterable[Pair], tokenizer: Any, sequence_length: int, learn: Learn = "last", whole_only: bool = False
 ) -> tuple[list[Encoded], Counts]:
-    """Tokenizes pairs by the tokenizer's chat template and cuts those longer than a sequence at their end.
+    """Tokenizes pairs by the tokenizer's chat template and cuts those longer than a sequence at their end, or drops
+    them (`whole_only`).
 
-    A pair of which no token to be learnt is left is dropped, and counted. `tokenizer` is a transformers
+    A pair of which no token to be learnt is left is dropped; both are counted. `tokenizer` is a transformers
     tokenizer with a chat template.
 
     Raises:
@@ -146,7 +147,7 @@ def encode(
         counts.pairs += 1
         whole = encode_chat(tokenizer, (*pair.messages, {"role": "assistant", "content": pair.completion}), learn)
         fitting = whole.cut(sequence_length)
-        if not fitting.learnt.any():
+        if not fitting.learnt.any() or (whole_only and len(whole.ids) > sequence_length):
             counts.dropped += 1
             continue
         counts.truncated += len(whole.ids) > sequence_length
