@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from modelyard.align.advantages import advantages, undecided
-from modelyard.align.options import RolloutEngine, RolloutOptions, RolloutStops, VerifierOptions
+from modelyard.align.answered import Answered
+from modelyard.align.options import RolloutEngine, RolloutOptions, RolloutStops
 from modelyard.align.policy import Clip, PolicyObjective, clipped, divergence
 from modelyard.align.reinforce import ReinforceJob, end_reason, reinforce
-from modelyard.align.rollouts import Prompt, Sample, pack
-from modelyard.align.verifiers import Answered, Judge, repetition
+from modelyard.align.rewards import RewardMix
+from modelyard.align.samples import Prompt, Sample, pack
+from modelyard.align.verifiers import repetition
 from modelyard.align.weights import policy_weights
 from modelyard.engine import EngineCore, Request, Sampling, generate
 from modelyard.errors import DataError, RecipeError
@@ -120,8 +122,8 @@ def test_the_engine_gets_what_the_trainer_has(model_folder: Path, adapter: Adapt
 
 
 def judged(kind: str, answer: Any, text: str, **options: Any) -> float:
-    judge = Judge([VerifierOptions(kind=kind, **options)], 0.0)  # type: ignore[arg-type]
-    return float(judge([Answered({"answer": answer}, "x:1", "p", text)]).total[0])
+    mix = RewardMix(RolloutOptions.model_validate({"rewards": [{"kind": kind, **options}]}))
+    return float(mix([Answered({"answer": answer}, "x:1", "p", text)]).total[0])
 
 
 @pytest.mark.parametrize(
@@ -157,11 +159,13 @@ def test_functions_that_raise_hang_or_return_nothing(tmp_path: Path, monkeypatch
         "    return 1 / len(completion) + row['bonus']\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    judge = Judge([VerifierOptions(kind="function", function="my_rewards:judge", timeout=3.0, weight=2.0)], -1.0)
+    function = {"kind": "function", "function": "my_rewards:judge", "timeout": 3.0, "weight": 2.0}
+    options = {"rewards": [function], "failed_reward": -1.0, "bad_rewards": 0.9}
+    mix = RewardMix(RolloutOptions.model_validate(options))
     began = time.monotonic()
     texts = ["ab", "", "nan", "hang", "die", "abcd"]
-    found = judge([Answered({"bonus": 1}, f"row {i}", "p", text) for i, text in enumerate(texts)])
-    judge.close()
+    found = mix([Answered({"bonus": 1}, f"row {i}", "p", text) for i, text in enumerate(texts)])
+    mix.close()
     assert time.monotonic() - began < 60
     assert found.total.tolist() == [3.0, -2.0, -2.0, -2.0, -2.0, 2.5]
     assert [failure.split(":")[0] for failure in found.failures] == ["row 1", "row 2", "row 3", "row 4"]
@@ -170,7 +174,7 @@ def test_functions_that_raise_hang_or_return_nothing(tmp_path: Path, monkeypatch
     ):
         assert sign in failure
     with pytest.raises(DataError, match="has no 'answer'"):
-        Judge([VerifierOptions(kind="exact")], 0.0)([Answered({}, "x:3", "p", "t")])
+        RewardMix(RolloutOptions.model_validate({"rewards": [{"kind": "exact"}]}))([Answered({}, "x:3", "p", "t")])
 
 
 def test_repetition_and_reasons_to_end() -> None:
@@ -199,7 +203,7 @@ def job(folder: Path, model: Path, words: Any, **rollouts: Any) -> ReinforceJob:
         "group": 8,
         "max_tokens": 6,
         "rows": 64,
-        "verifiers": [{"kind": "regex", "pattern": "[a-m]"}],
+        "rewards": [{"kind": "regex", "pattern": "[a-m]"}],
         **rollouts,
     }
     train = TrainOptions(steps=8, global_batch=4, learning_rate=2e-2, checkpoint_every=4, async_checkpoints=False,
@@ -251,8 +255,8 @@ def test_a_killed_run_goes_on_with_the_same_prompts_and_draws(model_folder: Path
 @pytest.mark.parametrize(
     ("changes", "rollouts", "complaint"),
     [
-        ({}, {"verifiers": []}, "nothing rewards the answers"),
-        ({}, {"verifiers": [{"kind": "regex", "pattern": "("}]}, "bad pattern"),
+        ({}, {"rewards": []}, "nothing rewards the answers"),
+        ({}, {"rewards": [{"kind": "regex", "pattern": "("}]}, "bad pattern"),
         ({"tokens": 100, "steps": None}, {}, "no length known beforehand"),
         ({}, {"kl": 0.1, "temperature": 0.5}, "scores at temperature 1"),
     ],

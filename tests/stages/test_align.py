@@ -103,7 +103,7 @@ def test_opinions_of_a_server_train_kto_and_rewards_a_classifier(policy: Artifac
 @pytest.mark.usefixtures("ray_session")
 def test_a_policy_learns_from_rewards_of_its_answers(policy: Artifact, tmp_path: Path) -> None:
     data = lines(tmp_path / "prompts.jsonl", [{"prompt": chr(97 + i % 26), "answer": "x"} for i in range(30)])
-    rollouts = {"group": 4, "max_tokens": 5, "rows": 64, "verifiers": [{"kind": "regex", "pattern": "[a-m]"}]}
+    rollouts = {"group": 4, "max_tokens": 5, "rows": 64, "rewards": [{"kind": "regex", "pattern": "[a-m]"}]}
     chosen = options(method="grpo", rollouts=rollouts, engine={"max_sequences": 8}, global_batch=2, steps=4)
     result = run_stage(chosen, {"model": policy, "data": data}, tmp_path)
     assert {"reward", "first_reward", "heldout_reward", "heldout_before_reward"} <= set(result.metrics)
@@ -112,6 +112,10 @@ def test_a_policy_learns_from_rewards_of_its_answers(policy: Artifact, tmp_path:
     for title in ("Where the time went", "What the model writes"):
         assert f"## {title}" in report
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def rewarded(reward: dict[str, Any]) -> dict[str, Any]:
+    return {"method": "grpo", "rollouts": {"rewards": [reward]}}
 
 
 GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
@@ -146,12 +150,22 @@ def test_bad_rows_end_the_stage_with_their_place(
         ({"parallel": {"pipeline": 2}, "resources": {"workers": 2}}, "whole sequences and layers"),
         ({"sequence_length": 500}, "longer than the model's"),
         ({"method": "grpo"}, "nothing rewards the answers"),
-        ({"method": "grpo", "rollouts": {"verifiers": [{"kind": "exact"}], "updates": 3}}, "resumed exactly"),
+        ({"method": "grpo", "rollouts": {"rewards": [{"kind": "exact"}], "updates": 3}}, "resumed exactly"),
+        (rewarded({"kind": "reward_model", "model": "rm"}), "no reward model 'rm'"),
+        (rewarded({"kind": "judge", "url": "http://judge/v1", "model": "m", "key": "NO_SUCH_KEY"}), "KEY is not set"),
     ],
 )
 def test_broken_configurations_fail_before_work(policy: Artifact, changes: dict[str, Any], complaint: str) -> None:
     with pytest.raises(RecipeError, match=complaint):
         AlignStage().check(plan(options(**changes), {"model": policy}))
+
+
+def test_reward_models_must_be_such_and_used(policy: Artifact) -> None:
+    chosen = options(method="grpo", rollouts={"rewards": [{"kind": "reward_model", "model": "rm"}]})
+    with pytest.raises(RecipeError, match="no reward model but LlamaForCausalLM"):
+        AlignStage().check(plan(chosen, {"model": policy, "rm": policy}))
+    with pytest.raises(RecipeError, match="nothing uses the input 'rm'"):
+        AlignStage().check(plan(options(), {"model": policy, "rm": policy}))
 
 
 def test_a_template_must_be_there(tmp_path: Path) -> None:

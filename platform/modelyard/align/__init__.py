@@ -1,12 +1,12 @@
-"""CORE: alignment. Forms of data, preference losses, reward models, verifiers, rollouts and policy gradients.
+"""CORE: alignment. Forms of data, preference losses, reward models, rewards, rollouts and policy gradients.
 
 `records` reads the forms that instruction, preference and feedback data come in, `encode` turns them into token
 sequences with masks, `losses` and `policy` are the papers' formulas as functions of log-probabilities, `objectives`
 make of them what the training loop minimises, `programs` are whole jobs a worker runs, and `rollouts` lets the
 inference engine write what a policy learns from.
 
-May import train, engine, models, tokens and what is below; never Ray or MLflow. `options`, `records` and this package
-load no torch.
+May import train, engine, models, tokens and what is below; never Ray or MLflow. `options`, `reward_options`, `records`
+and this package load no torch.
 """
 
 from __future__ import annotations

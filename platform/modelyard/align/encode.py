@@ -46,6 +46,14 @@ def use_template(tokenizer: Any, name: TemplateName) -> Any:
     return tokenizer
 
 
+def after_answer(tokenizer: Any) -> tuple[int, ...]:
+    """Token ids that the chat template puts behind the token that ends an answer (a line feed, say)."""
+    turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+    ids = encode_chat(tokenizer, turns).ids.tolist()
+    ends = [place for place, token in enumerate(ids) if token == tokenizer.eos_token_id]
+    return tuple(ids[ends[-1] + 1 :]) if ends else ()
+
+
 def encode_preferences(
     examples: Sequence[Preference], tokenizer: Any, length: int, whole_only: bool = False
 ) -> tuple[list[Group], list[int], Counts]:

@@ -86,7 +86,7 @@ class FunctionProcess:
             self.close()
             raise RecipeError(
                 f"the reward function {self._path} cannot be used: {ready['error']}",
-                place="rollouts.verifiers",
+                place="rollouts.rewards",
                 mend="install its module for the workers too, and write package.module:function",
             )
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
+from modelyard.align.reward_options import RewardSource
 from modelyard.engine.options import EngineOptions, Precision
 from modelyard.recipe.schema import Options
 
@@ -62,33 +63,6 @@ class RewardOptions(Options):
     )  # fmt: skip
 
 
-class VerifierOptions(Options):
-    """One rule that judges an answer with a number, usually 0 or 1."""
-
-    kind: Literal["exact", "contains", "numeric", "regex", "json", "json_schema", "function", "length"] = Field(
-        description="exact or contains: the record's answer; numeric: its last number; regex; json: the answer is the "
-        "record's as JSON; json_schema; a Python function; length: 1 up to `limit` words, then less"
-    )
-    weight: float = Field(1.0, description="factor of this reward in the sum")
-    pattern: str | None = Field(None, description="for regex: searched in the answer")
-    json_schema: dict[str, object] | None = Field(None, description="for json_schema: what the answer must match")
-    function: str | None = Field(
-        None,
-        pattern=r"^[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*$",
-        description="for function: package.module:function(prompt, completion, row) -> number, run in a process apart",
-    )
-    timeout: float = Field(5.0, gt=0, description="seconds a function may take for one answer")
-    limit: int = Field(128, ge=1, description="for length: words that cost nothing")
-    tolerance: float = Field(1e-6, ge=0, description="for numeric: largest relative difference")
-
-    @model_validator(mode="after")
-    def _complete(self) -> VerifierOptions:
-        needed = {"regex": "pattern", "json_schema": "json_schema", "function": "function"}.get(self.kind)
-        if needed and getattr(self, needed) is None:
-            raise ValueError(f"a verifier of kind {self.kind} needs {needed}")
-        return self
-
-
 class RolloutEngine(EngineOptions):
     """The engine that answers: in single precision, so that its log-probabilities are the trainer's."""
 
@@ -118,10 +92,12 @@ class RolloutOptions(Options):
     dynamic_sampling: int = Field(
         0, ge=0, description="further rounds to replace groups whose rewards are all equal (DAPO); 0 = keep them"
     )
-    verifiers: tuple[VerifierOptions, ...] = Field((), description="rules whose weighted sum is the reward")
-    failed_reward: float = Field(0.0, description="reward of an answer whose verifier ran out of time")
+    rewards: tuple[RewardSource, ...] = Field(
+        (), description="rules, reward models and judges whose weighted sum is the reward"
+    )
+    failed_reward: float = Field(0.0, description="reward of an answer whose function or judge failed")
     bad_rewards: float = Field(
-        0.05, ge=0, lt=1, description="share of answers of a step whose function may raise or time out"
+        0.05, ge=0, lt=1, description="share of a step's answers whose function or judge may fail or time out"
     )
     rows: int = Field(512, ge=16, description="tokens of a packed training sequence; at least prompt and answer")
 

@@ -1,4 +1,4 @@
-"""The whole job of reinforcement learning for one worker: policy, engine, judge, loop, and the model that comes out."""
+"""The whole job of reinforcement learning for one worker: policy, engine, rewards, loop, and what comes out."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from modelyard import storage
 from modelyard.align.options import RolloutEngine, RolloutOptions, RolloutStops
 from modelyard.align.policy import PolicyObjective
 from modelyard.align.programs import PackedJob, check_alignment
-from modelyard.align.rollouts import Prompts, Rollouts, Sample
-from modelyard.align.verifiers import Answered, Judge
+from modelyard.align.rewards import RewardMix
+from modelyard.align.rollouts import Rollouts
+from modelyard.align.same_tokenizer import check_same_tokenizer, read_tokenizer
+from modelyard.align.samples import Prompts, Sample
+from modelyard.align.scoring import RewardScorer
 from modelyard.align.weights import policy_weights
 from modelyard.engine import EngineCore
 from modelyard.errors import RecipeError
@@ -37,9 +40,11 @@ SHOWN_EVERY = 10
 
 
 class ReinforceJob(PackedJob):
-    """Reinforcement learning with rewards by rule; `data` holds train.jsonl, and heldout.jsonl where there is any."""
+    """Learning from rewards of the model's own answers; `data` holds train.jsonl, and perhaps heldout.jsonl."""
 
     rollouts: RolloutOptions = Field(description="how answers are drawn and rewarded")
+    reward_models: dict[str, str] = Field({}, description="local folders of reward models, by the names rewards use")
+    after: tuple[int, ...] = Field((), description="token ids the chat template puts behind an answer")
     engine: RolloutEngine = Field(RolloutEngine(), description="the inference engine that answers")
     stops: RolloutStops = Field(RolloutStops(), description="when it has gone wrong")
 
@@ -53,12 +58,14 @@ def reinforce(
     and `before_reward`.
 
     Raises:
-        RecipeError: no verifier, an adapter other than LoRA, or a layout that splits layers or sequences.
+        RecipeError: no reward, a reward model with another tokenizer, an adapter other than LoRA, or a layout that
+            splits layers or sequences.
         DataError: rewards failed too often, or the model does not fit.
         DivergedError: losses stopped being numbers.
     """
     check_reinforce(job)
     source, options = Path(job.model), job.rollouts
+    _check_tokenizers(job)
     prompts = Prompts.read(Path(job.data) / "train.jsonl")
     held = Path(job.data) / "heldout.jsonl"
     heldout = Prompts.read(held).prompts if held.exists() else []
@@ -73,13 +80,14 @@ def reinforce(
     scorer = EngineCore(source, settings) if options.kl and job.adapter.full else None
     torch.set_num_threads(threads)
     objective = PolicyObjective(options, options.max_tokens)
-    judge = Judge(options.verifiers, options.failed_reward)
+    scorers = {n: RewardScorer(Path(p), world.device, longest + len(job.after)) for n, p in job.reward_models.items()}
+    mix = RewardMix(options, scorers)
     pad = AutoTokenizer.from_pretrained(str(source), local_files_only=True).pad_token_id or 0
     rollouts = Rollouts(
-        strategy, engine, prompts, objective, judge, options, job.train.global_batch, job.train.micro_batch or 16,
-        job.train.seed, pad, scorer,
+        strategy, engine, prompts, objective, mix, options, job.train.global_batch, job.train.micro_batch or 16,
+        job.train.seed, pad, job.after, scorer,
     )  # fmt: skip
-    before = _reward(rollouts, judge, heldout, world)
+    before = _reward(rollouts, heldout, world)
     table = _Table(rollouts, job.reports, world)
     additions = Additions(lambda _: rollouts, table.figures, lambda history: end_reason(job.stops, history))
     identity = identify(config, objective, job.adapter)
@@ -89,9 +97,9 @@ def reinforce(
     try:
         outcome = run_loop(setup, strategy, prompts, None, sink, say, hooks)
         engine.update_weights(policy_weights(strategy.model), outcome.steps)
-        after = _reward(rollouts, judge, heldout, world)
+        after = _reward(rollouts, heldout, world)
     finally:
-        judge.close()
+        mix.close()
     state = strategy.full_state(trainable_only=not job.adapter.full)
     if world.leads:
         with written(job.output) as target:
@@ -116,12 +124,16 @@ def check_reinforce(job: ReinforceJob) -> None:
                           mend="use temperature 1, or an adapter")  # fmt: skip
 
 
-def _reward(rollouts: Rollouts, judge: Judge, prompts: Sequence[Any], world: World) -> float:
+def _check_tokenizers(job: ReinforceJob) -> None:
+    for name, folder in job.reward_models.items():
+        check_same_tokenizer(read_tokenizer(Path(job.model)), read_tokenizer(Path(folder)), name)
+
+
+def _reward(rollouts: Rollouts, prompts: Sequence[Any], world: World) -> float:
     """Mean reward of greedy answers to held-out prompts; workers share them."""
     mine = list(prompts)[world.rank :: world.size]
     samples: list[Sample] = rollouts.answers(mine, 0, 1, 0.0) if mine else []
-    answered = [Answered(s.prompt.row, s.prompt.place, s.prompt.text, s.text) for s in samples]
-    parts = world.gather((float(judge(answered).total.sum()) if mine else 0.0, len(mine)))
+    parts = world.gather((float(rollouts.rewarded(samples).total.sum()) if mine else 0.0, len(mine)))
     total, count = np.sum(parts, axis=0).tolist()
     return float(total / max(1, count))
 

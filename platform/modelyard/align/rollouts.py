@@ -6,12 +6,9 @@ be read from top to bottom: weights, answers, rewards, advantages, old and refer
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,60 +22,16 @@ from modelyard.align.logprobs import token_scores
 from modelyard.align.objectives import adapter_off
 from modelyard.align.options import RolloutOptions
 from modelyard.align.policy import PolicyObjective
-from modelyard.align.verifiers import Answered, Judge, repetition
+from modelyard.align.rewards import RewardMix, Rewards
+from modelyard.align.samples import Arrays, Prompt, Prompts, Sample, empty_like, pack
+from modelyard.align.verifiers import repetition
 from modelyard.align.weights import policy_weights
 from modelyard.engine import EngineCore, Request, Sampling, generate
 from modelyard.errors import DataError
 from modelyard.tokens import rank_slice, stream_indices
 from modelyard.train.data import MicroBatches
 from modelyard.train.objective import first_tokens, next_tokens, positions
-from modelyard.train.pairs import assign
 from modelyard.train.parallel.strategy import Strategy
-
-Arrays = dict[str, npt.NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A task as token ids, with its record for the verifiers."""
-
-    ids: tuple[int, ...]
-    text: str
-    row: Mapping[str, Any] = field(hash=False)
-    place: str
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One answer: its tokens with the log-probabilities they were drawn with, and the weights' version."""
-
-    prompt: Prompt
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    text: str
-    ended: bool
-    version: int
-
-
-class Prompts:
-    """Tasks of a run. `len` is what the budget in epochs counts."""
-
-    def __init__(self, prompts: Sequence[Prompt]) -> None:
-        self.prompts = list(prompts)
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def batch(self, indices: npt.ArrayLike) -> Mapping[str, Any]:
-        """Prompts are not sequences to learn from: rollouts make those."""
-        raise NotImplementedError("prompts are answered, not trained on")
-
-    @classmethod
-    def read(cls, path: Path) -> Prompts:
-        """From JSON lines with ids, text, row and place."""
-        with path.open(encoding="utf-8") as handle:
-            rows = [json.loads(line) for line in handle]
-        return cls([Prompt(tuple(r["ids"]), r["text"], r["row"], r["place"]) for r in rows])
 
 
 class Rollouts:
@@ -92,12 +45,13 @@ class Rollouts:
         engine: an inference engine of this worker, of the same architecture.
         prompts: all tasks; a worker answers its slice of each step's.
         objective: what the batches are for.
-        judge: rewards answers.
+        mix: rewards answers.
         options: how to sample.
         batch: prompts a step, over all workers.
         micro_batch: most packed sequences of a forward pass.
         seed: of the run.
         pad: token id at padding.
+        after: token ids that the chat template puts behind an answer; reward models read them too.
         scorer: an engine with the weights before training, for the KL divergence of a policy without an adapter.
     """
 
@@ -107,17 +61,18 @@ class Rollouts:
         engine: EngineCore,
         prompts: Prompts,
         objective: PolicyObjective,
-        judge: Judge,
+        mix: RewardMix,
         options: RolloutOptions,
         batch: int,
         micro_batch: int,
         seed: int,
         pad: int,
+        after: Sequence[int] = (),
         scorer: EngineCore | None = None,
     ) -> None:
         self._strategy, self._engine, self._prompts, self._objective = strategy, engine, prompts, objective
-        self._judge, self._options, self._batch, self._micro = judge, options, batch, micro_batch
-        self._seed, self._pad, self._scorer = seed, pad, scorer
+        self._mix, self._options, self._batch, self._micro = mix, options, batch, micro_batch
+        self._seed, self._pad, self._after, self._scorer = seed, pad, tuple(after), scorer
         self._held: MicroBatches = []
         self._set = -1
         self._seconds: dict[str, float] = {}
@@ -206,15 +161,12 @@ class Rollouts:
         mine = rank_slice(indices, self._strategy.reader, self._strategy.readers)
         return [self._prompts.prompts[i] for i in mine]
 
+    def rewarded(self, samples: Sequence[Sample]) -> Rewards:
+        """What the answers are worth. Raises DataError when too many rewards fail."""
+        return self._mix([sample.answered(self._after) for sample in samples])
+
     def _judged(self, samples: Sequence[Sample]) -> npt.NDArray[np.float64]:
-        answered = [Answered(s.prompt.row, s.prompt.place, s.prompt.text, s.text) for s in samples]
-        rewards = self._judge(answered)
-        if len(rewards.failures) > self._options.bad_rewards * len(samples):
-            raise DataError(
-                f"{len(rewards.failures)} of {len(samples)} rewards of a step failed; the first: {rewards.failures[0]}",
-                place="rollouts.verifiers",
-                mend="mend the function, raise its timeout, or allow more (bad_rewards)",
-            )
+        rewards = self.rewarded(samples)
         self._means |= {f"reward/{name}": mean for name, mean in rewards.means.items()}
         return rewards.total
 
@@ -262,7 +214,7 @@ class Rollouts:
         batches = []
         for part in np.array_split(np.arange(rows), parts):
             batch = {n: torch.from_numpy(np.ascontiguousarray(a[part])).to(device) for n, a in arrays.items()}
-            batches.append(batch if len(part) else _empty(arrays, device))
+            batches.append(batch if len(part) else empty_like(arrays, device))
         model = self._strategy.model
         if self._options.updates > 1:
             _add(batches, "old", model, nullcontext(), self._options.temperature)
@@ -280,7 +232,7 @@ class Rollouts:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._judge.close()
+        self._mix.close()
 
 
 def _replace(
@@ -298,48 +250,6 @@ def _replace(
             return
         rewards[place] = judged[donor]
         found[place * group : (place + 1) * group] = fresh[donor * group : (donor + 1) * group]
-
-
-def pack(
-    samples: Sequence[Sample], gains: npt.NDArray[np.float64], options: RolloutOptions, pad: int,
-    reference: Sequence[Sequence[float]] | None = None,
-) -> Arrays:  # fmt: skip
-    """Prompts with their answers packed whole into sequences of `options.rows` tokens or the longest, as arrays."""
-    lengths = [len(s.prompt.ids) + len(s.tokens) for s in samples]
-    width = max([options.rows, *lengths])
-    rows = assign(lengths, width)
-    most = max((len(members) for members in rows), default=1)
-    shape = (len(rows), width)
-    found: Arrays = {
-        "input_ids": np.full(shape, pad, dtype=np.int64),
-        "document_ids": np.full(shape, -1, dtype=np.int32),
-        "loss_mask": np.zeros(shape, dtype=bool),
-        "engine": np.zeros(shape, dtype=np.float32),
-        "advantage": np.zeros((len(rows), most), dtype=np.float32),
-    }
-    if reference is not None:
-        found["reference"] = np.zeros(shape, dtype=np.float32)
-    for row, members in enumerate(rows):
-        at = 0
-        for number, member in enumerate(members):
-            sample = samples[member]
-            begin, end = at + len(sample.prompt.ids), at + lengths[member]
-            found["input_ids"][row, at:end] = (*sample.prompt.ids, *sample.tokens)
-            found["document_ids"][row, at:end] = number
-            found["loss_mask"][row, begin:end] = True
-            found["engine"][row, begin:end] = sample.logprobs
-            found["advantage"][row, number] = gains[member]
-            if reference is not None:
-                found["reference"][row, begin:end] = reference[member]
-            at = end
-    return found
-
-
-def _empty(arrays: Arrays, device: torch.device) -> dict[str, torch.Tensor]:
-    """One sequence that is all padding, so that every worker makes the same number of forward passes."""
-    batch = {n: torch.zeros((1, *a.shape[1:]), dtype=torch.from_numpy(a[:0]).dtype) for n, a in arrays.items()}
-    batch["document_ids"].fill_(-1)
-    return {name: value.to(device) for name, value in batch.items()}
 
 
 @torch.no_grad()

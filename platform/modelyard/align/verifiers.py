@@ -10,105 +10,65 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from modelyard.align.answered import Answered, Failure, Value
 from modelyard.align.function_process import FunctionFailed, FunctionProcess
-from modelyard.align.options import VerifierOptions
+from modelyard.align.reward_options import VerifierOptions
 from modelyard.errors import DataError, RecipeError
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
 Rule = Callable[[Mapping[str, Any], str], float]
 
 
-@dataclass(frozen=True)
-class Answered:
-    """An answer to a task: the task's record and place, the rendered prompt, and the answer's text."""
-
-    row: Mapping[str, Any] = field(hash=False)
-    place: str
-    prompt: str
-    text: str
-
-
-@dataclass
-class Rewards:
-    """The weighted sum of every answer, [n]; each verifier's mean; and what failed, by place."""
-
-    total: npt.NDArray[np.float64]
-    means: dict[str, float]
-    failures: list[str]
-
-
-class Judge:
-    """All verifiers of a run.
+class Verifier:
+    """One rule over answers; a source of `rewards.RewardMix`.
 
     Raises:
-        RecipeError: no verifier, a bad pattern or schema, or a function that cannot be imported.
+        RecipeError: a bad pattern or schema, or a function that cannot be imported.
     """
 
-    def __init__(self, verifiers: Sequence[VerifierOptions], failed: float) -> None:
-        if not verifiers:
-            raise RecipeError("nothing rewards the answers", place="rollouts.verifiers", mend="name a verifier")
-        self._failed = failed
-        self._rules = [(_name(v, i), v.weight, _rule(v)) for i, v in enumerate(verifiers)]
+    def __init__(self, options: VerifierOptions) -> None:
+        self._kind = options.kind
+        self._function = FunctionProcess(str(options.function), options.timeout) if options.kind == "function" else None
+        self._rule = _rule(options) if self._function is None else None
 
-    def __call__(self, answers: Sequence[Answered]) -> Rewards:
-        """Judges answers in order.
+    def __call__(self, answers: Sequence[Answered]) -> list[Value]:
+        """What every answer is worth, or why that cannot be said.
 
         Raises:
-            DataError: a record lacks what a verifier compares with.
+            DataError: a record lacks what the rule compares with.
         """
-        total = np.zeros(len(answers))
-        means, failures = {}, []
-        for name, weight, rule in self._rules:
-            values = np.zeros(len(answers))
-            for i, answer in enumerate(answers):
-                try:
-                    values[i] = _finite(rule(answer.row, answer.text) if not isinstance(rule, FunctionProcess)
-                                        else rule(answer.prompt, answer.text, answer.row))  # fmt: skip
-                except FunctionFailed as error:
-                    values[i] = self._failed
-                    failures.append(f"{answer.place}: {error}")
-                except KeyError as error:
-                    raise DataError(
-                        f"the record has no {error}, which the verifier {name} compares with",
-                        place=answer.place,
-                        mend="give the field `answer`, or use another verifier",
-                    ) from error
-            means[name] = float(values.mean()) if len(values) else 0.0
-            total += weight * values
-        return Rewards(total, means, failures)
+        return [self._judge(answer) for answer in answers]
 
     def close(self) -> None:
-        """Ends the processes of functions."""
-        for _, _, rule in self._rules:
-            if isinstance(rule, FunctionProcess):
-                rule.close()
+        """Ends the process of a function."""
+        if self._function is not None:
+            self._function.close()
+
+    def _judge(self, answer: Answered) -> Value:
+        try:
+            if self._function is not None:
+                return self._function(answer.prompt, answer.text, answer.row)
+            assert self._rule is not None
+            return self._rule(answer.row, answer.text)
+        except FunctionFailed as error:
+            return Failure(str(error))
+        except KeyError as error:
+            raise DataError(
+                f"the record has no {error}, which the verifier {self._kind} compares with",
+                place=answer.place,
+                mend="give the field `answer`, or use another verifier",
+            ) from error
 
 
-def _name(options: VerifierOptions, number: int) -> str:
-    return f"{options.kind}_{number}"
-
-
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise FunctionFailed(f"the reward is {value}")
-    return value
-
-
-def _rule(options: VerifierOptions) -> Any:
+def _rule(options: VerifierOptions) -> Rule:
     if options.kind == "regex":
         return _regex(str(options.pattern))
     if options.kind == "json_schema":
         return _schema(options.json_schema or {})
     if options.kind == "json":
         return lambda row, text: float(_same_json(row["answer"], text))
-    if options.kind == "function":
-        return FunctionProcess(str(options.function), options.timeout)
     if options.kind == "numeric":
         return lambda row, text: float(_same_number(row["answer"], text, options.tolerance))
     if options.kind == "length":
@@ -122,7 +82,7 @@ def _regex(pattern: str) -> Rule:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise RecipeError(f"bad pattern: {error}", place="rollouts.verifiers", mend="write a Python regex") from error
+        raise RecipeError(f"bad pattern: {error}", place="rollouts.rewards", mend="write a Python regex") from error
     return lambda row, text: float(compiled.search(text) is not None)
 
 
@@ -133,7 +93,7 @@ def _schema(schema: dict[str, Any]) -> Rule:
     try:
         Draft202012Validator.check_schema(schema)
     except SchemaError as error:
-        raise RecipeError(f"bad JSON schema: {error.message}", place="rollouts.verifiers") from error
+        raise RecipeError(f"bad JSON schema: {error.message}", place="rollouts.rewards") from error
     validator = Draft202012Validator(schema)
 
     def judge(_: Mapping[str, Any], text: str) -> float:

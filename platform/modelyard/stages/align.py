@@ -23,6 +23,7 @@ from modelyard.stages.alignment import (
     result,
 )
 from modelyard.stages.base import InputSpec, PlanContext, Stage, StageContext, StageResult
+from modelyard.stages.rollout_rewards import check_no_more
 from modelyard.stages.rollout_stage import check_rollouts, run_rollouts
 from modelyard.stages.training import MODELS, clear, model_place, warnings
 from modelyard.stages.training_report import RESULTS, write_results
@@ -60,6 +61,8 @@ class AlignStage(Stage[AlignOptions]):
         "model": InputSpec(kinds=MODELS, files=True),
         "data": InputSpec(kinds=("curate", "generate"), files=True),
     }
+    more = InputSpec(kinds=("reward",), files=True)
+    """Reward models, by the names that `rollouts.rewards` uses."""
 
     def check(self, ctx: PlanContext[AlignOptions]) -> None:
         """Raises the errors of `check_alignment_stage`, and RecipeError for a reference that cannot be had."""
@@ -68,6 +71,7 @@ class AlignStage(Stage[AlignOptions]):
         if options.method == "grpo":
             check_rollouts(ctx)
             return
+        check_no_more(options)
         if options.preference.reference == "adapter" and options.adapter.full:
             raise RecipeError(
                 "there is no adapter to switch off",

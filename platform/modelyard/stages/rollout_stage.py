@@ -11,12 +11,14 @@ from modelyard.stages.alignment import Facts, prepared
 from modelyard.stages.base import PlanContext, StageContext, StageResult
 from modelyard.stages.examples import name_of, read_examples, split
 from modelyard.stages.finetune import read_tokenizer
+from modelyard.stages.rollout_rewards import check_rewards, check_same_tokenizers, reward_models
 from modelyard.stages.training import model_place, speed_metrics
 from modelyard.stages.training_report import write_results
-from modelyard.storage import Artifact, join, read_bytes, write_bytes
+from modelyard.storage import join, read_bytes, write_bytes
 
 if TYPE_CHECKING:
     from modelyard.stages.align import AlignOptions
+    from modelyard.stages.train_worker import Place
     from modelyard.train.loop import Outcome
     from modelyard.train.report import Page
 
@@ -27,8 +29,7 @@ PHASES = ("sync", "generate", "reward", "score")
 def check_rollouts(ctx: PlanContext[AlignOptions]) -> None:
     """Raises RecipeError for what rollouts cannot do, before any worker starts."""
     options = ctx.options
-    if not options.rollouts.verifiers:
-        raise RecipeError("nothing rewards the answers", place="rollouts.verifiers", mend="name a verifier")
+    check_rewards(ctx)
     if options.parallel.tensor > 1:
         raise RecipeError("rollouts need whole layers on a worker", place="parallel.tensor", mend="use shard or data")
     if options.adapter.ia3 is not None:
@@ -49,6 +50,7 @@ def run_rollouts(ctx: StageContext[AlignOptions]) -> StageResult:
     from modelyard.stages.workers import Assignment, run_workers
 
     options = ctx.options
+    check_same_tokenizers(ctx.inputs, reward_models(options))
     facts = prepared(ctx, pack_prompts)
     job = ReinforceJob(
         model="",
@@ -59,12 +61,14 @@ def run_rollouts(ctx: StageContext[AlignOptions]) -> StageResult:
         rollouts=options.rollouts,
         engine=options.engine,
         stops=options.stops,
+        after=facts["after"],
         checkpoints=join(ctx.work, "checkpoints"),
         reports=ctx.output,
     )
-    places: dict[str, tuple[Artifact, str] | str] = {
+    places: dict[str, Place | dict[str, Place]] = {
         "model": model_place(ctx.inputs["model"], "model"),
         "data": join(ctx.work, "answers"),
+        "reward_models": {name: model_place(ctx.inputs[name], name) for name in reward_models(options)},
     }
     steps = options.total_steps(facts["prompts"], 1)
     outcome = run_workers(ctx, Assignment("modelyard.align.reinforce:reinforce", job, places), steps)
@@ -79,7 +83,7 @@ def pack_prompts(ctx: StageContext[Any], folder: Path) -> Facts:
     Raises:
         DataError: records cannot be used, or no prompt is left.
     """
-    from modelyard.align.encode import use_template
+    from modelyard.align.encode import after_answer, use_template
     from modelyard.align.records import task
     from modelyard.train.pairs import render
 
@@ -88,7 +92,8 @@ def pack_prompts(ctx: StageContext[Any], folder: Path) -> Facts:
     examples = read_examples(data, task, options.examples.bad_rows)
     tokenizer = use_template(read_tokenizer(ctx.inputs["model"]), options.examples.template)
     kept, held = split(examples.good, options.heldout)
-    facts: Facts = {"quarantined": len(examples.bad), "truncated": 0, "dropped": 0, "heldout_prompts": 0}
+    facts: Facts = {"quarantined": len(examples.bad), "truncated": 0, "dropped": 0, "heldout_prompts": 0,
+                    "after": after_answer(tokenizer)}  # fmt: skip
     (folder / "quarantine.jsonl").write_bytes(examples.quarantine())
     for name, part in (("train", kept), ("heldout", held)):
         lines = []
