@@ -16,7 +16,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,17 +80,28 @@ class Peak:
     mib: float = 0.0
 
 
-@contextmanager
-def peak_memory(interval: float = 0.05) -> Iterator[Peak]:
-    """Samples the unique memory (USS) of the process tree every `interval` seconds while the block runs.
+def unique_mib(processes: Iterable[psutil.Process] | None = None) -> float:
+    """Unique memory (USS) of processes in MiB, this process tree's by default.
 
     USS counts a page once and only where it is not shared, so forked workers are not counted twice.
     """
+    total = 0
+    for process in tree() if processes is None else processes:
+        try:
+            total += process.memory_full_info().uss
+        except psutil.Error:
+            continue
+    return total / 2**20
+
+
+@contextmanager
+def peak_memory(interval: float = 0.05, measure: Callable[[], float] = unique_mib) -> Iterator[Peak]:
+    """The highest that `measure` (MiB) gives, every `interval` seconds while the block runs and at its end."""
     peak, done = Peak(), threading.Event()
 
     def sample() -> None:
         while not done.wait(interval):
-            peak.mib = max(peak.mib, _unique_mib())
+            peak.mib = max(peak.mib, measure())
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
@@ -99,17 +110,7 @@ def peak_memory(interval: float = 0.05) -> Iterator[Peak]:
     finally:
         done.set()
         thread.join()
-        peak.mib = max(peak.mib, _unique_mib())
-
-
-def _unique_mib() -> float:
-    total = 0
-    for process in tree():
-        try:
-            total += process.memory_full_info().uss
-        except psutil.Error:
-            continue
-    return total / 2**20
+        peak.mib = max(peak.mib, measure())
 
 
 @dataclass

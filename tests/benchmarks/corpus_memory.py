@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-from contract import Peak, report, say, tree
+from contract import peak_memory, report, say, tree, unique_mib
 from corpus_dedup import curate
 from corpus_minhash import documents
 
@@ -30,27 +27,16 @@ FACTORS = (1, 4, 16)
 FILE_BYTES = 5_000_000
 
 
-@contextmanager
-def worker_peak(interval: float = 0.5) -> Iterator[Peak]:
-    """The largest unique memory of any one Ray worker below this process while the block runs, MiB."""
-    peak, done = Peak(), threading.Event()
+def largest_worker() -> float:
+    """Unique memory of the largest Ray worker below this process, MiB."""
+    return max((unique_mib([process]) for process in tree() if is_worker(process)), default=0.0)
 
-    def sample() -> None:
-        while not done.wait(interval):
-            for process in tree():
-                try:
-                    if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::"):
-                        peak.mib = max(peak.mib, process.memory_full_info().uss / 2**20)
-                except psutil.Error:
-                    continue
 
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
+def is_worker(process: psutil.Process) -> bool:
     try:
-        yield peak
-    finally:
-        done.set()
-        thread.join()
+        return process.cmdline()[:1] != [] and process.cmdline()[0].startswith("ray::")
+    except psutil.Error:
+        return False
 
 
 def write_input(folder: Path, texts: list[str], files: int) -> tuple[Files, int]:
@@ -82,7 +68,7 @@ def main() -> None:
             # A fresh Ray for every point: no worker carries memory over from the one before.
             session.start(2)
             try:
-                with worker_peak() as peak:
+                with peak_memory(0.5, largest_worker) as peak:
                     result = curate(files, Path(name) / "run", 0)
             finally:
                 session.stop()

@@ -9,10 +9,10 @@ from pathlib import Path
 from modelyard.planner.estimate import Estimate
 from modelyard.recipe import Recipe, load_recipe
 from modelyard.stages import registry
-from modelyard.stages.graph import Planned, plan_context, plan_graph
+from modelyard.stages.graph import Planned, anchored, plan_context, plan_graph
 from modelyard.stages.runner import Outcome
 from modelyard.stages.runner import run as _run
-from modelyard.storage import Artifact, absolute
+from modelyard.storage import Artifact
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def plan(recipe: Recipe | str | Path, *, force: Sequence[str] = ()) -> list[StagePlan]:
     """What `run` would do, without doing it. Raises the ModelyardErrors of a recipe that cannot run."""
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
-    recipe = recipe.model_copy(update={"root": absolute(recipe.root)})
+    recipe = anchored(recipe)
     planned = plan_graph(recipe, frozenset(force))
     artifacts = {entry.node.name: entry.artifact for entry in planned if entry.artifact}
     return [_stage_plan(recipe, entry, artifacts) for entry in planned]

@@ -17,7 +17,7 @@ from modelyard.recipe import FileInput, Recipe, StageOptions, decisive, differen
 from modelyard.recipe.schema import NAME, InputValue
 from modelyard.stages import registry
 from modelyard.stages.base import InputSpec, PlanContext, Stage
-from modelyard.storage import Artifact, ArtifactStore, Files, InputEntry, exists, find_files, is_remote
+from modelyard.storage import Artifact, ArtifactStore, Files, InputEntry, absolute, exists, find_files, is_remote
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class Planned:
     files: dict[str, Files | Artifact] = field(default_factory=dict)
     """Inputs that are not stages of this recipe: raw files, or a published artifact by URI."""
     why: list[str] = field(default_factory=list)
+
+
+def anchored(recipe: Recipe) -> Recipe:
+    """The recipe with an absolute root: workers and MLflow's server have other working directories."""
+    return recipe.model_copy(update={"root": absolute(recipe.root)})
 
 
 def build(recipe: Recipe) -> list[Node]:

@@ -10,8 +10,7 @@ from typing import Any
 from modelyard.errors import RecipeError
 from modelyard.recipe import Recipe
 from modelyard.stages.examples import Examples, read_examples
-from modelyard.stages.graph import plan_context, plan_graph
-from modelyard.storage import absolute
+from modelyard.stages.graph import anchored, plan_context, plan_graph
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ def inspect_stage(recipe: Recipe, stage: str, rows: int) -> list[Shown]:
         RecipeError: no such stage, a kind that trains on no examples, or inputs that do not exist yet.
         DataError: the data cannot be used.
     """
-    recipe = recipe.model_copy(update={"root": absolute(recipe.root)})
+    recipe = anchored(recipe)
     planned = {entry.node.name: entry for entry in plan_graph(recipe)}
     if stage not in planned:
         raise RecipeError(f"no stage {stage!r}", place="inspect", mend=f"stages: {', '.join(planned)}")

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, cast
 from modelyard.errors import RecipeError
 from modelyard.recipe import Recipe
 from modelyard.stages.base import PlanContext
-from modelyard.stages.graph import plan_context, plan_graph
+from modelyard.stages.graph import anchored, plan_context, plan_graph
 from modelyard.stages.pretrain import PretrainOptions, PretrainStage, job_places
-from modelyard.storage import absolute, join
+from modelyard.storage import join
 from modelyard.train.options import ParallelOptions
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def range_test_of(
     from modelyard.train.range_test import RangeTest, range_test
     from modelyard.train.world import current
 
-    recipe = recipe.model_copy(update={"root": absolute(recipe.root)})
+    recipe = anchored(recipe)
     ctx = _context(recipe, stage)
     PretrainStage().check(ctx)
     torch.set_num_threads(max(1, int(ctx.options.resources.cpus_per_worker)))

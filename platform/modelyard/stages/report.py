@@ -9,9 +9,9 @@ from pathlib import Path
 from modelyard.errors import DataError, ModelyardError
 from modelyard.planner.estimate import Estimate
 from modelyard.recipe import Recipe
-from modelyard.stages.graph import Planned, plan_context, plan_graph
+from modelyard.stages.graph import Planned, anchored, plan_context, plan_graph
 from modelyard.stages.whatif import differences
-from modelyard.storage import Artifact, absolute, exists, is_remote, join, write_bytes
+from modelyard.storage import Artifact, exists, is_remote, join, write_bytes
 
 _STYLE = """
 :root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}
@@ -26,7 +26,7 @@ def write_report(recipe: Recipe) -> Path | str:
 
     Raises DataError when nothing of the recipe is published.
     """
-    recipe = recipe.model_copy(update={"root": absolute(recipe.root)})
+    recipe = anchored(recipe)
     planned = plan_graph(recipe)
     artifacts = {entry.node.name: entry.artifact for entry in planned if entry.artifact}
     found = [(artifacts[e.node.name], _estimate(recipe, e, artifacts)) for e in planned if e.artifact]

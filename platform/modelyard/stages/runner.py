@@ -21,11 +21,11 @@ from modelyard.errors import ModelyardError, ResourceError, StageError
 from modelyard.recipe import Recipe, fingerprint
 from modelyard.stages import session
 from modelyard.stages.base import StageContext, StageResult
-from modelyard.stages.graph import Planned, input_entries, plan_context, plan_graph, recorded
+from modelyard.stages.graph import Planned, anchored, input_entries, plan_context, plan_graph, recorded
 from modelyard.stages.preflight import preflight
 from modelyard.stages.progress import Display, Progress
 from modelyard.stages.spending import Spending, log_prediction
-from modelyard.storage import Artifact, ArtifactStore, Files, Manifest, absolute
+from modelyard.storage import Artifact, ArtifactStore, Files, Manifest
 
 if TYPE_CHECKING:
     from modelyard.tracking import Run, Tracker
@@ -80,7 +80,7 @@ def run(
         ModelyardError: a mistake found before work starts, or what a stage raised.
         StageError: a stage failed in a way it did not foresee; the traceback is in MLflow.
     """
-    recipe = recipe.model_copy(update={"root": absolute(recipe.root)})
+    recipe = anchored(recipe)
     started = time.monotonic()
     store = ArtifactStore(recipe.root)
     store.check()
