@@ -1,4 +1,4 @@
-"""Response cache, limits a key and feedback: alone, behind HTTP, and with Debian's redis-server."""
+"""Response cache and limits a key: alone, behind HTTP, and with Debian's redis-server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from modelyard.engine.request import StepOutput, TokenLogprob
 from modelyard.errors import ResourceError
 from modelyard.serving.cache import MemoryCache, RedisCache, cache_key, deterministic, dump, parse
 from modelyard.serving.errors import ApiError
-from modelyard.serving.feedback import FeedbackStore
 from modelyard.serving.keys import digest
 from modelyard.serving.limits import Limiter
 from modelyard.serving.options import Limit, Limits
@@ -31,11 +30,11 @@ KEYS = {"alice-key": "alice", "bob-key": "bob"}
 
 
 @pytest.fixture(scope="module")
-def served(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+def served(tiny_model: Path) -> Iterator[LocalServer]:
     server = LocalServer(
         tiny_model, EngineOptions(max_sequences=2, threads=1), keys={digest(k): v for k, v in KEYS.items()},
         cache=MemoryCache(100_000, 60), limiter=Limiter(Limits(keys={"bob": Limit(requests_per_minute=3)})),
-        feedback=FeedbackStore(str(tmp_path_factory.mktemp("feedback"))), version="7",
+        version="7",
     )  # fmt: skip
     yield server
     server.stop()
@@ -82,28 +81,6 @@ def test_a_key_that_asks_too_much_waits(served: LocalServer) -> None:
     assert refused and refused[-1].json()["error"]["code"] == "rate_limit_exceeded"
     assert 1 <= int(refused[-1].headers["retry-after"]) <= 20
     assert ask(served, max_tokens=1).status_code == 200
-
-
-def test_feedback_becomes_rows_of_preference_data(served: LocalServer) -> None:
-    body = {"id": "chatcmpl-1", "rating": "down", "messages": CHAT["messages"], "answer": "no", "correction": "yes"}
-    assert ask(served, path="/v1/feedback", json=body).json()["object"] == "feedback"
-    assert ask(served, path="/v1/feedback", json={"id": "x", "rating": "up"}).status_code == 200
-    (file,) = Path(served.feedback._place).iterdir()
-    row, short = [json.loads(line) for line in file.read_text().splitlines()]
-    assert row["prompt"] == CHAT["messages"] and row["key"] == "alice" and row["version"] == "7"
-    assert (row["chosen"], row["rejected"], row["label"]) == ("yes", "no", False)
-    assert short["label"] is True and short["prompt"] is None and "chosen" not in short
-    assert file.stat().st_mode & 0o077 == 0
-    for bad in ({"id": "x", "rating": "meh"}, {"rating": "up"}, {"id": "x", "rating": "up", "correction": "y"},
-                {"id": "x", "rating": "up", "extra": 1}):  # fmt: skip
-        assert ask(served, path="/v1/feedback", json=bad).status_code == 400, bad
-    card = httpx.get(served.url + "/v1/models", headers={"authorization": "Bearer alice-key"}).json()["data"][0]
-    assert card["feedback"] is True
-
-
-def test_feedback_is_off_unless_asked_for(local: LocalServer) -> None:
-    answer = httpx.post(local.url + "/v1/feedback", json={"id": "x", "rating": "up"})
-    assert answer.status_code == 404 and answer.json()["error"]["code"] == "feedback_off"
 
 
 def test_only_equal_requests_have_equal_keys() -> None:

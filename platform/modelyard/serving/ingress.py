@@ -22,9 +22,10 @@ from modelyard.serving.api import build_app
 from modelyard.serving.background import Background, perform
 from modelyard.serving.cache import Cache, MemoryCache, RedisCache
 from modelyard.serving.consumer import store_of
-from modelyard.serving.feedback import FeedbackStore, append_row
+from modelyard.serving.feedback import FeedbackStore
 from modelyard.serving.folders import local_folder
 from modelyard.serving.limits import Limiter
+from modelyard.serving.lines import append_row
 from modelyard.serving.metrics import Exposition, Metrics
 from modelyard.serving.names import APPLICATION, engine_name
 from modelyard.serving.options import ServeOptions
@@ -46,6 +47,8 @@ class Ingress:
         keys: digests of API keys and their holders, or None.
         replicas: the engines' handles; unused, but they make the engines part of the application.
     """
+
+    _feedback: FeedbackStore | None = None
 
     def __init__(
         self, name: str, options: Mapping[str, Any], keys: Mapping[str, str] | None, *replicas: DeploymentHandle[Any]
@@ -115,6 +118,11 @@ class Ingress:
             if version in self._metrics:
                 self._metrics[version].observe(await service.backend.stats())
         return self._exposition.render()
+
+    def __del__(self) -> None:
+        """Serve's hook at a graceful stop."""
+        if self._feedback is not None:
+            self._feedback.close()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
