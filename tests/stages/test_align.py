@@ -6,6 +6,7 @@ import gzip
 import json
 import sys
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,7 @@ def test_bad_rows_end_the_stage_with_their_place(
         ({"method": "grpo"}, "nothing rewards the answers"),
         ({"method": "grpo", "rollouts": {"rewards": [{"kind": "exact"}], "updates": 3}}, "resumed exactly"),
         (rewarded({"kind": "reward_model", "model": "rm"}), "no reward model 'rm'"),
+        ({**rewarded({"kind": "exact"}), "method": "ppo", "ppo": {"kl_target": 6}}, "no KL penalty to steer"),
         (rewarded({"kind": "judge", "url": "http://judge/v1", "model": "m", "key": "NO_SUCH_KEY"}), "KEY is not set"),
     ],
 )
@@ -179,15 +181,34 @@ def test_a_template_must_be_there(tmp_path: Path) -> None:
         run_stage(options(heldout=0), inputs, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["preference_dpo", "rlhf_grpo", "instruct_lora"])
+@pytest.mark.parametrize("name", ["preference_dpo", "rlhf_grpo", "rlhf_ppo", "instruct_lora"])
 def test_the_recipes_are_planned(policy: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(PIPELINES.parent)
     monkeypatch.setenv("MODELYARD_ROOT", str(tmp_path))
     monkeypatch.setenv("MODELYARD_MODEL", policy.uri + "/model")
     short = {"preference_dpo": ["aligned.sequence_length=96"], "rlhf_grpo": ["policy.sequence_length=96"],
-             "instruct_lora": ["chat.sequence_length=96"]}  # fmt: skip
+             "instruct_lora": ["chat.sequence_length=96"],
+             "rlhf_ppo": [f"{name}.sequence_length=64" for name in ("chat", "judge", "policy")]}  # fmt: skip
     stages = api.plan(api.load(PIPELINES / f"{name}.yaml", short[name]))
     assert [stage.cached for stage in stages] == [False] * len(stages)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_the_toy_line_of_rlhf_runs(policy: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three training stages one after the other: the only test that a reward stage's output rewards a policy."""
+    monkeypatch.chdir(PIPELINES.parent)
+    monkeypatch.setenv("MODELYARD_ROOT", str(tmp_path))
+    monkeypatch.setenv("MODELYARD_MODEL", policy.uri + "/model")
+    text = (PIPELINES / "rlhf_ppo.yaml").read_text()
+    words = next(line for line in text.split("\n") if "--set chat.steps" in line).split()
+    changes = [value for flag, value in pairwise(words) if flag == "--set"]
+    found = api.run(api.load(PIPELINES / "rlhf_ppo.yaml", changes)).artifacts
+    metrics = found["policy"].manifest.metrics
+    assert {"heldout_reward", "heldout_before_reward", "reward"} <= set(metrics)
+    report = found["policy"].local("report.md").read_text()
+    assert "PPO: policy" in report
+    assert (found["policy"].local("value_head.safetensors")).exists()
 
 
 def test_what_is_learnt_is_shown(policy: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

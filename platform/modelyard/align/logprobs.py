@@ -7,9 +7,9 @@ again: one more product with the output layer, in exchange for rows x vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,39 +22,42 @@ from modelyard.train.head import CHUNK_BYTES, IGNORE, output_layer, replaced
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Of every position the label's log-probability (0 where nothing is learnt) and the distribution's entropy in
-    nats (without a gradient); both fp32 [B, L]."""
+    """Of every position the label's log-probability (0 where nothing is learnt), the distribution's entropy in nats
+    (without a gradient), and, where the model has a value head and it is asked for, the value; all fp32 [B, L]."""
 
     logprobs: torch.Tensor
     entropy: torch.Tensor
+    values: torch.Tensor | None = None
 
 
 def token_scores(
-    model: nn.Module, inputs: Mapping[str, Any], labels: torch.Tensor, temperature: float = 1.0
+    model: nn.Module, inputs: Mapping[str, Any], labels: torch.Tensor, temperature: float = 1.0, values: bool = False
 ) -> TokenScores:
     """Runs `model(**inputs)` and scores `labels` [B, L] (`IGNORE` where nothing is learnt), aligned with the logits.
 
-    `temperature` divides the logits.
+    `temperature` divides the logits; `values` asks the model's value head (`model.value_head`) too.
     """
-    head = output_layer(model)
+    head, critic = output_layer(model), cast(Any, model).value_head if values else None
     if head is not None:
-        fused = _FusedScores(head, labels, temperature)
+        fused = _FusedScores(head, labels, temperature, critic)
         with replaced(head, fused):
             result = model(**inputs).logits
         if fused.scores is not None and result is fused.marker:
             return fused.scores
-    logits = model(**inputs).logits
-    rows = logits.reshape(-1, logits.shape[-1])
+    output = model(**inputs, output_hidden_states=True) if values else model(**inputs)
+    rows = output.logits.reshape(-1, output.logits.shape[-1])
     kept = (labels.reshape(-1) != IGNORE).nonzero().squeeze(1)
     logs = F.log_softmax(rows[kept].float() / temperature, dim=1)
-    found = logs.gather(1, labels.reshape(-1)[kept].unsqueeze(1)).squeeze(1)
-    return _spread(found, _entropy(logs.detach()), kept, labels)
+    found = [logs.gather(1, labels.reshape(-1)[kept].unsqueeze(1)).squeeze(1), _entropy(logs.detach())]
+    if critic is not None:
+        hidden = output.hidden_states[-1]
+        found.append(critic(hidden.reshape(-1, hidden.shape[-1])[kept]))
+    return _spread(found, kept, labels)
 
 
-def _spread(found: torch.Tensor, entropy: torch.Tensor, kept: torch.Tensor, labels: torch.Tensor) -> TokenScores:
-    empty = torch.zeros(labels.numel(), dtype=torch.float32, device=found.device)
-    both = [empty.index_put((kept,), values).view(labels.shape) for values in (found, entropy)]
-    return TokenScores(*both)
+def _spread(found: Sequence[torch.Tensor], kept: torch.Tensor, labels: torch.Tensor) -> TokenScores:
+    empty = torch.zeros(labels.numel(), dtype=torch.float32, device=found[0].device)
+    return TokenScores(*(empty.index_put((kept,), part).view(labels.shape) for part in found))
 
 
 def _entropy(logs: torch.Tensor) -> torch.Tensor:
@@ -64,8 +67,8 @@ def _entropy(logs: torch.Tensor) -> torch.Tensor:
 class _FusedScores:
     """Stands in for the output layer's `forward` during one call of the model."""
 
-    def __init__(self, head: nn.Linear, labels: torch.Tensor, temperature: float) -> None:
-        self._head, self._labels, self._temperature = head, labels, temperature
+    def __init__(self, head: nn.Linear, labels: torch.Tensor, temperature: float, critic: nn.Module | None) -> None:
+        self._head, self._labels, self._temperature, self._critic = head, labels, temperature, critic
         self.scores: TokenScores | None = None
         self.marker: torch.Tensor | None = None
 
@@ -78,7 +81,9 @@ class _FusedScores:
         kept = (flat != IGNORE).nonzero().squeeze(1)
         rows = hidden.reshape(-1, hidden.shape[-1])[kept]
         found, entropy = _LinearScores.apply(rows, weight, bias, flat[kept], self._temperature)  # type: ignore[no-untyped-call]
-        self.scores = _spread(found, entropy, kept, self._labels)
+        # Inside the model's forward, where a sharded value head is whole.
+        values = () if self._critic is None else (self._critic(rows),)
+        self.scores = _spread((found, entropy, *values), kept, self._labels)
         # Depends on the scores, so that hooks around the model (FSDP's) see a result with a gradient.
         self.marker = self.scores.logprobs
         return self.marker

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from modelyard.align.reward_options import RewardSource
 from modelyard.engine.options import EngineOptions, Precision
+from modelyard.errors import RecipeError
 from modelyard.recipe.schema import Options
 
 TemplateName = Literal["own", "chatml", "zephyr", "plain"]
@@ -77,7 +78,8 @@ class RolloutOptions(Options):
         description="advantages and averaging: grpo; dr_grpo without deviation and length (arXiv 2503.20783); dapo by "
         "token, clip higher (2503.14476); rloo leave-one-out (2402.14740); reinforce++ batch baseline (2501.03262)",
     )
-    group: int = Field(8, ge=2, description="answers to each prompt (DeepSeekMath: 64; small models: 8)")
+    group: int = Field(8, ge=1, description="answers to each prompt (DeepSeekMath: 64; small models: 8; PPO needs no "
+                       "groups: 1)")  # fmt: skip
     max_tokens: int = Field(128, ge=1, description="tokens of an answer at most")
     temperature: float = Field(1.0, gt=0, description="of sampling; the policy is the distribution at it")
     clip: float = Field(0.2, gt=0, lt=1, description="how far below 1 a probability ratio counts (PPO)")
@@ -100,6 +102,40 @@ class RolloutOptions(Options):
         0.05, ge=0, lt=1, description="share of a step's answers whose function or judge may fail or time out"
     )
     rows: int = Field(512, ge=16, description="tokens of a packed training sequence; at least prompt and answer")
+
+
+class PpoOptions(Options):
+    """Proximal policy optimization with a learned value function (Schulman et al. 2017, arXiv 1707.06347; for language
+    models Ziegler et al. 2019, arXiv 1909.08593)."""
+
+    gamma: float = Field(1.0, gt=0, le=1, description="discount of later rewards, a token (1: an answer is short)")
+    gae_lambda: float = Field(
+        0.95, ge=0, le=1, description="lambda of generalized advantage estimation (arXiv 1506.02438: 0.95)"
+    )
+    value_weight: float = Field(0.1, ge=0, description="weight of the value loss beside the policy's")
+    value_clip: float | None = Field(
+        0.2, gt=0, description="how far a value may move from the one the answers were drawn with; null = freely"
+    )
+    whiten: bool = Field(True, description="advantages to mean 0 and deviation 1 over all tokens of the answers")
+    kl_target: float | None = Field(
+        None, gt=0, description="KL divergence from the reference, nats an answer, that the weight `rollouts.kl` is "
+        "steered to (Ziegler: 6); null = the weight stays"
+    )  # fmt: skip
+    kl_horizon: int = Field(10_000, ge=1, description="answers over which the weight changes by a fifth at most")
+
+
+def check_rollout_options(rollouts: RolloutOptions, ppo: PpoOptions | None) -> None:
+    """Raises RecipeError for options that contradict each other."""
+    if ppo is None and rollouts.group < 2 and rollouts.variant != "reinforce++":
+        raise RecipeError(f"{rollouts.variant} compares the answers of a group, and one alone cannot be",
+                          place="rollouts.group", mend="give a group of 2 at least, or use ppo")  # fmt: skip
+    if ppo is not None and "variant" in rollouts.model_fields_set:
+        raise RecipeError(
+            "ppo has no variants", place="rollouts.variant", mend="leave variant out, or use method: grpo"
+        )
+    if ppo is not None and ppo.kl_target is not None and not rollouts.kl:
+        raise RecipeError("there is no KL penalty to steer", place="ppo.kl_target",
+                          mend="give rollouts.kl, the weight to begin with (Ziegler: 0.2)")  # fmt: skip
 
 
 class RolloutStops(Options):

@@ -7,11 +7,12 @@ A batch holds `input_ids`, `document_ids`, `loss_mask` as everywhere, for every 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from modelyard.align.logprobs import document_sums, token_scores
+from modelyard.align.logprobs import TokenScores, document_sums, token_scores
 from modelyard.align.options import RolloutOptions
 from modelyard.train.head import IGNORE
 from modelyard.train.objective import Batch, first_tokens, next_tokens, positions
@@ -45,41 +46,71 @@ def divergence(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return ratio.exp() - ratio - 1
 
 
-class PolicyObjective:
-    """The loss of one rollout's answers. The weight is answers, or tokens for `dapo` and `reinforce++`.
-
-    Further metrics, means with the same weight: `entropy` (nats), `clip_fraction`, `kl` (from the reference, where
-    there is one), `drift` (of log-probabilities since the answers were drawn), `engine_difference` (mean absolute
-    difference of the engine's and the trainer's log-probabilities; only at temperature 1).
+class AnswerObjective:
+    """What objectives over rollouts share.
 
     Attributes:
-        largest: the greatest `engine_difference` of a token since :meth:`reset`.
+        largest: the greatest difference of a token between the engine's and the trainer's log-probability since
+            :meth:`reset`.
     """
 
-    def __init__(self, options: RolloutOptions, largest_answer: int) -> None:
-        self.options, self._longest = options, largest_answer
-        high = options.clip_high
-        if high is None:
-            high = CLIP_HIGHER if options.variant == "dapo" else options.clip
-        self.clip = Clip(options.clip, high)
-        self.largest = 0.0
-        self.__name__ = options.variant
+    values: ClassVar[bool] = False
+    """Whether the model's value head is asked."""
+
+    def __init__(self, options: RolloutOptions) -> None:
+        self.options, self.largest = options, 0.0
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss as `train.objective` wants it."""
+        raise NotImplementedError
 
     def reset(self) -> None:
         """Begins a new step."""
         self.largest = 0.0
 
-    def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def scores(self, model: nn.Module, batch: Batch) -> tuple[TokenScores, torch.Tensor]:
+        """Scores of the answers' tokens, at the positions that predict them, and where those are; [B, L]."""
         documents = batch["document_ids"]
         labels = next_tokens(batch["input_ids"], batch["loss_mask"] & ~first_tokens(documents))
         inputs = {"input_ids": batch["input_ids"], "position_ids": positions(documents), "use_cache": False}
-        scores = token_scores(model, inputs, labels, self.options.temperature)
-        learnt = labels != IGNORE
+        return token_scores(model, inputs, labels, self.options.temperature, self.values), labels != IGNORE
+
+    def difference(self, scores: TokenScores, batch: Batch, measure: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`engine_difference` with the weights the answers were drawn with, the mean by `measure` [B, L]; nothing where
+        the engine's log-probabilities are of another temperature."""
+        if self.options.temperature != 1.0:
+            return {}
+        drawn = shifted(batch["old"]) if "old" in batch else scores.logprobs.detach()
+        gap = ((drawn - shifted(batch["engine"])) * (measure > 0)).abs()
+        self.largest = max(self.largest, float(gap.max()))
+        return {"engine_difference": (gap * measure).sum()}
+
+
+class PolicyObjective(AnswerObjective):
+    """The loss of one rollout's answers. The weight is answers, or tokens for `dapo` and `reinforce++`.
+
+    Further metrics, means with the same weight: `entropy` (nats), `clip_fraction`, `kl` (from the reference, where
+    there is one), `drift` (of log-probabilities since the answers were drawn), `engine_difference` (mean absolute
+    difference of the engine's and the trainer's log-probabilities; only at temperature 1).
+    """
+
+    def __init__(self, options: RolloutOptions, largest_answer: int) -> None:
+        super().__init__(options)
+        self._longest = largest_answer
+        high = options.clip_high
+        if high is None:
+            high = CLIP_HIGHER if options.variant == "dapo" else options.clip
+        self.clip = Clip(options.clip, high)
+        self.__name__ = options.variant
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        documents = batch["document_ids"]
+        scores, learnt = self.scores(model, batch)
         count = int(documents.max()) + 1 if documents.numel() and int(documents.max()) >= 0 else 1
         lengths = document_sums(learnt.float(), documents, count)
         index = documents.clamp(min=0).long()
         advantage = batch["advantage"][:, :count].gather(1, index)
-        old = _shifted(batch["old"]) if "old" in batch else scores.logprobs.detach()
+        old = shifted(batch["old"]) if "old" in batch else scores.logprobs.detach()
         share = (1 / lengths.clamp(min=1)).gather(1, index) * learnt  # sums to 1 over an answer
         change = (scores.logprobs - old) * learnt
         if self.options.variant == "rloo":
@@ -98,18 +129,15 @@ class PolicyObjective:
             "drift": ((scores.logprobs.detach() - old) * measure).sum(),
         }
         if "reference" in batch:
-            kl = divergence(scores.logprobs, _shifted(batch["reference"])) * learnt
+            kl = divergence(scores.logprobs, shifted(batch["reference"])) * learnt
             metrics["kl"] = (kl.detach() * measure).sum()
             corrected = kl * change.exp() if self.options.unbiased_kl else kl
             total = total + self.options.kl * (corrected * weights).sum()
-        if self.options.temperature == 1.0:
-            gap = ((scores.logprobs.detach() - _shifted(batch["engine"])) * learnt).abs()
-            metrics["engine_difference"] = (gap * measure).sum()
-            self.largest = max(self.largest, float(gap.max()))
+        metrics |= self.difference(scores, batch, measure)
         return total, metrics
 
 
-def _shifted(values: torch.Tensor) -> torch.Tensor:
+def shifted(values: torch.Tensor) -> torch.Tensor:
     """Values of tokens, at the positions that predict them."""
     moved = torch.zeros_like(values)
     moved[:, :-1] = values[:, 1:]

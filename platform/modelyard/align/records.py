@@ -3,7 +3,7 @@
 | form | fields |
 |---|---|
 | messages | `messages`: a list of `{role, content}` that ends with the assistant |
-| pairs | `prompt` and `completion` (or `text`), the prompt a text or a list of messages |
+| pairs | `prompt` and `completion` (or `text`, or a preference's `chosen`); the prompt a text or a list of messages |
 | alpaca | `instruction`, `input` (may be empty), `output` |
 | sharegpt | `conversations`: a list of `{from, value}` |
 | hh | transcripts in one text: `\\n\\nHuman: ...\\n\\nAssistant: ...` (Bai et al. 2022, arXiv 2204.05862) |
@@ -259,7 +259,7 @@ def _from_messages(row: Mapping[str, Any], place: str) -> tuple[Message, ...]:
 
 
 def _from_pairs(row: Mapping[str, Any], place: str) -> tuple[Message, ...]:
-    prompt, completion = row.get("prompt"), row.get("completion", row.get("text"))
+    prompt, completion = row.get("prompt"), row.get("completion", row.get("text", row.get("chosen")))
     if not prompt or completion is None:
         raise _unknown(row, place, "prompt and completion, or messages with role and content")
     return (*_prompt(prompt, place), *_continuation(completion, place))

@@ -12,18 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import Field
-from transformers import AutoTokenizer
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, PretrainedConfig
 
 from modelyard import storage
-from modelyard.align.options import RolloutEngine, RolloutOptions, RolloutStops
-from modelyard.align.policy import PolicyObjective
+from modelyard.align.options import PpoOptions, RolloutEngine, RolloutOptions, RolloutStops, check_rollout_options
+from modelyard.align.policy import AnswerObjective, PolicyObjective
+from modelyard.align.ppo import Ppo, PpoObjective, ValueHead
 from modelyard.align.programs import PackedJob, check_alignment
 from modelyard.align.rewards import RewardMix
 from modelyard.align.rollouts import Rollouts
 from modelyard.align.same_tokenizer import check_same_tokenizer, read_tokenizer
 from modelyard.align.samples import Prompts, Sample
 from modelyard.align.scoring import RewardScorer
-from modelyard.align.weights import policy_weights
+from modelyard.align.weights import VALUE_HEAD, policy_weights
 from modelyard.engine import EngineCore
 from modelyard.errors import RecipeError
 from modelyard.models.build import check_shape
@@ -32,6 +34,7 @@ from modelyard.train.checkpoint import Row
 from modelyard.train.hooks import Hooks
 from modelyard.train.loop import Additions, Outcome
 from modelyard.train.metrics import Say, Sink, no_say, no_sink
+from modelyard.train.parallel.strategy import Strategy
 from modelyard.train.programs import Setup, adapted, identify, run_loop, write_tuned, written
 from modelyard.train.world import World
 
@@ -45,6 +48,7 @@ class ReinforceJob(PackedJob):
     rollouts: RolloutOptions = Field(description="how answers are drawn and rewarded")
     reward_models: dict[str, str] = Field({}, description="local folders of reward models, by the names rewards use")
     after: tuple[int, ...] = Field((), description="token ids the chat template puts behind an answer")
+    ppo: PpoOptions | None = Field(None, description="PPO with a value head; null = advantages from groups")
     engine: RolloutEngine = Field(RolloutEngine(), description="the inference engine that answers")
     stops: RolloutStops = Field(RolloutStops(), description="when it has gone wrong")
 
@@ -73,23 +77,26 @@ def reinforce(
     plain = load_model(source)
     check_shape(plain.config, longest)
     config = read_config(source)
-    strategy = adapted(plain, job.adapter, job.train, world)
+    ppo = Ppo(job.ppo, options.kl) if job.ppo is not None else None
+    heads = {VALUE_HEAD: ValueHead(int(config.get_text_config().hidden_size))} if ppo is not None else {}
+    strategy = adapted(plain, job.adapter, job.train, world, more=heads)
     threads = torch.get_num_threads()
     settings = job.engine.model_copy(update={"max_length": longest, "threads": job.engine.threads or threads})
     engine = EngineCore(source, settings)
     scorer = EngineCore(source, settings) if options.kl and job.adapter.full else None
     torch.set_num_threads(threads)
-    objective = PolicyObjective(options, options.max_tokens)
+    objective = _objective(job)
     scorers = {n: RewardScorer(Path(p), world.device, longest + len(job.after)) for n, p in job.reward_models.items()}
     mix = RewardMix(options, scorers)
     pad = AutoTokenizer.from_pretrained(str(source), local_files_only=True).pad_token_id or 0
     rollouts = Rollouts(
         strategy, engine, prompts, objective, mix, options, job.train.global_batch, job.train.micro_batch or 16,
-        job.train.seed, pad, job.after, scorer,
+        job.train.seed, pad, job.after, scorer, ppo,
     )  # fmt: skip
     before = _reward(rollouts, heldout, world)
     table = _Table(rollouts, job.reports, world)
-    additions = Additions(lambda _: rollouts, table.figures, lambda history: end_reason(job.stops, history))
+    kept = {"kl_weight": ppo.controller.state} if ppo is not None else {}
+    additions = Additions(lambda _: rollouts, table.figures, kept, lambda rows: end_reason(job.stops, rows))
     identity = identify(config, objective, job.adapter)
     setup = Setup(
         job.train, objective, identity, job.checkpoints, longest * options.group, job.reports, source, additions
@@ -100,13 +107,26 @@ def reinforce(
         after = _reward(rollouts, heldout, world)
     finally:
         mix.close()
-    state = strategy.full_state(trainable_only=not job.adapter.full)
-    if world.leads:
-        with written(job.output) as target:
-            write_tuned(source, job.adapter, job.train.seed, config, state, target)
-    world.barrier()
+    _write(job, strategy, config)
     figures = {"before_reward": before, "reward": after} if heldout else {}
     return replace(outcome, figures=figures)
+
+
+def _objective(job: ReinforceJob) -> AnswerObjective:
+    options = job.rollouts
+    return PolicyObjective(options, options.max_tokens) if job.ppo is None else PpoObjective(options, job.ppo)
+
+
+def _write(job: ReinforceJob, strategy: Strategy, config: PretrainedConfig) -> None:
+    """`model/`, with an adapter `adapter/`, and `value_head.safetensors` of PPO. All workers call it together."""
+    state = strategy.full_state(trainable_only=not job.adapter.full)
+    if strategy.world.leads:
+        with written(job.output) as target:
+            values = {name: state.pop(name) for name in list(state) if name.startswith(f"{VALUE_HEAD}.")}
+            if values:
+                save_file(values, target / "value_head.safetensors")
+            write_tuned(Path(job.model), job.adapter, job.train.seed, config, state, target)
+    strategy.world.barrier()
 
 
 def check_reinforce(job: ReinforceJob) -> None:
@@ -117,6 +137,7 @@ def check_reinforce(job: ReinforceJob) -> None:
     if job.train.parallel.tensor > 1:
         raise RecipeError("rollouts need whole layers on a worker (or sharded ones)", place="parallel.tensor",
                           mend="use shard or data degrees")  # fmt: skip
+    check_rollout_options(job.rollouts, job.ppo)
     if job.train.tokens is not None:
         raise RecipeError("answers have no length known beforehand", place="tokens", mend="give steps or epochs")
     if job.rollouts.kl and job.adapter.full and job.rollouts.temperature != 1.0:

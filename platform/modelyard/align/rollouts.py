@@ -21,7 +21,8 @@ from modelyard.align.advantages import advantages, undecided
 from modelyard.align.logprobs import token_scores
 from modelyard.align.objectives import adapter_off
 from modelyard.align.options import RolloutOptions
-from modelyard.align.policy import PolicyObjective
+from modelyard.align.policy import AnswerObjective
+from modelyard.align.ppo import Ppo
 from modelyard.align.rewards import RewardMix, Rewards
 from modelyard.align.samples import Arrays, Prompt, Prompts, Sample, empty_like, pack
 from modelyard.align.verifiers import repetition
@@ -53,6 +54,7 @@ class Rollouts:
         pad: token id at padding.
         after: token ids that the chat template puts behind an answer; reward models read them too.
         scorer: an engine with the weights before training, for the KL divergence of a policy without an adapter.
+        ppo: estimates advantages by the policy's value head; None = from groups, by the options' variant.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class Rollouts:
         strategy: Strategy,
         engine: EngineCore,
         prompts: Prompts,
-        objective: PolicyObjective,
+        objective: AnswerObjective,
         mix: RewardMix,
         options: RolloutOptions,
         batch: int,
@@ -69,10 +71,11 @@ class Rollouts:
         pad: int,
         after: Sequence[int] = (),
         scorer: EngineCore | None = None,
+        ppo: Ppo | None = None,
     ) -> None:
         self._strategy, self._engine, self._prompts, self._objective = strategy, engine, prompts, objective
         self._mix, self._options, self._batch, self._micro = mix, options, batch, micro_batch
-        self._seed, self._pad, self._after, self._scorer = seed, pad, tuple(after), scorer
+        self._seed, self._pad, self._after, self._scorer, self._ppo = seed, pad, tuple(after), scorer, ppo
         self._held: MicroBatches = []
         self._set = -1
         self._seconds: dict[str, float] = {}
@@ -100,9 +103,11 @@ class Rollouts:
             self._engine.update_weights(policy_weights(self._strategy.model, changed_only=True), number)
         samples, rewards = self._decided(number)
         with self._timed("score"):
-            gains = self._shared_advantages(rewards)
+            gains = self._shared_advantages(rewards) if self._ppo is None else rewards.reshape(-1)
             arrays = pack(samples, gains, self._options, self._pad, self._reference(samples))
             self._held = self._scored(arrays)
+            if self._ppo is not None:
+                self._means |= self._ppo.estimate(self._held, self._strategy.world)
 
     @property
     def number(self) -> int:
@@ -216,8 +221,8 @@ class Rollouts:
             batch = {n: torch.from_numpy(np.ascontiguousarray(a[part])).to(device) for n, a in arrays.items()}
             batches.append(batch if len(part) else empty_like(arrays, device))
         model = self._strategy.model
-        if self._options.updates > 1:
-            _add(batches, "old", model, nullcontext(), self._options.temperature)
+        if self._options.updates > 1 or self._ppo is not None:
+            _add(batches, "old", model, nullcontext(), self._options.temperature, self._ppo is not None)
         if self._options.kl and self._scorer is None:
             _add(batches, "reference", model, adapter_off(model), self._options.temperature)
         return batches
@@ -254,14 +259,22 @@ def _replace(
 
 @torch.no_grad()
 def _add(
-    batches: MicroBatches, name: str, model: nn.Module, state: AbstractContextManager[None], temperature: float
+    batches: MicroBatches,
+    name: str,
+    model: nn.Module,
+    state: AbstractContextManager[None],
+    temperature: float,
+    values: bool = False,
 ) -> None:
-    """Log-probabilities of all tokens under the model in some state, at the tokens' own positions, into the batches."""
+    """Log-probabilities of all tokens under the model in some state, at the tokens' own positions, into the batches;
+    with `values` those of its value head too, as `value`."""
     with state:
         for batch in batches:
             documents = batch["document_ids"]
             labels = next_tokens(batch["input_ids"], batch["loss_mask"] & ~first_tokens(documents))
             inputs = {"input_ids": batch["input_ids"], "position_ids": positions(documents), "use_cache": False}
-            found = token_scores(model, inputs, labels, temperature).logprobs
-            batch[name] = torch.zeros_like(found)
-            batch[name][:, 1:] = found[:, :-1]
+            found = token_scores(model, inputs, labels, temperature, values)
+            parts = {name: found.logprobs} | ({"value": found.values} if found.values is not None else {})
+            for key, part in parts.items():
+                batch[key] = torch.zeros_like(part)
+                batch[key][:, 1:] = part[:, :-1]

@@ -11,6 +11,9 @@ from torch.distributed.tensor import DTensor
 
 _PEFT = "base_model.model."
 
+VALUE_HEAD = "value_head"
+"""Name of the module that PPO puts beside a policy; no part of the model that answers."""
+
 
 @torch.no_grad()
 def policy_weights(model: nn.Module, changed_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
@@ -28,7 +31,8 @@ def policy_weights(model: nn.Module, changed_only: bool = False) -> Iterator[tup
         yield _plain(f"{name}.weight"), merged(module)
     inside = {id(p) for _, m in model.named_modules() if id(m) in adapted for p in m.parameters()}
     for name, parameter in model.named_parameters():
-        if id(parameter) in inside or (changed_only and not parameter.requires_grad):
+        beside = id(parameter) in inside or name.startswith(f"{VALUE_HEAD}.")
+        if beside or (changed_only and not parameter.requires_grad):
             continue
         yield _plain(name), _whole(parameter)
     for name, module in _lora_layers(model):

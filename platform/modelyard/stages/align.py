@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from modelyard.align.options import PreferenceOptions, RolloutEngine, RolloutOptions, RolloutStops
+from modelyard.align.options import PpoOptions, PreferenceOptions, RolloutEngine, RolloutOptions, RolloutStops
 from modelyard.errors import RecipeError
 from modelyard.planner.estimate import Estimate
 from modelyard.stages.alignment import (
@@ -24,7 +24,7 @@ from modelyard.stages.alignment import (
 )
 from modelyard.stages.base import InputSpec, PlanContext, Stage, StageContext, StageResult
 from modelyard.stages.rollout_rewards import check_no_more
-from modelyard.stages.rollout_stage import check_rollouts, run_rollouts
+from modelyard.stages.rollout_stage import REWARDED, check_rollouts, run_rollouts
 from modelyard.stages.training import MODELS, clear, model_place, warnings
 from modelyard.stages.training_report import RESULTS, write_results
 from modelyard.storage import Artifact, join
@@ -34,17 +34,18 @@ if TYPE_CHECKING:
 
 
 class AlignOptions(AlignmentOptions):
-    """Preference optimization (dpo, ipo, kto, orpo, simpo), or reinforcement learning (grpo and its variants)."""
+    """Preference optimization (dpo, ipo, kto, orpo, simpo), or reinforcement learning (grpo and its variants, ppo)."""
 
     kind: Literal["align"] = Field(description="stage kind")
-    method: Literal["dpo", "ipo", "kto", "orpo", "simpo", "grpo"] = Field(
+    method: Literal["dpo", "ipo", "kto", "orpo", "simpo", "grpo", "ppo"] = Field(
         "dpo",
         description="dpo, ipo: preferences and a reference; kto: opinions; orpo, simpo: no reference; grpo: rewards of "
-        "the model's own answers (rollouts.variant says which kind)",
+        "the model's own answers (rollouts.variant says which kind); ppo: the same with a learned value function",
     )
-    rollouts: RolloutOptions = Field(RolloutOptions(), description="for grpo: how answers are drawn and rewarded")
-    engine: RolloutEngine = Field(RolloutEngine(), description="for grpo: the inference engine that answers")
-    stops: RolloutStops = Field(RolloutStops(), description="for grpo: when it has gone wrong, or is done")
+    rollouts: RolloutOptions = Field(RolloutOptions(), description="for grpo, ppo: how answers are drawn and rewarded")
+    engine: RolloutEngine = Field(RolloutEngine(), description="for grpo, ppo: the inference engine")
+    stops: RolloutStops = Field(RolloutStops(), description="for grpo, ppo: when it has gone wrong")
+    ppo: PpoOptions = Field(PpoOptions(), description="for ppo: advantages, value function and KL control")
     preference: PreferenceOptions = Field(PreferenceOptions(), description="constants of the preference losses")
     learning_rate: float = Field(
         5e-5, gt=0, description="peak rate (DPO with LoRA of small models: 5e-5; full: 5e-7 to 5e-6)"
@@ -68,7 +69,7 @@ class AlignStage(Stage[AlignOptions]):
         """Raises the errors of `check_alignment_stage`, and RecipeError for a reference that cannot be had."""
         check_alignment_stage(ctx)
         options = ctx.options
-        if options.method == "grpo":
+        if options.method in REWARDED:
             check_rollouts(ctx)
             return
         check_no_more(options)
@@ -81,7 +82,7 @@ class AlignStage(Stage[AlignOptions]):
 
     def estimate(self, ctx: PlanContext[AlignOptions]) -> Estimate:
         """By the planner, for a budget in steps; how long answers take is not known beforehand."""
-        if ctx.options.method == "grpo":
+        if ctx.options.method in REWARDED:
             return Estimate(notes=("time depends on how long the answers are", *warnings(ctx.options)))
         return estimate_alignment(ctx)
 
@@ -94,7 +95,7 @@ class AlignStage(Stage[AlignOptions]):
         for warning in warnings(options):
             ctx.progress.say(f"[yellow]warning[/]: {warning}")
         clear(ctx, "model", "adapter", "heldout.jsonl", "quarantine.jsonl", *RESULTS)
-        if options.method == "grpo":
+        if options.method in REWARDED:
             return run_rollouts(ctx)
         facts = prepared(ctx, pack_feedback if options.method == "kto" else pack_preferences)
         job = PreferenceJob(

@@ -1,4 +1,4 @@
-"""The part of stage `align` that learns from rewards of its own answers (`method: grpo`)."""
+"""The part of stage `align` that learns from rewards of its own answers (`method: grpo` and `ppo`)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modelyard.align.options import PpoOptions, check_rollout_options
 from modelyard.errors import DataError, RecipeError
 from modelyard.stages.alignment import Facts, prepared
 from modelyard.stages.base import PlanContext, StageContext, StageResult
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from modelyard.train.loop import Outcome
     from modelyard.train.report import Page
 
-CURVES = ("reward", "kl", "entropy", "clip_fraction", "answer_tokens", "repetition", "engine_difference_max")
+REWARDED = ("grpo", "ppo")
+CURVES = ("reward", "kl", "kl_answer", "kl_weight", "value_loss", "explained_variance", "entropy", "clip_fraction",
+          "answer_tokens", "repetition", "engine_difference_max")  # fmt: skip
 PHASES = ("sync", "generate", "reward", "score")
 
 
@@ -30,6 +33,7 @@ def check_rollouts(ctx: PlanContext[AlignOptions]) -> None:
     """Raises RecipeError for what rollouts cannot do, before any worker starts."""
     options = ctx.options
     check_rewards(ctx)
+    check_rollout_options(options.rollouts, ppo_options(options))
     if options.parallel.tensor > 1:
         raise RecipeError("rollouts need whole layers on a worker", place="parallel.tensor", mend="use shard or data")
     if options.adapter.ia3 is not None:
@@ -42,6 +46,11 @@ def check_rollouts(ctx: PlanContext[AlignOptions]) -> None:
             place="checkpoint_every",
             mend=f"make it a multiple of rollouts.updates ({options.rollouts.updates})",
         )
+
+
+def ppo_options(options: AlignOptions) -> PpoOptions | None:
+    """The constants of PPO where that is the method."""
+    return options.ppo if options.method == "ppo" else None
 
 
 def run_rollouts(ctx: StageContext[AlignOptions]) -> StageResult:
@@ -59,6 +68,7 @@ def run_rollouts(ctx: StageContext[AlignOptions]) -> StageResult:
         train=options.training(),
         adapter=options.adapter,
         rollouts=options.rollouts,
+        ppo=ppo_options(options),
         engine=options.engine,
         stops=options.stops,
         after=facts["after"],
@@ -159,4 +169,5 @@ def _page(ctx: StageContext[Any], outcome: Outcome, facts: Facts) -> Page:
     spent.append(("train", total - sum(seconds for _, seconds in spent)))
     shares = [(name, f"{seconds:.1f} s", f"{seconds / total:.0%}") for name, seconds in spent]
     table = Table("Where the time went", ("phase", "seconds", "share"), shares)
-    return Page(f"{ctx.options.rollouts.variant.upper()}: {ctx.name}", rows, plots, tables=(table,))
+    method = ctx.options.method if ctx.options.method == "ppo" else ctx.options.rollouts.variant
+    return Page(f"{method.upper()}: {ctx.name}", rows, plots, tables=(table,))

@@ -40,12 +40,14 @@ class Additions:
     Attributes:
         batches: makes what hands out the batches from the given step on; None = the job's data by their order.
         figures: further figures of the step just taken, reported with it. All workers call it together.
+        state: tensors by name that checkpoints hold too and give back in place; the same on every worker.
         ends: another reason to end before the budget, from the table of all steps; empty = go on. A function of the
             table alone, so that all workers and a resumed run agree.
     """
 
     batches: Callable[[int], Batches] | None = None
     figures: Callable[[], dict[str, float]] = dict
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
     ends: Callable[[Sequence[Row]], str] = lambda _: ""
 
 
@@ -125,7 +127,8 @@ def fit(job: Job, world: World) -> Outcome:
     steps = options.total_steps(len(job.data), job.sequence_length)
     ema = Ema(job.model, options.ema.decay) if options.ema is not None else None
     scaler = LossScale() if options.precision == "fp16" else None
-    state = State(job.model, job.optimizer, 0, [], (ema.state if ema else {}) | (scaler.state if scaler else {}))
+    extra = (ema.state if ema else {}) | (scaler.state if scaler else {}) | job.additions.state
+    state = State(job.model, job.optimizer, 0, [], extra)
     if job.checkpoints is not None:
         job.checkpoints.restore(state)
     meter = Meter(options.global_batch * job.sequence_length)

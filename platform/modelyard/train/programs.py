@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -154,10 +154,17 @@ def packed_pairs(folder: Path) -> tuple[PackedPairs, PackedPairs | None]:
 
 
 def adapted(
-    plain: PreTrainedModel, adapter: AdapterOptions, options: TrainOptions, world: World, task: Task = "CAUSAL_LM"
+    plain: PreTrainedModel,
+    adapter: AdapterOptions,
+    options: TrainOptions,
+    world: World,
+    task: Task = "CAUSAL_LM",
+    more: Mapping[str, nn.Module] | None = None,
 ) -> Strategy:
-    """The model with its adapter, where there is one, parallelised and on its device."""
+    """The model with its adapter, where there is one, and `more` modules by name, parallelised and on its device."""
     model = plain if adapter.full else add_adapter(plain, adapter, options.seed, task)
+    for name, module in (more or {}).items():
+        model.add_module(name, module)
     return parallelize(model.to(world.device), options, world)
 
 
