@@ -95,9 +95,10 @@ def main(recipe: str, folder: Path) -> None:
     import ray
 
     from modelyard import load, run
-    from modelyard.stages import curate_shuffle
+    from modelyard.stages import curate_shuffle, session
 
     curate_shuffle.PARTITION_BYTES = 400_000  # so that little text makes several partitions
+    os.environ |= session.IDLE_WORKERS
     cluster, doomed = two_nodes()
     try:
         seen: dict[str, Any] = {}
