@@ -51,7 +51,7 @@ def jsonl(path: Path, lines: list[str]) -> Files:
 def options(**changes: Any) -> FinetuneOptions:
     values = {
         "kind": "finetune", "sequence_length": 48, "global_batch": 8, "epochs": 20, "heldout": 0.2,
-        "learning_rate": 2e-2, "checkpoint_every": 50, "resources": {"workers": 2}, "adapter": {"lora": {"r": 4}},
+        "learning_rate": 2e-2, "checkpoint_every": 50, "resources": {"workers": 1}, "adapter": {"lora": {"r": 4}},
         **changes,
     }  # fmt: skip
     return FinetuneOptions.model_validate(values)
@@ -93,7 +93,7 @@ def test_full_fine_tuning_from_jsonl_and_a_plain_folder(base: Path, tmp_path: Pa
     folder = Files(tuple(FileRef(str(p), 1, "x") for p in sorted((base / "model").iterdir())), "digest")
     lines = [json.dumps({"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}]})
              for i in range(12)]  # fmt: skip
-    chosen = options(adapter={"lora": None}, heldout=0, steps=2, epochs=None, resources={"workers": 1})
+    chosen = options(adapter={"lora": None}, heldout=0, steps=2, epochs=None)
     result = run_stage(chosen, {"model": folder, "data": jsonl(tmp_path / "chat.jsonl", lines)}, tmp_path)
     assert result.counts["trainable"] == result.counts["parameters"]
     assert "heldout_loss" not in result.metrics

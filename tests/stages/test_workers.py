@@ -11,7 +11,7 @@ from modelyard.errors import DataError, ResourceError
 from modelyard.planner.estimate import Estimate
 from modelyard.recipe.schema import Resources
 from modelyard.stages.live import Live, Rates, make_rates
-from modelyard.stages.mailbox import Mailbox, Outbox
+from modelyard.stages.mailbox import Mailbox, Outbox, seal, unseal
 from modelyard.stages.train_worker import SpotWatch, load_program
 from modelyard.stages.workers import _named, scaling
 from modelyard.train.metrics import StepMetrics
@@ -34,12 +34,12 @@ class Local:
 
 def test_messages_keep_their_order_and_are_drained_once() -> None:
     box = Mailbox()
-    box.push([("say", 1), ("say", 2)])
-    box.push([("say", 3)])
-    assert [value for _, value in box.drain()] == [1, 2, 3]
+    box.push([seal("say", 1), seal("say", 2)])
+    box.push([seal("say", 3)])
+    assert [unseal(letter)[1] for letter in box.drain()] == [1, 2, 3]
     assert box.drain() == []
     assert box.enter("a", 1.0) == 0.0
-    box.push([("error", DataError("x"))])
+    box.push([seal("error", DataError("x"))])
     box.drain()
     assert box.enter("b", 1.0) is None, "remembered after it was read"
 
@@ -48,9 +48,9 @@ def test_groups_that_make_no_step_wait_longer_each_time() -> None:
     box = Mailbox()
     waits = [box.enter(name, 2.0) for name in ("a", "a", "b", "c", "c", "d")]
     assert waits == [0.0, 0.0, 2.0, 4.0, 4.0, 8.0]
-    box.push([("metrics", None)])
+    box.push([seal("metrics", None)])
     assert [box.enter(name, 2.0) for name in ("e", "f", "g", "h", "i", "j", "k")] == [0, 2, 4, 8, 16, 32, 60]
-    assert [value for kind, value in box.drain() if kind == "group"][:3] == [(1, 0.0), (2, 2.0), (3, 4.0)]
+    assert [value for kind, value in map(unseal, box.drain()) if kind == "group"][:3] == [(1, 0.0), (2, 2.0), (3, 4.0)]
 
 
 def test_the_outbox_gathers_what_comes_quickly() -> None:
@@ -62,7 +62,7 @@ def test_the_outbox_gathers_what_comes_quickly() -> None:
     outbox._last -= 10
     outbox.send("say", 100)
     outbox.say("at once")
-    assert [value for _, value in local.box.drain()] == [*range(101), "at once"]
+    assert [unseal(letter)[1] for letter in local.box.drain()] == [*range(101), "at once"]
 
 
 def test_errors_cross_processes_whole() -> None:

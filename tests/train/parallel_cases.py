@@ -20,17 +20,23 @@ STEPS = 20
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 64,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+DEEP = SIZES | {"num_hidden_layers": 4}
+"""For pipelines of several chunks a worker. Every layer and micro-batch more is a third of a second more a case."""
+EXPERTS = {
+    "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True,
+}  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **SIZES},
-    "tied": {"model_type": "llama", **SIZES, "tie_word_embeddings": True},
+    "deep": {"model_type": "llama", **DEEP},
+    "tied": {"model_type": "llama", **DEEP, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", **SIZES, "head_dim": 8, "tie_word_embeddings": True},
     "gpt2": {
-        "model_type": "gpt2", "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64,
+        "model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
         "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
     },
     "t5": {
@@ -38,10 +44,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "vocab_size": 400,
     },
     "mixtral": {"model_type": "mixtral", **SIZES, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_moe": {
-        "model_type": "qwen3_moe", **SIZES, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32, "norm_topk_prob": True,
-    },
+    "qwen3_moe": {"model_type": "qwen3_moe", **SIZES, **EXPERTS},
+    "deep_moe": {"model_type": "qwen3_moe", **DEEP, **EXPERTS},
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelyard.errors import ModelyardError
 from modelyard.planner import formatting as fmt
-from modelyard.stages.mailbox import DRAIN_SECONDS
+from modelyard.stages.mailbox import DRAIN_SECONDS, unseal
 
 if TYPE_CHECKING:
     from modelyard.planner.estimate import Estimate
@@ -188,8 +188,8 @@ def drained(ctx: StageContext[Any], mailbox: Any, steps: int, rates: Rates, bega
         live = Live(ctx, bar, rates, began=began)
 
         def drain() -> None:
-            for kind, value in ray.get(mailbox.drain.remote()):
-                live.handle(kind, value)
+            for letter in ray.get(mailbox.drain.remote()):
+                live.handle(*unseal(letter))
 
         thread = threading.Thread(target=_keep, args=(drain, stop), name=f"metrics-{ctx.name}", daemon=True)
         thread.start()

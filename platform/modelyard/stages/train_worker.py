@@ -40,20 +40,20 @@ class Program(Protocol):
 def work(config: dict[str, Any]) -> None:
     """What a Ray Train worker runs."""
     marks = {"workers": time.time()}
-    import ray
+    import ray.cloudpickle
     import torch
 
     from modelyard.train.memory import lacks_memory, out_of_memory, room
     from modelyard.train.world import current
 
-    mailbox, assignment, world = config["mailbox"], config["assignment"], current()
+    mailbox, world = config["mailbox"], current()
     wait = ray.get(mailbox.enter.remote(_group(world), config["backoff"]))
     if wait is None:
         # An earlier try met an error that a restart does not mend: end at once, the driver raises it.
         return
     time.sleep(wait)
     torch.set_num_threads(config["threads"])
-    outbox = Outbox(mailbox)
+    outbox, assignment = Outbox(mailbox), ray.cloudpickle.loads(config["assignment"])
     try:
         job = assignment.job.model_copy(update={name: bring(p) for name, p in assignment.places.items()})
         hooks = SpotWatch(outbox.say, world.leads) if config["spot"] else None
@@ -88,11 +88,6 @@ def load_program(path: str) -> Program:
     module, name = path.split(":")
     program: Program = getattr(import_module(module), name)
     return program
-
-
-def warm(program: str) -> None:
-    """Imports what a worker needs. Ray keeps the process and gives it to the worker group that starts next."""
-    load_program(program)
 
 
 def bring(place: Place | Mapping[str, Place]) -> str | dict[str, str]:

@@ -19,7 +19,7 @@ from modelyard.recipe.schema import Options, Resources
 from modelyard.stages.base import StageContext
 from modelyard.stages.live import Rates, drained, make_rates
 from modelyard.stages.mailbox import Mailbox
-from modelyard.stages.train_worker import Place, warm, work
+from modelyard.stages.train_worker import Place, work
 from modelyard.storage import arrow_filesystem, join
 
 if TYPE_CHECKING:
@@ -68,14 +68,12 @@ def run_workers(
     options: TrainingStageOptions = ctx.options
     began = time.time()
     _settle_environment()
-    started = _warm_up(assignment, options.resources)
     await_room(options.resources, options.workers_timeout)
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
     trainer = _trainer(ctx, assignment, mailbox, estimate)
     rates = make_rates(estimate, options.resources) if estimate is not None else Rates()
     with drained(ctx, mailbox, steps, rates, began) as post:
         failure = _fit(trainer)
-    del started
     if post.error is not None:
         raise post.error
     if failure is not None or post.outcome is None:
@@ -84,8 +82,9 @@ def run_workers(
 
 
 def _trainer(ctx: StageContext[Any], assignment: Assignment, mailbox: Any, estimate: Estimate | None) -> Any:
+    import ray.cloudpickle
     from ray.train import RunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     # `ray.train` exports the same class, but its type names that of the version before.
     from ray.train.v2.api.config import FailureConfig
@@ -93,11 +92,12 @@ def _trainer(ctx: StageContext[Any], assignment: Assignment, mailbox: Any, estim
     options: TrainingStageOptions = ctx.options
     filesystem, path = arrow_filesystem(join(ctx.work, "ray-train"))
     starts = math.ceil(options.workers_timeout / _GROUP_START_SECONDS)
-    return TorchTrainer(
+    return _lean_trainer()(
         work,
         train_loop_config={
             "mailbox": mailbox,
-            "assignment": assignment,
+            # As bytes: Ray Train's controller reads this too, and would import the program for it (4 CPU s).
+            "assignment": ray.cloudpickle.dumps(assignment),
             "threads": max(1, int(options.resources.cpus_per_worker)),
             "backoff": options.restart_backoff,
             "spot": _watches_nodes(),
@@ -112,6 +112,24 @@ def _trainer(ctx: StageContext[Any], assignment: Assignment, mailbox: Any, estim
             failure_config=FailureConfig(max_failures=options.restarts, controller_failure_limit=starts),
         ),
     )
+
+
+def _lean_trainer() -> Any:
+    """Ray Train's torch trainer, without actors that have nothing to do here: each costs a process of 2 CPU s.
+
+    There is no Ray Data set to share out; and on a Ray that ends with this process nobody needs a detached actor that
+    frees placement groups of dead controllers.
+    """
+    # `ray.train.torch` exports the same class, but its type names that of the version before.
+    from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+    idle = {"DatasetsCallback"} | (set() if "RAY_ADDRESS" in os.environ else {"PlacementGroupCleanerCallback"})
+
+    class LeanTrainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            return [each for each in super()._create_default_callbacks() if type(each).__name__ not in idle]
+
+    return LeanTrainer
 
 
 def await_room(resources: Resources, timeout: float) -> None:
@@ -162,24 +180,6 @@ def _settle_environment() -> None:
 
 def _watches_nodes() -> bool:
     return os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"
-
-
-def _warm_up(assignment: Assignment, resources: Resources) -> list[Any]:
-    """Starts importing on this machine's worker processes while Ray Train's own controller starts.
-
-    The worker group gets these processes, because they have its runtime environment: what Ray Train passes on to its
-    controller, which then passes it on to the workers.
-    """
-    import ray
-    from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
-    from ray.train.v2._internal import constants
-
-    if "RAY_ADDRESS" in os.environ:
-        return []
-    own = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: constants.DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE}
-    environment = own | constants.get_env_vars_to_propagate()
-    task = ray.remote(num_cpus=resources.cpus_per_worker, runtime_env={"env_vars": environment})(warm)
-    return [task.remote(assignment.program) for _ in range(resources.fewest)]
 
 
 def _each(resources: Resources) -> dict[str, float]:
