@@ -9,7 +9,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import Field
 from safetensors.torch import save_file
@@ -20,10 +19,10 @@ from modelyard.align.options import PpoOptions, RolloutEngine, RolloutOptions, R
 from modelyard.align.policy import AnswerObjective, PolicyObjective
 from modelyard.align.ppo import Ppo, PpoObjective, ValueHead
 from modelyard.align.programs import PackedJob, check_alignment
-from modelyard.align.rewards import RewardMix
+from modelyard.align.rewards import RewardMix, mean_rewards
 from modelyard.align.rollouts import Rollouts
 from modelyard.align.same_tokenizer import check_same_tokenizer, read_tokenizer
-from modelyard.align.samples import Prompts, Sample
+from modelyard.align.samples import Prompts
 from modelyard.align.scoring import RewardScorer
 from modelyard.align.weights import VALUE_HEAD, policy_weights
 from modelyard.engine import EngineCore
@@ -58,8 +57,8 @@ def reinforce(
 ) -> Outcome:
     """Trains a policy on rewards of its own answers and writes `model/` and, with an adapter, `adapter/`.
 
-    `figures` of the outcome hold the mean reward of greedy answers to the held-out prompts, `reward` after training
-    and `before_reward`.
+    `figures` of the outcome hold means over greedy answers to the held-out prompts: `reward` (without constraints) and
+    each source's, after training, and before it as `before_*`.
 
     Raises:
         RecipeError: no reward, a reward model with another tokenizer, an adapter other than LoRA, or a layout that
@@ -93,9 +92,10 @@ def reinforce(
         strategy, engine, prompts, objective, mix, options, job.train.global_batch, job.train.micro_batch or 16,
         job.train.seed, pad, job.after, scorer, ppo,
     )  # fmt: skip
-    before = _reward(rollouts, heldout, world)
+    before = _measured(rollouts, heldout, world)
     table = _Table(rollouts, job.reports, world)
-    kept = {"kl_weight": ppo.controller.state} if ppo is not None else {}
+    kept = {f"multiplier.{name}": multiplier.state for name, multiplier in mix.multipliers.items()}
+    kept |= {"kl_weight": ppo.controller.state} if ppo is not None else {}
     additions = Additions(lambda _: rollouts, table.figures, kept, lambda rows: end_reason(job.stops, rows))
     identity = identify(config, objective, job.adapter)
     setup = Setup(
@@ -104,12 +104,11 @@ def reinforce(
     try:
         outcome = run_loop(setup, strategy, prompts, None, sink, say, hooks)
         engine.update_weights(policy_weights(strategy.model), outcome.steps)
-        after = _reward(rollouts, heldout, world)
+        after = _measured(rollouts, heldout, world)
     finally:
         mix.close()
     _write(job, strategy, config)
-    figures = {"before_reward": before, "reward": after} if heldout else {}
-    return replace(outcome, figures=figures)
+    return replace(outcome, figures={f"before_{name}": value for name, value in before.items()} | after)
 
 
 def _objective(job: ReinforceJob) -> AnswerObjective:
@@ -150,13 +149,15 @@ def _check_tokenizers(job: ReinforceJob) -> None:
         check_same_tokenizer(read_tokenizer(Path(job.model)), read_tokenizer(Path(folder)), name)
 
 
-def _reward(rollouts: Rollouts, prompts: Sequence[Any], world: World) -> float:
-    """Mean reward of greedy answers to held-out prompts; workers share them."""
+def _measured(rollouts: Rollouts, prompts: Sequence[Any], world: World) -> dict[str, float]:
+    """Means over greedy answers to held-out prompts, which workers share: the weighted sum as `reward`, and each
+    source's; nothing without prompts."""
+    if not prompts:
+        return {}
     mine = list(prompts)[world.rank :: world.size]
-    samples: list[Sample] = rollouts.answers(mine, 0, 1, 0.0) if mine else []
-    parts = world.gather((float(rollouts.rewarded(samples).total.sum()) if mine else 0.0, len(mine)))
-    total, count = np.sum(parts, axis=0).tolist()
-    return float(total / max(1, count))
+    rewards = rollouts.rewarded(rollouts.answers(mine, 0, 1, 0.0)) if mine else None
+    parts = world.gather(float(rewards.plain.sum()) if rewards is not None else 0.0)
+    return {"reward": sum(parts) / len(prompts)} | mean_rewards(rewards, len(mine), world)
 
 
 class _Table:

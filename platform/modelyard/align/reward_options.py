@@ -15,19 +15,35 @@ INSTRUCTION = (
 )
 
 
+class ConstraintOptions(Options):
+    """A reward that must reach a mean, whatever the others gain, by a Lagrange multiplier (Safe RLHF, Dai et al. 2023,
+    arXiv 2310.12773): cost there is this reward's negative."""
+
+    at_least: float = Field(description="mean over a step's answers that must be reached")
+    start: float = Field(1.0, gt=0, description="the multiplier at first (Safe RLHF: 1)")
+    rate: float = Field(0.1, gt=0, description="step of the multiplier's logarithm (Safe RLHF: 0.04 to 0.1)")
+    most: float = Field(10.0, gt=0, description="the multiplier at most")
+
+
 class WeightedOptions(Options):
     """What every source of rewards has."""
 
     weight: float = Field(1.0, description="factor of this reward in the sum")
+    constraint: ConstraintOptions | None = Field(
+        None, description="hold this reward's mean up instead of adding it by weight; null = add it"
+    )
 
 
 class VerifierOptions(WeightedOptions):
     """One rule that judges an answer with a number, usually 0 or 1."""
 
-    kind: Literal["exact", "contains", "numeric", "regex", "json", "json_schema", "function", "length"] = Field(
+    kind: Literal[
+        "exact", "contains", "numeric", "regex", "json", "json_schema", "function", "length", "refusal"
+    ] = Field(
         description="exact or contains: the record's answer; numeric: its last number; regex; json: the answer is the "
-        "record's as JSON; json_schema; a Python function; length: 1 up to `limit` words, then less"
-    )
+        "record's as JSON; json_schema; a Python function; length: 1 up to `limit` words, then less; refusal: 1 where "
+        "the answer refuses and the record's label is unsafe, or helps and it is safe"
+    )  # fmt: skip
     pattern: str | None = Field(None, description="for regex: searched in the answer")
     json_schema: dict[str, object] | None = Field(None, description="for json_schema: what the answer must match")
     function: str | None = Field(

@@ -11,12 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from modelyard.align.answered import Answered, Failure, Value
+from modelyard.align.constraints import Multiplier, mixed
 from modelyard.align.judge import Judge
 from modelyard.align.options import RolloutOptions
 from modelyard.align.reward_options import JudgeOptions, RewardModelOptions, VerifierOptions, needs
 from modelyard.align.scoring import Ensemble, RewardScorer
 from modelyard.align.verifiers import Verifier
 from modelyard.errors import DataError, RecipeError
+from modelyard.train.world import World
 
 Floats = npt.NDArray[np.float64]
 
@@ -35,9 +37,17 @@ class Source(Protocol):
 
 @dataclass
 class Rewards:
-    """The weighted sum of every answer, [n]; each source's mean; and what failed, by place."""
+    """What answers are worth.
+
+    Attributes:
+        total: what the policy learns from, [n]: the weighted sum, mixed with constrained rewards.
+        plain: the weighted sum alone, [n].
+        means: the mean of each source.
+        failures: what failed, by place.
+    """
 
     total: Floats
+    plain: Floats
     means: dict[str, float]
     failures: list[str]
 
@@ -49,6 +59,9 @@ class RewardMix:
         options: `rewards`, `failed_reward` and `bad_rewards` of the rollouts.
         scorers: reward models by the names that the options use.
 
+    Attributes:
+        multipliers: of the constrained rewards, by their names.
+
     Raises:
         RecipeError: no source, a bad pattern or schema, a function that cannot be imported, a judge's key that is not
             set, or a reward model that is not there.
@@ -58,9 +71,9 @@ class RewardMix:
         if not options.rewards:
             raise RecipeError("nothing rewards the answers", place="rollouts.rewards", mend="name a reward")
         self._failed, self._bad = options.failed_reward, options.bad_rewards
-        self._sources = [
-            (f"{o.kind}_{number}", o.weight, _source(o, scorers or {})) for number, o in enumerate(options.rewards)
-        ]
+        named = [(f"{o.kind}_{number}", o) for number, o in enumerate(options.rewards)]
+        self.multipliers = {name: Multiplier(o.constraint) for name, o in named if o.constraint is not None}
+        self._sources = [(name, o.weight, _source(o, scorers or {})) for name, o in named]
 
     def __call__(self, answers: Sequence[Answered]) -> Rewards:
         """Rewards answers in order.
@@ -69,14 +82,25 @@ class RewardMix:
             DataError: a record lacks what a verifier compares with, or more than `bad_rewards` of the answers have a
                 reward that failed.
         """
-        total = np.zeros(len(answers))
-        found = Rewards(total, {}, [])
+        plain, means, constrained = np.zeros(len(answers)), {}, []
+        failures: list[str] = []
         for name, weight, source in self._sources:
-            values = self._values(source, answers, found.failures)
-            found.means[name] = float(values.mean()) if len(values) else 0.0
-            total += weight * values
-        self._check(found.failures, len(answers))
-        return found
+            values = self._values(source, answers, failures)
+            means[name] = float(values.mean()) if len(values) else 0.0
+            if name in self.multipliers:
+                constrained.append((self.multipliers[name].value, weight * values))
+            else:
+                plain += weight * values
+        self._check(failures, len(answers))
+        return Rewards(mixed(plain, constrained), plain, means, failures)
+
+    def steer(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Moves the multipliers after a set of answers with these means over all workers; figures of those they were
+        mixed with."""
+        figures = {f"multiplier/{name}": multiplier.value for name, multiplier in self.multipliers.items()}
+        for name, multiplier in self.multipliers.items():
+            multiplier.update(means[name])
+        return figures
 
     def close(self) -> None:
         """Ends the processes of functions."""
@@ -101,6 +125,15 @@ class RewardMix:
                 place="rollouts.rewards",
                 mend="mend the function or the judge, raise its timeout, or allow more (bad_rewards)",
             )
+
+
+def mean_rewards(rewards: Rewards | None, answers: int, world: World) -> dict[str, float]:
+    """Each source's mean over the answers of all workers, which call it together; None = this one has none."""
+    mine = {name: mean * answers for name, mean in rewards.means.items()} if rewards is not None else {}
+    parts = world.gather((mine, answers))
+    count = max(1, sum(n for _, n in parts))
+    names = dict.fromkeys(name for part, _ in parts for name in part)
+    return {name: sum(part.get(name, 0.0) for part, _ in parts) / count for name in names}
 
 
 def _source(options: Any, scorers: Mapping[str, RewardScorer]) -> Source:

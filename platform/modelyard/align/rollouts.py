@@ -23,7 +23,7 @@ from modelyard.align.objectives import adapter_off
 from modelyard.align.options import RolloutOptions
 from modelyard.align.policy import AnswerObjective
 from modelyard.align.ppo import Ppo
-from modelyard.align.rewards import RewardMix, Rewards
+from modelyard.align.rewards import RewardMix, Rewards, mean_rewards
 from modelyard.align.samples import Arrays, Prompt, Prompts, Sample, empty_like, pack
 from modelyard.align.verifiers import repetition
 from modelyard.align.weights import policy_weights
@@ -150,7 +150,7 @@ class Rollouts:
             with self._timed("generate"):
                 fresh = self.answers(prompts, number * 1000 + round_, options.group, options.temperature)
             with self._timed("reward"):
-                judged = self._judged(fresh).reshape(-1, options.group)
+                judged = self._judged(fresh, round_ == 0).reshape(-1, options.group)
             if round_ == 0:
                 found, rewards = fresh, judged
                 self._measure(fresh, judged)
@@ -170,9 +170,13 @@ class Rollouts:
         """What the answers are worth. Raises DataError when too many rewards fail."""
         return self._mix([sample.answered(self._after) for sample in samples])
 
-    def _judged(self, samples: Sequence[Sample]) -> npt.NDArray[np.float64]:
+    def _judged(self, samples: Sequence[Sample], first: bool) -> npt.NDArray[np.float64]:
+        """Rewards of this worker's answers. Those drawn first are reported and steer the constraints; later rounds,
+        which not every worker has, exchange nothing."""
         rewards = self.rewarded(samples)
-        self._means |= {f"reward/{name}": mean for name, mean in rewards.means.items()}
+        if first:
+            means = mean_rewards(rewards, len(samples), self._strategy.world)
+            self._means |= {f"reward/{name}": mean for name, mean in means.items()} | self._mix.steer(means)
         return rewards.total
 
     def _measure(self, samples: Sequence[Sample], rewards: npt.NDArray[np.float64]) -> None:

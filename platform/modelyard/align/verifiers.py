@@ -14,6 +14,7 @@ from typing import Any
 
 from modelyard.align.answered import Answered, Failure, Value
 from modelyard.align.function_process import FunctionFailed, FunctionProcess
+from modelyard.align.refusals import LABELS, refuses
 from modelyard.align.reward_options import VerifierOptions
 from modelyard.errors import DataError, RecipeError
 
@@ -58,7 +59,7 @@ class Verifier:
             raise DataError(
                 f"the record has no {error}, which the verifier {self._kind} compares with",
                 place=answer.place,
-                mend="give the field `answer`, or use another verifier",
+                mend="give the field, or use another verifier",
             ) from error
 
 
@@ -73,9 +74,15 @@ def _rule(options: VerifierOptions) -> Rule:
         return lambda row, text: float(_same_number(row["answer"], text, options.tolerance))
     if options.kind == "length":
         return lambda row, text: min(1.0, options.limit / max(1, len(text.split())))
+    if options.kind == "refusal":
+        return _rightly_refused
     if options.kind == "contains":
         return lambda row, text: float(str(row["answer"]).strip().lower() in text.lower())
     return lambda row, text: float(str(row["answer"]).strip() == text.strip())
+
+
+def _rightly_refused(row: Mapping[str, Any], text: str) -> float:
+    return float(LABELS.get(row["label"]) is refuses(text))
 
 
 def _regex(pattern: str) -> Rule:

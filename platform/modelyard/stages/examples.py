@@ -111,6 +111,14 @@ def name_of(data: Artifact | Files) -> str:
     return data.uri if isinstance(data, Artifact) else data.refs[0].uri
 
 
+def read_records(data: Artifact | Files) -> Iterator[tuple[dict[str, Any], str]]:
+    """Every record with its place. Raises DataError at the first that is not a JSON object."""
+    for record, place in _records(data):
+        if isinstance(record, DataError):
+            raise record
+        yield record, place
+
+
 def _records(data: Artifact | Files) -> Iterator[tuple[dict[str, Any] | DataError, str]]:
     uris = [data.join("data", name) for name, _ in list_files(data.join("data"))] if isinstance(data, Artifact) else []
     refs: Sequence[FileRef] = () if isinstance(data, Artifact) else data.refs

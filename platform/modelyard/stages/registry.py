@@ -25,6 +25,7 @@ BUILT_IN = {
     "align": "modelyard.stages.align:AlignStage",
     "evaluate": "modelyard.stages.evaluate:EvaluateStage",
     "generate": "modelyard.stages.generate:GenerateStage",
+    "refusals": "modelyard.stages.refusals:RefusalStage",
     "register": "modelyard.stages.register:RegisterStage",
     "deploy": "modelyard.stages.deploy:DeployStage",
 }
