@@ -108,7 +108,7 @@ class DeployStage(Stage[DeployOptions]):
     version = 2
     Options = DeployOptions
     inputs: ClassVar[Mapping[str, InputSpec]] = {
-        "model": InputSpec(kinds=("finetune", "pretrain", "align", "register"), files=True, required=False)
+        "model": InputSpec(kinds=("finetune", "pretrain", "align", "merge", "register"), files=True, required=False)
     }
 
     def check(self, ctx: PlanContext[DeployOptions]) -> None:

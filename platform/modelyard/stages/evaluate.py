@@ -53,8 +53,8 @@ class EvaluateStage(Stage[EvaluateOptions]):
     kind = "evaluate"
     Options = EvaluateOptions
     inputs: ClassVar[Mapping[str, InputSpec]] = {
-        "model": InputSpec(kinds=("pretrain", "finetune", "align"), files=True),
-        "base": InputSpec(kinds=("pretrain", "finetune", "align"), files=True, required=False),
+        "model": InputSpec(kinds=("pretrain", "finetune", "align", "merge"), files=True),
+        "base": InputSpec(kinds=("pretrain", "finetune", "align", "merge"), files=True, required=False),
         "tokens": InputSpec(kinds=("tokenize",)),
         "corpus": InputSpec(kinds=("curate",), required=False),
     }

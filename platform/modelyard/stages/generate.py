@@ -59,7 +59,7 @@ class GenerateStage(Stage[GenerateOptions]):
     version = 2
     Options = GenerateOptions
     inputs: ClassVar[Mapping[str, InputSpec]] = {
-        "model": InputSpec(kinds=("pretrain", "finetune", "align", "register"), files=True),
+        "model": InputSpec(kinds=("pretrain", "finetune", "align", "merge", "register"), files=True),
         "rows": InputSpec(kinds=("curate", "generate"), files=True),
     }
 

@@ -66,7 +66,7 @@ class PretrainStage(Stage[PretrainOptions]):
     Options = PretrainOptions
     inputs: ClassVar[Mapping[str, InputSpec]] = {
         "tokens": InputSpec(kinds=("tokenize",)),
-        "model": InputSpec(kinds=("pretrain", "finetune", "align"), files=True, required=False),
+        "model": InputSpec(kinds=("pretrain", "finetune", "align", "merge"), files=True, required=False),
     }
     more = InputSpec(kinds=("tokenize",))
 

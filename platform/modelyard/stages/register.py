@@ -68,7 +68,7 @@ class RegisterStage(Stage[RegisterOptions]):
     kind = "register"
     Options = RegisterOptions
     inputs: ClassVar[Mapping[str, InputSpec]] = {
-        "model": InputSpec(kinds=("finetune", "pretrain", "align")),
+        "model": InputSpec(kinds=("finetune", "pretrain", "align", "merge")),
         "evaluation": InputSpec(kinds=("evaluate",), required=False),
     }
 

@@ -23,6 +23,7 @@ BUILT_IN = {
     "finetune": "modelyard.stages.finetune:FinetuneStage",
     "reward": "modelyard.stages.reward:RewardStage",
     "align": "modelyard.stages.align:AlignStage",
+    "merge": "modelyard.stages.merge:MergeStage",
     "evaluate": "modelyard.stages.evaluate:EvaluateStage",
     "generate": "modelyard.stages.generate:GenerateStage",
     "refusals": "modelyard.stages.refusals:RefusalStage",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Config = dict[str, Any]
 
-MODELS = ("pretrain", "finetune", "align")
+MODELS = ("pretrain", "finetune", "align", "merge")
 """Stage kinds whose artifact holds a language model under `model/`."""
 
 _SPEED_LIMIT = 0.03
