@@ -6,13 +6,16 @@ import json
 import shutil
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from marks import BF16
 from safetensors.torch import load_file, save_file
 from tiny import save_model
 
 from modelyard.engine import EngineCore, EngineOptions, Request, Sampling, generate
 from modelyard.engine.checkpoint import read_tensors
+from modelyard.engine.options import Precision
 from modelyard.errors import DataError, ResourceError
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
@@ -117,14 +120,29 @@ def test_update_weights_recomputes_what_was_cached(tiny_model: Path, tmp_path: P
     assert tuple(rest) == one(fresh, sampling, (9, 8, 7, *tokens))[0]
 
 
-def test_packed_weights_can_be_updated_in_part(tiny_model: Path) -> None:
-    core = EngineCore(tiny_model, EngineOptions(max_sequences=1, precision="float16_packed"))
+@pytest.mark.parametrize("precision", ["float16_packed", pytest.param("bfloat16", marks=BF16)])
+def test_packed_weights_can_be_updated_in_part(tiny_model: Path, precision: Precision) -> None:
+    core = EngineCore(tiny_model, EngineOptions(max_sequences=1, precision=precision))
     before = one(core, GREEDY)[0]
     tensors = dict(read_tensors(tiny_model))
     name = "model.layers.0.self_attn.k_proj.weight"
     core.update_weights([(name, torch.zeros_like(tensors[name]))], version=1)
     core.update_weights([(name, tensors[name])], version=2)
     assert one(core, GREEDY)[0] == before
+
+
+def test_bfloat16_is_refused_where_it_would_be_emulated(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modelyard.engine.build.computes_bfloat16", lambda: False)
+    with pytest.raises(ResourceError, match="no bfloat16"):
+        EngineCore(tiny_model, EngineOptions(precision="bfloat16"))
+
+
+def test_memory_is_used_as_sequences_grow(tiny_model: Path) -> None:
+    """128 MiB of slots and as much of the prefix store cost nothing until somebody fills them."""
+    before = psutil.Process().memory_info().rss
+    core = EngineCore(tiny_model, EngineOptions(max_sequences=1024, max_length=256, cache_tokens=262_144))
+    assert core.stats().cache_capacity * core.config.cache_bytes_per_token == 2**27
+    assert psutil.Process().memory_info().rss - before < 2**26
 
 
 def test_a_model_that_yields_nan_fails_the_request_and_spoils_no_other(tiny_model: Path) -> None:

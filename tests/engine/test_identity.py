@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from marks import BF16
 from tiny import save_model
 from transformers import AutoModelForCausalLM
 
 from modelyard.engine import EngineCore, EngineOptions, Request, Sampling, generate
 from modelyard.engine.batch import lay_out
+from modelyard.engine.options import Precision
 
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -112,21 +114,23 @@ def test_greedy_equals_transformers(name: str, tmp_path: Path) -> None:
     assert core.scheduler.slots.used == 0
 
 
-def test_answers_do_not_depend_on_the_step_budget(tiny_model: Path) -> None:
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=BF16)])
+def test_answers_do_not_depend_on_the_step_budget(tiny_model: Path, precision: Precision) -> None:
     seen = []
     for budget, slots in ((1, 1), (7, 2), (64, 8), (512, 4)):
-        core = EngineCore(tiny_model, EngineOptions(max_sequences=slots, step_tokens=budget, precision="float32"))
+        core = EngineCore(tiny_model, EngineOptions(max_sequences=slots, step_tokens=budget, precision=precision))
         seen.append(answers(core, prompts(core.config.vocabulary, [60, 3, 17, 1, 90, 12]), 20))
     assert all(s == seen[0] for s in seen)
 
 
-def test_packed_weights_change_logits_by_little(tiny_model: Path) -> None:
+@pytest.mark.parametrize(("precision", "most"), [("float16_packed", 5e-3), pytest.param("bfloat16", 0.1, marks=BF16)])
+def test_packed_weights_change_logits_by_little(tiny_model: Path, precision: Precision, most: float) -> None:
     exact = EngineCore(tiny_model, EngineOptions(max_sequences=1, precision="float32"))
-    packed = EngineCore(tiny_model, EngineOptions(max_sequences=1, precision="float16_packed"))
+    packed = EngineCore(tiny_model, EngineOptions(max_sequences=1, precision=precision))
     logits = []
     for core in (exact, packed):
         core.add(Request("a", tuple(prompts(core.config.vocabulary, [30])[0]), Sampling(max_tokens=1)))
         hidden = core.decoder.forward(lay_out(core.scheduler.schedule().pieces))
         logits.append(core.decoder.logits(hidden))
     error = (logits[0] - logits[1]).norm() / logits[0].norm()
-    assert 0 < error < 5e-3
+    assert 0 < error < most

@@ -95,10 +95,24 @@ def _paged(folder: Path, options: EngineOptions) -> Parts:
 
 
 def _precision(wanted: Precision) -> Precision:
-    """Half precision needs fbgemm (x86-64 with AVX2): float32 elsewhere."""
+    """Half precision needs fbgemm (x86-64 with AVX2): float32 elsewhere.
+
+    Raises ResourceError for bfloat16 on a CPU that would emulate it, at a tenth of the speed.
+    """
+    if wanted == "bfloat16" and not computes_bfloat16():
+        raise ResourceError(
+            "this CPU has no bfloat16 products (AMX or AVX512-BF16)",
+            place="engine.precision",
+            mend="use float16_packed",
+        )
     if wanted == "float16_packed" and "fbgemm" not in torch.backends.quantized.supported_engines:
         return "float32"
     return wanted
+
+
+def computes_bfloat16() -> bool:
+    """Whether this CPU and this PyTorch multiply bfloat16 in hardware."""
+    return bool(torch._C._has_mkldnn) and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _guesser(config: DecoderConfig, length: int, options: EngineOptions) -> Guesser | None:

@@ -52,9 +52,9 @@ class Cache:
     def __init__(self, config: DecoderConfig, slots: int, length: int, blocks: int = 0, size: int = 16) -> None:
         length = -(-length // size) * size
         self.size = size
-        self.data = torch.zeros(config.layers, 2, slots, config.kv_heads, length, config.head_dim)
+        self.data = _zeros(config.layers, 2, slots, config.kv_heads, length, config.head_dim)
         self.arrays = [(layer[0].numpy(), layer[1].numpy()) for layer in self.data]
-        self._store = torch.zeros(blocks, config.layers, 2, config.kv_heads, size, config.head_dim)
+        self._store = _zeros(blocks, config.layers, 2, config.kv_heads, size, config.head_dim)
         self._slots, self._blocks = self.data.numpy(), self._store.numpy()
 
     def load(self, slot: int, blocks: Sequence[int]) -> None:
@@ -70,6 +70,11 @@ class Cache:
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copies the first `tokens` positions of a slot to another slot."""
         self._slots[:, :, target, :, :tokens] = self._slots[:, :, source, :, :tokens]
+
+
+def _zeros(*shape: int) -> torch.Tensor:
+    """NumPy's zeros are pages the operating system has yet to give; torch.zeros writes them all."""
+    return torch.from_numpy(np.zeros(shape, np.float32))
 
 
 EMPTY = np.empty((0, 0), np.float32)
