@@ -322,13 +322,19 @@ def test_keys_are_asked_for_and_not_stored(tiny_model: Path, tmp_path: Path) -> 
 def test_metrics_and_pages(local: LocalServer) -> None:
     post(local, CHAT | {"max_tokens": 3})
     post(local, CHAT | {"max_tokens": 0})
+    long = {"model": "tiny", "prompt": "a prompt of more than a block of tokens, asked twice " * 2, "max_tokens": 1}
+    for _ in range(2):
+        assert HTTP.post(local.url + "/v1/completions", json=long).status_code == 200
     text = HTTP.get(local.url + "/metrics").text
     values = dict(re.findall(r"^(modelyard_\S+) ([0-9.e+-]+)$", text, re.MULTILINE))
     assert float(values['modelyard_requests_total{code="200",endpoint="/v1/chat/completions"}']) >= 1
     assert float(values['modelyard_errors_total{type="invalid_request_error"}']) >= 1
     assert float(values['modelyard_tokens_total{direction="completion"}']) >= 3
     assert float(values["modelyard_time_to_first_token_seconds_count"]) >= 1
-    assert values["modelyard_replicas"] == "1.0"
+    assert values["modelyard_replicas"] == "1.0" and values["modelyard_kv_used_ratio"] == "0.0"
+    stats = local.engine.stats()
+    hits = stats.prefix_hit_tokens_total / stats.prefix_asked_tokens_total
+    assert 0 < hits < 1 and float(values["modelyard_prefix_hit_ratio"]) == pytest.approx(hits)
     assert HTTP.get(local.url + "/healthz").json()["status"] == "ok"
     assert "<title>modelyard chat</title>" in HTTP.get(local.url + "/").text
 

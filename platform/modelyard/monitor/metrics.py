@@ -88,6 +88,10 @@ REQUEST_SECONDS = Metric(
 )
 BATCH_OCCUPANCY = Metric("modelyard_batch_occupancy", "gauge", "Requests in the last engine step.")
 KV_SLOTS_USED = Metric("modelyard_kv_slots_used", "gauge", "KV-cache slots in use.")
+KV_USED = Metric("modelyard_kv_used_ratio", "gauge", "Share of the engines' KV blocks that requests hold.")
+PREFIX_HITS = Metric(
+    "modelyard_prefix_hit_ratio", "gauge", "Share of prompt tokens that the running engines took from the prefix cache."
+)
 REPLICAS = Metric("modelyard_replicas", "gauge", "Engine replicas that answer.")
 SHADOW = Metric(
     "modelyard_shadow_answers_total", "counter",
@@ -111,7 +115,7 @@ CURATE_BYTES_KEPT = Metric("modelyard_curate_kept_bytes", "gauge", "UTF-8 bytes 
 
 SERVING = (
     REQUESTS, ERRORS, TOKENS, CACHE, TIME_TO_FIRST_TOKEN, INTER_TOKEN, QUEUE, REQUEST_SECONDS, BATCH_OCCUPANCY,
-    KV_SLOTS_USED, REPLICAS, SHADOW,
+    KV_SLOTS_USED, KV_USED, PREFIX_HITS, REPLICAS, SHADOW,
 )  # fmt: skip
 TRAINING = (
     TRAIN_LOSS, TRAIN_HELDOUT_LOSS, TRAIN_STEP, TRAIN_TOKENS, TRAIN_TOKENS_PER_SECOND, TRAIN_LEARNING_RATE,

@@ -31,6 +31,7 @@ class Metrics:
         self.queue = names.QUEUE.histogram(self.registry)
         self._occupancy = names.BATCH_OCCUPANCY.gauge(self.registry)
         self._slots = names.KV_SLOTS_USED.gauge(self.registry)
+        self._kv, self._prefix = names.KV_USED.gauge(self.registry), names.PREFIX_HITS.gauge(self.registry)
         self._replicas = names.REPLICAS.gauge(self.registry)
 
     def render(self, engines: Sequence[EngineStats]) -> bytes:
@@ -42,12 +43,19 @@ class Metrics:
         """Sets the gauges to what the engines say of themselves now."""
         self._occupancy.set(sum(e.last_batch if e.running else 0 for e in engines))
         self._slots.set(sum(e.running for e in engines))
+        self._kv.set(_share(sum(e.blocks_used for e in engines), sum(e.blocks for e in engines)))
+        asked = sum(e.prefix_asked_tokens_total for e in engines)
+        self._prefix.set(_share(sum(e.prefix_hit_tokens_total for e in engines), asked))
         self._replicas.set(len(engines))
 
     def watch(self, prompt_tokens: int) -> Watch:
         """Starts timing one answer."""
         self.prompt_tokens.inc(prompt_tokens)
         return Watch(self)
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
 
 
 class Exposition(Collector):
