@@ -181,7 +181,9 @@ def test_a_template_must_be_there(tmp_path: Path) -> None:
         run_stage(options(heldout=0), inputs, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["preference_dpo", "rlhf_grpo", "rlhf_ppo", "safety", "instruct_lora"])
+@pytest.mark.parametrize(
+    "name", ["preference_dpo", "rlhf_grpo", "rlhf_ppo", "safety", "rejection_sampling", "instruct_lora"]
+)
 def test_the_recipes_are_planned(policy: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(PIPELINES.parent)
     monkeypatch.setenv("MODELYARD_ROOT", str(tmp_path))
@@ -190,6 +192,7 @@ def test_the_recipes_are_planned(policy: Artifact, tmp_path: Path, monkeypatch: 
              "instruct_lora": ["chat.sequence_length=96"],
              "safety": [f"{name}.sequence_length=64"
                         for name in ("distilled", "safe", "helpful", "harmless", "policy")],
+             "rejection_sampling": ["judge.sequence_length=64", "better.sequence_length=96"],
              "rlhf_ppo": [f"{name}.sequence_length=64" for name in ("chat", "judge", "policy")]}  # fmt: skip
     stages = api.plan(api.load(PIPELINES / f"{name}.yaml", short[name]))
     assert [stage.cached for stage in stages] == [False] * len(stages)

@@ -28,7 +28,10 @@ class RewardScorer:
     Args:
         folder: the classifier.
         device: where it computes, in float32.
-        longest: tokens of the longest conversation it will see.
+        longest: tokens of the longest conversation it will see, as far as that is known.
+
+    Attributes:
+        room: tokens of a conversation at most; None = any number.
 
     Raises:
         DataError: the folder is no reward model.
@@ -39,6 +42,7 @@ class RewardScorer:
         model: Any = load_classifier(folder)
         check_shape(model.config, longest)
         self._model = model.to(device).eval().requires_grad_(False)
+        self.room: int | None = getattr(model.config, "max_position_embeddings", None)
         self._device, self._pad = device, int(model.config.pad_token_id or 0)
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from modelyard.errors import DataError, RecipeError, StageError
 from modelyard.planner.estimate import Estimate
 from modelyard.recipe.schema import Options, StageOptions, runtime
 from modelyard.stages.base import InputSpec, PlanContext, Stage, StageContext, StageResult
+from modelyard.stages.best_of import check_best_of
 from modelyard.stages.deploy import model_uri
 from modelyard.stages.generate_units import Unit, dump, parse, plan
 from modelyard.storage import Artifact, Files, exists, is_remote, join, list_files, read_bytes, remove, write_bytes
@@ -35,6 +36,12 @@ class SamplingOptions(Options):
     seed: int = Field(0, ge=0, description="of the first row; each later row has the next one")
 
 
+class BestOfOptions(Options):
+    """Rejection sampling: of several answers the one that a reward model likes best."""
+
+    answers: int = Field(8, ge=2, le=1024, description="answers drawn for each row (best of n)")
+
+
 class GenerateOptions(StageOptions):
     """Batch inference over the rows of files."""
 
@@ -45,6 +52,9 @@ class GenerateOptions(StageOptions):
     chat: bool = Field(True, description="put prompts into the model's chat template, if it has one")
     output: str = Field("generated", pattern="^[A-Za-z_][A-Za-z0-9_]*$", description="name of the new fields")
     sampling: SamplingOptions = Field(SamplingOptions(), description="how answers are chosen")
+    best_of: BestOfOptions | None = Field(
+        None, description="draw several answers and keep the best by the input `reward`; null = one answer"
+    )
     max_errors: float = Field(
         0.05, ge=0, le=1, description="share of rows that may end with an error; above it the stage fails"
     )
@@ -61,14 +71,18 @@ class GenerateStage(Stage[GenerateOptions]):
     inputs: ClassVar[Mapping[str, InputSpec]] = {
         "model": InputSpec(kinds=("pretrain", "finetune", "align", "merge", "register"), files=True),
         "rows": InputSpec(kinds=("curate", "generate"), files=True),
+        "reward": InputSpec(kinds=("reward",), files=True, required=False),
     }
 
     def check(self, ctx: PlanContext[GenerateOptions]) -> None:
-        """Raises RecipeError for equal field names, DataError for files that are no rows or no model."""
+        """Raises RecipeError for equal field names or a best answer that cannot be told, DataError for files that are
+        no rows or no model."""
         if ctx.options.prompt == ctx.options.messages:
             raise RecipeError("prompt and messages name the same field", place="messages", mend="name two fields")
+        check_best_of(ctx)
         if (rows := ctx.inputs.get("rows")) is not None:
-            plan([uri for uri in _uris(rows) if uri.endswith(".parquet")], ctx.options.rows_a_unit, ctx.options.output)
+            parquet = [uri for uri in _uris(rows) if uri.endswith(".parquet")]
+            plan(parquet, ctx.options.rows_a_unit, ctx.options.output, ctx.options.best_of is not None)
             wrong = [uri for uri in _uris(rows) if not uri.endswith((".parquet", ".jsonl", ".ndjson"))]
             if wrong:
                 raise DataError("neither JSONL nor Parquet", place=wrong[0], mend="give .jsonl or .parquet files")
@@ -120,7 +134,7 @@ def _units(ctx: StageContext[GenerateOptions]) -> list[Unit]:
         for folder in (join(ctx.output, "data"), join(ctx.work, "done")):
             if exists(folder):
                 remove(folder)
-    units = plan(_uris(ctx.inputs["rows"]), key, ctx.options.output)
+    units = plan(_uris(ctx.inputs["rows"]), key, ctx.options.output, ctx.options.best_of is not None)
     if not units:
         raise DataError("the input has no rows", place="inputs.rows", mend="give files with rows")
     write_bytes(place, json.dumps({"rows_a_unit": key, "units": [dump(unit) for unit in units]}).encode())
@@ -150,8 +164,9 @@ def _run(ctx: StageContext[GenerateOptions], units: list[Unit]) -> Any:
     o, r = ctx.options, ctx.options.resources
     engine = o.engine if o.engine.threads else o.engine.model_copy(update={"threads": max(1, int(r.cpus_per_worker))})
     how = o.model_dump(include={"prompt", "messages", "system", "chat", "output", "sampling"})
+    best = (model_uri(ctx.inputs["reward"]), o.best_of.answers) if o.best_of is not None else None
     arguments = (model_uri(ctx.inputs["model"]), engine.model_dump(), how, join(ctx.output, "data"),
-                 join(ctx.work, "done"))  # fmt: skip
+                 join(ctx.work, "done"), best)  # fmt: skip
     with quiet():
         dataset = ray.data.from_items([{"unit": dump(unit)} for unit in units], override_num_blocks=len(units))
         answered = dataset.map_batches(

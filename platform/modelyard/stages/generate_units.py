@@ -57,16 +57,17 @@ class Answer:
     prompt_tokens: int = 0
     tokens: int = 0
     error: str | None = None
+    score: float | None = None
 
-    def fields(self, name: str) -> dict[str, Any]:
-        """The row's new fields under the output's name."""
+    def fields(self, name: str, scored: bool = False) -> dict[str, Any]:
+        """The row's new fields under the output's name; `scored`: its reward among them."""
         return {
             name: self.text, f"{name}_finish": self.finish, f"{name}_tokens": self.tokens,
             f"{name}_prompt_tokens": self.prompt_tokens, f"{name}_error": self.error,
-        }  # fmt: skip
+        } | ({f"{name}_score": self.score} if scored else {})  # fmt: skip
 
 
-def plan(uris: Sequence[str], rows_a_unit: int, name: str) -> list[Unit]:
+def plan(uris: Sequence[str], rows_a_unit: int, name: str, scored: bool = False) -> list[Unit]:
     """Units of the files in order. JSONL files are read through once to find where lines begin.
 
     Raises:
@@ -76,7 +77,7 @@ def plan(uris: Sequence[str], rows_a_unit: int, name: str) -> list[Unit]:
     for uri in uris:
         suffix = PurePosixPath(uri).suffix
         if suffix == ".parquet":
-            units += _parquet_units(uri, rows_a_unit, units, name)
+            units += _parquet_units(uri, rows_a_unit, units, set(Answer().fields(name, scored)))
         elif suffix in (".jsonl", ".ndjson"):
             units += _jsonl_units(uri, rows_a_unit, units)
         else:
@@ -89,7 +90,7 @@ def _next(units: Sequence[Unit]) -> tuple[int, int]:
     return (len(units), units[-1].first_row + units[-1].rows) if units else (0, 0)
 
 
-def _parquet_units(uri: str, size: int, before: Sequence[Unit], name: str) -> list[Unit]:
+def _parquet_units(uri: str, size: int, before: Sequence[Unit], ours: set[str]) -> list[Unit]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -99,7 +100,7 @@ def _parquet_units(uri: str, size: int, before: Sequence[Unit], name: str) -> li
             total, columns = file.metadata.num_rows, set(file.schema_arrow.names)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"not a readable Parquet file: {error}", place=uri, mend="write it again") from error
-    taken = sorted(columns & Answer().fields(name).keys())
+    taken = sorted(columns & ours)
     if taken:
         raise DataError(f"the file has a column {taken[0]}", place=uri, mend="choose another name with `output`")
     index, row = _next(before)
@@ -176,17 +177,17 @@ def _table(unit: Unit) -> pa.Table:
     return table.slice(unit.first - begin, unit.rows)
 
 
-def write_part(unit: Unit, answers: Sequence[Answer], name: str, target: str) -> None:
+def write_part(unit: Unit, answers: Sequence[Answer], name: str, target: str, scored: bool = False) -> None:
     """Writes the unit's output file at once: every row of the input with its answer.
 
     Raises DataError when a JSONL row already has a field of ours.
     """
     if unit.parquet:
-        _write_parquet(unit, answers, name, target)
+        _write_parquet(unit, answers, name, target, scored)
         return
     lines = []
     for row, answer in zip(read_rows(unit), answers, strict=True):
-        added = answer.fields(name)
+        added = answer.fields(name, scored)
         kept = row if isinstance(row, dict) else {}
         taken = sorted(kept.keys() & added.keys())
         if taken:
@@ -196,15 +197,14 @@ def write_part(unit: Unit, answers: Sequence[Answer], name: str, target: str) ->
     write_bytes(target, "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace"))
 
 
-def _write_parquet(unit: Unit, answers: Sequence[Answer], name: str, target: str) -> None:
+def _write_parquet(unit: Unit, answers: Sequence[Answer], name: str, target: str, scored: bool) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = _table(unit)
-    types = dict(
-        zip(Answer().fields(name), (pa.string(), pa.string(), pa.int64(), pa.int64(), pa.string()), strict=True)
-    )
-    added = [answer.fields(name) for answer in answers]
+    kinds = (pa.string(), pa.string(), pa.int64(), pa.int64(), pa.string(), pa.float64())
+    types = dict(zip(Answer().fields(name, scored), kinds, strict=False))
+    added = [answer.fields(name, scored) for answer in answers]
     for column, kind in types.items():
         table = table.append_column(column, pa.array([row[column] for row in added], kind))
     sink = pa.BufferOutputStream()
