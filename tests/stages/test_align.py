@@ -26,6 +26,7 @@ from modelyard.stages.align import AlignOptions, AlignStage
 from modelyard.stages.import_model import import_model
 from modelyard.stages.inspect_data import inspect_stage
 from modelyard.stages.reward import RewardStageOptions
+from modelyard.stages.rollout_stage import curve_names
 from modelyard.storage import Artifact, FileRef, Files
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
@@ -160,6 +161,11 @@ def test_bad_rows_end_the_stage_with_their_place(
 def test_broken_configurations_fail_before_work(policy: Artifact, changes: dict[str, Any], complaint: str) -> None:
     with pytest.raises(RecipeError, match=complaint):
         AlignStage().check(plan(options(**changes), {"model": policy}))
+
+
+def test_the_report_draws_what_there_is() -> None:
+    history = [{"step": 1, "reward": 0.1, "multiplier/regex_1": 1.0, "loss": 2.0}, {"step": 2, "reward/regex_1": 0.5}]
+    assert curve_names(history) == ["reward", "multiplier/regex_1", "reward/regex_1"]
 
 
 def test_reward_models_must_be_such_and_used(policy: Artifact) -> None:

@@ -191,8 +191,10 @@ class Rollouts:
         self._means |= {
             "reward": mean, "reward_deviation": max(0.0, total[1] / count - mean**2) ** 0.5,
             "answer_tokens": total[2] / count, "cut_answers": total[4] / count, "repetition": total[5] / count,
-            "undecided_groups": total[6] / groups, "staleness": 0.0,
+            "staleness": 0.0,
         }  # fmt: skip
+        if self._options.group > 1:
+            self._means["undecided_groups"] = total[6] / groups
         self.shown = [
             {"prompt": s.prompt.text, "text": s.text, "reward": float(r)}
             for s, r in zip(samples[:4], rewards.reshape(-1)[:4], strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +142,12 @@ def _result(outcome: Outcome, facts: Facts) -> StageResult:
     )
 
 
+def curve_names(history: Sequence[Mapping[str, float]]) -> list[str]:
+    """What the report draws: the usual curves that there are, then each source's reward and each multiplier."""
+    known = dict.fromkeys(name for row in history for name in row)
+    return [n for n in CURVES if n in known] + [n for n in known if n.startswith(("reward/", "multiplier/"))]
+
+
 def _mean(values: list[float]) -> float:
     return sum(values) / max(1, len(values))
 
@@ -159,7 +166,7 @@ def _page(ctx: StageContext[Any], outcome: Outcome, facts: Facts) -> Page:
         *([("ended early", outcome.stopped)] if outcome.stopped else []),
     ]
     plots = []
-    for name in CURVES:
+    for name in curve_names(history):
         points = [(row["step"], row[name]) for row in history if name in row]
         if points:
             title = f"{name.replace('_', ' ').capitalize()}, by step"
