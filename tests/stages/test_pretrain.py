@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,6 +148,24 @@ def check_results(result: StageResult, folder: Path) -> None:
     assert "| communication |" in markdown, "timed apart from forward and backward"
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_stream_goes_on_where_a_run_without_it_stopped(tokens: Path, tmp_path: Path) -> None:
+    """Half a run in one process without Ray, the other half on two workers that Ray Data feeds."""
+    from modelyard.train.programs import pretrain
+    from modelyard.train.world import World
+
+    job = pretraining(tokens, tmp_path / "work", steps=12, checkpoint_every=6, global_batch=5)
+    whole = pretrain(job, World(0, 1, torch.device("cpu"))).history
+    shutil.rmtree(tmp_path / "work" / "checkpoints" / "step-00000012")
+    half = options(steps=12, global_batch=5, checkpoint_every=6, evaluate_every=0, stream=True)
+    run_stage(half, {"tokens": artifact(tokens, "tokenize")}, tmp_path)
+    assert "resumed from step-00000006" in (tmp_path / "screen.txt").read_text()
+    with (tmp_path / "out" / "loss.csv").open() as handle:
+        found = [float(row["loss"]) for row in csv.DictReader(handle)]
+    assert found == pytest.approx([row["loss"] for row in whole], abs=1e-5)
+
+
 @pytest.mark.usefixtures("ray_session")
 def test_an_error_of_the_data_reaches_the_person(tmp_path: Path) -> None:
     folder = write_tokens(tmp_path / "tokens", 20, 5)
@@ -186,6 +205,7 @@ def test_more_workers_than_cpus_is_refused(tokens: Path, tmp_path: Path) -> None
         ({"model": {"preset": "llama-8m", "hidden_size": 252}}, RecipeError, "heads of 63 channels cannot be rotated"),
         ({"model": {"config": {"model_type": "gpt2", "n_positions": 16}}}, RecipeError, "longer than the model's 16"),
         ({"model": None}, RecipeError, "no model is given"),
+        ({"stream": True, "mixture": {"weights": {"corpus": 1.0}}}, RecipeError, "a stream reads one token artifact"),
     ],
 )
 def test_mistakes_are_seen_before_work(tokens: Path, changes: dict[str, Any], kind: type, complaint: str) -> None:

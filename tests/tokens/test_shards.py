@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelyard.errors import DataError
-from modelyard.tokens import Sequences, TokenDataset, TokenWriter
+from modelyard.storage import upload, write_bytes
+from modelyard.tokens import Sequences, TokenDataset, TokenWriter, open_in_place
+from modelyard.tokens.ranges import RangedTokens
 
 
 def _sequences(n: int, length: int, vocab: int, seed: int = 0) -> Sequences:
@@ -165,3 +167,23 @@ def test_no_index_and_no_sequences(tmp_path: Path) -> None:
     TokenWriter(tmp_path, 8, 10).close(documents=0, text_bytes=0)
     with pytest.raises(DataError, match="no sequences"):
         TokenDataset.open(tmp_path)
+
+
+def test_a_remote_folder_is_read_where_it_lies(moto_server: str, tmp_path: Path) -> None:
+    random = np.random.default_rng(1)
+    writer = TokenWriter(tmp_path / "tokens", 16, 300, shard_bytes=20 * 40)
+    starts = random.random((50, 16)) < 0.2
+    writer.add(Sequences(random.integers(0, 300, (50, 16)), starts, np.full(50, 16)))
+    writer.close(9, 100)
+    upload(tmp_path / "tokens", "s3://yard/tokens")
+    there, here = open_in_place("s3://yard/tokens"), open_in_place(str(tmp_path / "tokens"))
+    assert len(there.index.shards) > 1
+    assert isinstance(there, RangedTokens) and not isinstance(here, RangedTokens)
+    wanted = [49, 0, 7, 7, 31]
+    for name, expected in here.batch(wanted).items():
+        assert np.array_equal(pickle.loads(pickle.dumps(there)).batch(wanted)[name], expected)
+    write_bytes("s3://yard/tokens/shard-00001.bin", b"short")
+    with pytest.raises(DataError, match="5 bytes where the index says"):
+        open_in_place("s3://yard/tokens")
+    with pytest.raises(DataError, match="cannot read a token shard"):
+        there.batch(range(50))

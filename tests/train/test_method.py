@@ -14,11 +14,11 @@ from training_parts import LENGTH, VOCABULARY, pretraining, tokenizer, write_tok
 
 from modelyard.errors import DataError, RecipeError, ResourceError
 from modelyard.models import load_model
-from modelyard.tokens import Sequences, TokenDataset, TokenWriter
+from modelyard.tokens import Sequences, TokenDataset, TokenWriter, rank_slice
 from modelyard.tokens.tokenizer import save_tokenizer
 from modelyard.train.batch_plan import BatchPlan
 from modelyard.train.checkpoint import Keep
-from modelyard.train.data import StreamFeed, make_order
+from modelyard.train.data import Feed, StreamFeed, make_order
 from modelyard.train.loop import Outcome
 from modelyard.train.metrics import StepMetrics
 from modelyard.train.options import TrainOptions
@@ -178,18 +178,38 @@ def test_one_cycle_is_torchs() -> None:
             torchs.step()
 
 
-def test_a_stream_feeds_until_it_ends() -> None:
-    def stream() -> Iterator[dict[str, np.ndarray]]:
-        for i in range(3):
-            yield {"input_ids": np.full((5, 4), i)}
+@pytest.mark.parametrize("cut", [1, 3, 7])
+def test_a_stream_feeds_what_a_worker_would_read_itself(tokens: Path, cut: int) -> None:
+    """Sizes that do not divide, a share that is empty in one pass, a step gone back to, an end too early."""
+    data = TokenDataset.open(tokens / "train")
+    options = TrainOptions(global_batch=5, micro_batch=1)
+    order, workers = make_order(data, options), 2
 
-    with StreamFeed(stream(), 2, torch.device("cpu")) as feed:
-        for i in range(3):
-            parts, _ = feed.take(i, more=True)
-            assert [len(part["input_ids"]) for part in parts] == [2, 2, 1]
-            assert all(int(part["input_ids"].max()) == i and not part["document_ids"].any() for part in parts)
-        with pytest.raises(DataError, match="ended before step 4"):
-            feed.take(3, more=False)
+    def rows(first: int, rank: int) -> Iterator[dict[str, torch.Tensor]]:
+        mine = np.concatenate([rank_slice(order(step), rank, workers) for step in range(first, 4)])
+        for start in range(0, len(mine), cut):
+            arrays = data.batch(mine[start : start + cut])
+            yield {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    for rank in range(workers):
+        opened: list[int] = []
+
+        def open_at(step: int, rank: int = rank, opened: list[int] = opened) -> Iterator[dict[str, torch.Tensor]]:
+            opened.append(step)
+            return rows(step, rank)
+
+        own = Feed(data, order, 1, rank, workers, torch.device("cpu"))
+        with StreamFeed(open_at, options.batches.size, 1, rank, workers, torch.device("cpu")) as feed:
+            for step in (1, 2, 3, 1, 2):
+                parts, _ = feed.take(step, more=step != 3)
+                for part, read in zip(parts, own.load(step), strict=True):
+                    assert torch.equal(part["document_ids"], read["document_ids"]), (rank, step)
+                    real = read["document_ids"] >= 0
+                    assert torch.equal(part["input_ids"][real], read["input_ids"][real]), (rank, step)
+            feed.take(3, more=True)
+            with pytest.raises(DataError, match="ended before step 5"):
+                feed.take(4, more=False)
+        assert opened == [1, 1]
 
 
 def test_a_range_test_suggests_a_rate_that_trains(tokens: Path, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from pydantic import Field, model_validator
 from modelyard.errors import RecipeError
 from modelyard.models.options import ModelOptions
 from modelyard.models.presets import learning_rate, parameters_of
-from modelyard.models.vocabulary import extends_vocabulary
+from modelyard.models.vocabulary import folder_extends
 from modelyard.planner.estimate import Estimate
+from modelyard.recipe.schema import runtime
 from modelyard.stages.base import InputSpec, PlanContext, Stage, StageContext, StageResult
 from modelyard.stages.training import (
     Config,
@@ -28,7 +29,7 @@ from modelyard.stages.training import (
     warnings,
 )
 from modelyard.stages.training_report import RESULTS, curves, write_results
-from modelyard.storage import Artifact, exists, join, read_bytes
+from modelyard.storage import Artifact, join, read_bytes
 
 if TYPE_CHECKING:
     from modelyard.train.loop import Outcome
@@ -43,6 +44,11 @@ class PretrainOptions(TrainingStageOptions):
         None,
         description="the model to build; with an input `model` it takes over what fits of that by name and shape; "
         "null = continue the input `model` as it is",
+    )
+    stream: bool = runtime(
+        False,
+        "training sequences are read by Ray Data where they lie, instead of being copied to every worker's disk; the "
+        "same batches in the same order",
     )
 
     @model_validator(mode="before")
@@ -78,6 +84,7 @@ class PretrainStage(Stage[PretrainOptions]):
             raise RecipeError(
                 "no model is given", place="model", mend="give model (preset or config) or an input model"
             )
+        _check_stream(options)
         _check_alike(_token_inputs(ctx))
         length, vocabulary = token_shape(ctx)
         check_training(options, _config(ctx), length, None if _extends(ctx) else vocabulary)
@@ -104,17 +111,37 @@ class PretrainStage(Stage[PretrainOptions]):
             tokens="",
             output=join(ctx.output, "model"),
             train=options.training(),
+            stream=ctx.artifact("tokens").join("train") if options.stream else None,
             model=options.model,
             checkpoints=join(ctx.work, "checkpoints"),
             reports=ctx.output,
         )
         clear(ctx, "model", *RESULTS)
         estimate = _prediction(ctx, steps, facts)
-        assignment = Assignment("modelyard.train.programs:pretrain", job, job_places(ctx))
+        places = job_places(ctx)
+        if options.stream:
+            places["tokens"] = (ctx.artifact("tokens"), _BESIDE)
+        program = "modelyard.stages.stream:pretrain" if options.stream else "modelyard.train.programs:pretrain"
+        assignment = Assignment(program, job, places)
         outcome = run_workers(ctx, assignment, steps, estimate)
         unigram = float(facts["unigram_entropy"])
         write_results(ctx, outcome, _page(ctx, outcome, unigram), estimate)
         return _result(outcome, unigram)
+
+
+_BESIDE = ("tokenizer", "heldout")
+"""What of a token artifact workers copy all the same when its training sequences are streamed."""
+
+
+def _check_stream(options: PretrainOptions) -> None:
+    if not options.stream:
+        return
+    if options.mixture is not None or len(set(options.inputs) - {"model"}) > 1:
+        raise RecipeError(
+            "a stream reads one token artifact in its own order",
+            place="stream",
+            mend="leave stream out for a mixture or several token inputs",
+        )
 
 
 def _extends(ctx: PlanContext[PretrainOptions]) -> bool:
@@ -124,8 +151,7 @@ def _extends(ctx: PlanContext[PretrainOptions]) -> bool:
         return False
     place = model_place(model, "model")
     folder = place if isinstance(place, str) else place[0].join(place[1])
-    files = (join(folder, "tokenizer.json"), tokens.join("tokenizer/tokenizer.json"))
-    return all(exists(file) for file in files) and extends_vocabulary(*(read_bytes(file) for file in files))
+    return folder_extends(tokens.join("tokenizer"), folder)
 
 
 def _token_inputs(ctx: PlanContext[PretrainOptions] | StageContext[PretrainOptions]) -> dict[str, Artifact]:

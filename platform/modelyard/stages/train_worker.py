@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from modelyard.train.metrics import Say, Sink
     from modelyard.train.world import World
 
-Place = tuple[Artifact, str] | str
-"""An artifact with a path inside it, or the URI of a folder."""
+Place = tuple[Artifact, str] | tuple[Artifact, tuple[str, ...]] | str
+"""An artifact with a path inside it, an artifact of which only these paths are needed, or the URI of a folder."""
 
 _LOOK_SECONDS = 5.0
 """How often the workers ask Ray together whether a machine is about to be taken: one barrier of a few milliseconds."""
@@ -100,6 +100,9 @@ def bring(place: Place | Mapping[str, Place]) -> str | dict[str, str]:
 def _bring_one(place: Place) -> str:
     if not isinstance(place, str):
         artifact, inside = place
+        if isinstance(inside, tuple):
+            brought = [artifact.local(part) for part in inside]
+            return str(brought[0].parent)
         return str(artifact.local(inside) if inside else artifact.local())
     if not is_remote(place):
         return place

@@ -6,6 +6,7 @@ reader of shards, `global_batch_indices` the only order, so training resumes on 
 
 from modelyard.tokens.mixture import MixtureOrder
 from modelyard.tokens.order import global_batch_indices, permute, rank_slice, stream_indices
+from modelyard.tokens.ranges import open_in_place
 from modelyard.tokens.shards import Sequences, Source, TokenDataset, TokenWriter
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "TokenDataset",
     "TokenWriter",
     "global_batch_indices",
+    "open_in_place",
     "permute",
     "rank_slice",
     "stream_indices",

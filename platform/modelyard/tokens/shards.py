@@ -242,15 +242,20 @@ class TokenWriter:
 def _read_index(folder: Path) -> Index:
     place = folder / INDEX
     try:
-        raw = json.loads(place.read_bytes())
+        raw = place.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read the index of token shards: {error}", place=str(place), mend=_MEND) from error
-    except ValueError as error:
-        raise DataError("the index of token shards is not valid JSON", place=str(place), mend=_MEND) from error
+    return parse_index(raw, str(place))
+
+
+def parse_index(raw: bytes, place: str) -> Index:
+    """The index that the bytes of an `index.json` at `place` are. Raises DataError when they are none."""
     try:
-        return Index.model_validate(raw)
+        return Index.model_validate(json.loads(raw))
     except ValidationError as error:
-        raise DataError(f"the index of token shards is damaged: {error}", place=str(place), mend=_MEND) from error
+        raise DataError(f"the index of token shards is damaged: {error}", place=place, mend=_MEND) from error
+    except ValueError as error:
+        raise DataError("the index of token shards is not valid JSON", place=place, mend=_MEND) from error
 
 
 def _check_shard(path: Path, shard: Shard, itemsize: int, verify: bool) -> None:
@@ -342,7 +347,7 @@ class TokenDataset:
         for owner in np.unique(owners):
             mine = owners == owner
             first = self._ends[owner] - self.index.shards[owner].sequences
-            records[mine] = self._map(int(owner))[wanted[mine] - first]
+            records[mine] = self._records(int(owner), wanted[mine] - first)
             self._check(records[mine], int(owner))
         return {"input_ids": records["tokens"].astype(np.int64), "document_ids": self._document_ids(records)}
 
@@ -354,6 +359,13 @@ class TokenDataset:
         ids[np.arange(self.sequence_length) >= records["length"][:, None]] = -1
         return ids
 
+    def _records(self, shard: int, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
+        """Records of a shard by their row in it."""
+        return self._map(shard)[rows]
+
+    def _place(self, shard: int) -> str:
+        return str(self.folder / self.index.shards[shard].file)
+
     def _map(self, shard: int) -> npt.NDArray[np.void]:
         if shard not in self._maps:
             self._maps[shard] = np.memmap(self.folder / self.index.shards[shard].file, dtype=self._dtype, mode="r")
@@ -362,8 +374,8 @@ class TokenDataset:
     def _check(self, records: npt.NDArray[np.void], shard: int) -> None:
         # Cheap (one maximum) and catches a damaged disk or file even where checksums were not compared.
         if records["tokens"].max() >= self.vocab_size or records["length"].max() > self.sequence_length:
-            place = str(self.folder / self.index.shards[shard].file)
-            raise DataError("a token shard is damaged: a record holds impossible values", place=place, mend=_MEND)
+            message = "a token shard is damaged: a record holds impossible values"
+            raise DataError(message, place=self._place(shard), mend=_MEND)
 
 
 def _checked(folder: Path, index: Index, verify: bool) -> TokenDataset:

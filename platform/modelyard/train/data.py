@@ -47,6 +47,11 @@ def read(data: Sequences, indices: Indices, device: torch.device) -> dict[str, t
     return batch
 
 
+def passes(batch: int, workers: int, micro: int) -> int:
+    """Forward passes of each worker for a batch of all: as many as the largest share needs."""
+    return math.ceil(math.ceil(batch / workers) / micro)
+
+
 class Batches(AbstractContextManager["Batches"], Protocol):
     """Hands out the micro-batches of one step after the other: a `Feed`, a `StreamFeed`, or rollouts of a policy."""
 
@@ -108,7 +113,7 @@ class Feed:
         """The micro-batches of `step`, read now. Every worker makes the same number of them."""
         everyone = self._order(step)
         mine = rank_slice(everyone, self._rank, self._workers)
-        parts = math.ceil(math.ceil(len(everyone) / self._workers) / self._micro)
+        parts = passes(len(everyone), self._workers, self._micro)
         return [read(self._data, part, self._device) for part in np.array_split(mine, parts)]
 
     def take(self, step: int, more: bool) -> tuple[MicroBatches, float]:
@@ -127,51 +132,79 @@ class Feed:
 
 
 class StreamFeed:
-    """The batches of one pass over a stream, such as Ray Data's `iter_torch_batches`, in the place of a `Feed`.
-
-    The stream is this worker's own share and cannot be read twice: after a restart it must begin at the first batch
-    that was not trained on, which is up to whoever makes it.
+    """The micro-batches of a `Feed`, from this worker's sequences in their order, such as Ray Data hands out.
 
     Args:
-        batches: arrays or tensors [n, L] by name, one entry a step; at least `input_ids`. Without `document_ids` a
-            sequence is one document.
+        rows: from a step on, `input_ids` and `document_ids` [n, L] by name, any n, cut anywhere.
+        size: sequences of a step (0-based), over all workers.
         micro_batch: most sequences of one forward pass; None = 16.
+        rank: this worker.
+        workers: how many share the batch.
         device: where tensors go.
     """
 
-    def __init__(self, batches: Iterator[Mapping[str, Any]], micro_batch: int | None, device: torch.device) -> None:
-        self._batches, self._micro, self._device = batches, micro_batch or 16, device
+    def __init__(
+        self,
+        rows: Callable[[int], Iterator[Mapping[str, torch.Tensor]]],
+        size: Callable[[int], int],
+        micro_batch: int | None,
+        rank: int,
+        workers: int,
+        device: torch.device,
+    ) -> None:
+        self._open, self._size, self._micro, self._device = rows, size, micro_batch or 16, device
+        self._rank, self._workers = rank, workers
+        self._rows: Iterator[Mapping[str, torch.Tensor]] = iter(())
+        self._held: dict[str, torch.Tensor] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
-        self._ahead: Future[MicroBatches] | None = None
+        self._ahead: tuple[int, Future[MicroBatches]] | None = None
 
     def take(self, step: int, more: bool) -> tuple[MicroBatches, float]:
-        """The next batch, and the seconds it was waited for; `more` starts reading the one after.
+        """The micro-batches of `step` and the seconds they were waited for; `more` starts reading the next.
+
+        A step that does not follow the last one (the first, or one gone back to) opens the stream anew.
 
         Raises:
             DataError: the stream has ended.
         """
         began = time.perf_counter()
-        batches = self._ahead.result() if self._ahead is not None else self._load()
-        self._ahead = self._pool.submit(self._load) if more else None
-        if not batches:
-            raise DataError(
-                f"the stream of batches ended before step {step + 1}",
-                place="stream",
-                mend="lower steps to what one pass over the data holds",
-            )
+        if self._ahead is None or self._ahead[0] != step:
+            if self._ahead is not None:
+                self._ahead[1].result()
+            self._rows, self._held = self._open(step), {}
+            self._ahead = step, self._pool.submit(self._load, step)
+        batches = self._ahead[1].result()
+        self._ahead = (step + 1, self._pool.submit(self._load, step + 1)) if more else None
         return batches, time.perf_counter() - began
 
-    def _load(self) -> MicroBatches:
-        arrays = next(self._batches, None)
-        if arrays is None:
-            return []
-        whole = {name: torch.as_tensor(value).to(self._device) for name, value in arrays.items()}
-        whole.setdefault("document_ids", torch.zeros_like(whole["input_ids"], dtype=torch.int32))
-        cuts = {name: torch.split(value, self._micro) for name, value in whole.items()}
-        return [dict(zip(cuts, part, strict=True)) for part in zip(*cuts.values(), strict=True)]
+    def _load(self, step: int) -> MicroBatches:
+        batch = self._size(step)
+        mine = batch * (self._rank + 1) // self._workers - batch * self._rank // self._workers
+        while not self._held or len(self._held["input_ids"]) < mine:
+            self._hold(step)
+        whole = {name: value[:mine].to(self._device) for name, value in self._held.items()}
+        self._held = {name: value[mine:] for name, value in self._held.items()}
+        parts = passes(batch, self._workers, self._micro)
+        cuts = {name: torch.tensor_split(value, parts) for name, value in whole.items()}
+        return [_filled(dict(zip(cuts, part, strict=True))) for part in zip(*cuts.values(), strict=True)]
+
+    def _hold(self, step: int) -> None:
+        more = next(self._rows, None)
+        if more is None:
+            raise DataError(f"the stream of batches ended before step {step + 1}", place="stream")
+        self._held = {name: torch.cat([self._held[name], more[name]]) for name in more} if self._held else dict(more)
 
     def __enter__(self) -> StreamFeed:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _filled(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A micro-batch, or one sequence of padding where it is empty, as :func:`read` makes it."""
+    if len(batch["input_ids"]):
+        return batch
+    length = batch["input_ids"].shape[1]
+    padding = {"input_ids": 0, "document_ids": -1}
+    return {name: value.new_full((1, length), padding[name]) for name, value in batch.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,13 +27,13 @@ from modelyard.models.build import build_config, build_on_meta, check_shape
 from modelyard.models.embeddings import extend_embeddings
 from modelyard.models.export import copy_tokenizer, export_model, load_model, read_config
 from modelyard.models.options import AdapterOptions, ModelOptions
-from modelyard.models.vocabulary import extends_vocabulary
+from modelyard.models.vocabulary import folder_extends
 from modelyard.models.warm_start import TakenOver, take_over
 from modelyard.recipe.schema import Options
-from modelyard.tokens import TokenDataset
+from modelyard.tokens import TokenDataset, open_in_place
 from modelyard.train.checkpoint import Checkpoints, Keep
 from modelyard.train.choose_objective import choose_objective, objective_name
-from modelyard.train.data import Sequences
+from modelyard.train.data import Batches, Sequences
 from modelyard.train.denoise import check_sentinels
 from modelyard.train.heldout import Heldout
 from modelyard.train.hooks import Chain, Hooks
@@ -68,6 +68,9 @@ class PretrainJob(Options):
     )
     output: str = Field(description="URI of the model folder to write")
     train: TrainOptions = Field(description="how to train")
+    stream: str | None = Field(
+        None, description="URI of the folder of training sequences, to read them where they lie; null = tokens/train"
+    )
     model: ModelOptions | None = Field(None, description="the model to build; null = continue start as it is")
     start: str | None = Field(None, description="local model folder to start from; null = fresh weights")
     checkpoints: str | None = Field(None, description="URI for checkpoints; null = none")
@@ -91,10 +94,20 @@ class FinetuneJob(Options):
     )
 
 
+Stream = Callable[[TokenDataset, TrainOptions, Strategy], Callable[[int], Batches]]
+"""From the sequences, the options and the layout to what makes the batches from a step on."""
+
+
 def pretrain(
-    job: PretrainJob, world: World, sink: Sink = no_sink, say: Say = no_say, hooks: Hooks | None = None
+    job: PretrainJob,
+    world: World,
+    sink: Sink = no_sink,
+    say: Say = no_say,
+    hooks: Hooks | None = None,
+    stream: Stream | None = None,
 ) -> Outcome:
-    """Pre-trains and writes the model folder. `hooks` are called by the loop beside those the options ask for.
+    """Pre-trains and writes the model folder. `hooks` are called by the loop beside those the options ask for; `stream`
+    reads the batches, None = a thread of this worker.
 
     Raises:
         DataError: tokens are missing or damaged, or do not fit the model.
@@ -111,9 +124,11 @@ def pretrain(
         denoising = job.train.denoising or DenoisingOptions()
         check_sentinels(config.vocab_size, train.vocab_size, denoising, train.sequence_length)
     identity = f"{architecture(config)}, {objective_name(objective)}"
+    additions = Additions(stream(train, job.train, strategy) if stream is not None else None)
     setup = Setup(
-        job.train, objective, identity, job.checkpoints, train.sequence_length, job.reports, folder / "tokenizer"
-    )
+        job.train, objective, identity, job.checkpoints, train.sequence_length, job.reports, folder / "tokenizer",
+        additions,
+    )  # fmt: skip
     outcome = run_loop(setup, strategy, train, heldout, sink, say, hooks)
     state = strategy.full_state()
     if world.leads:
@@ -229,6 +244,8 @@ def _hooks(setup: Setup, world: World, say: Say, outer: Hooks | None) -> Hooks:
 def open_sides(job: PretrainJob, *, verify: bool) -> tuple[TokenDataset, TokenDataset | None]:
     """The job's sequences to train on, and those held out, if any. Raises as :func:`open_tokens`."""
     folders = {"tokens": Path(job.tokens), **{name: Path(place) for name, place in job.more.items()}}
+    if job.stream is not None:
+        return open_in_place(job.stream), open_tokens(folders, "heldout", verify=verify)
     train = open_tokens(folders, "train", verify=verify)
     assert train is not None
     return train, open_tokens(folders, "heldout", verify=verify)
@@ -281,8 +298,7 @@ def _warm(strategy: Strategy, start: Path, world: World, say: Say) -> None:
 
 def _check_extends(start: Path, tokens: Path, data: TokenDataset, rows: int) -> None:
     """Raises DataError where the tokens name ids that the model does not have and their tokenizer is another one."""
-    files = [folder / "tokenizer.json" for folder in (start, tokens / "tokenizer")]
-    if all(file.exists() for file in files) and extends_vocabulary(*(file.read_bytes() for file in files)):
+    if folder_extends(str(tokens / "tokenizer"), str(start)):
         return
     raise DataError(
         f"the tokens have a vocabulary of {data.vocab_size:,}, the model has {rows:,} rows, "
