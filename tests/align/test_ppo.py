@@ -154,6 +154,8 @@ def test_the_kl_weight_is_steered_and_bounded() -> None:
     assert controller.weight == pytest.approx(0.202 * 1.2)
     controller.update(-5.0, 100)
     assert controller.weight == pytest.approx(0.202 * 1.2 * 0.8)
+    controller.update(0.0, 10**6)
+    assert controller.weight > 0, "a set of answers larger than the horizon"
     fixed = KlController(0.2, None, 100)
     fixed.update(100.0, 100)
     assert fixed.weight == 0.2

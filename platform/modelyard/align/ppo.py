@@ -86,7 +86,8 @@ class KlController:
         """After a set of `answers` with a mean divergence in nats an answer."""
         if self._target is not None:
             error = min(0.2, max(-0.2, divergence / self._target - 1))
-            self.state.mul_(1 + error * answers / self._horizon)
+            # A set of more answers than the horizon moves it once: the weight stays above 0.
+            self.state.mul_(1 + error * min(1.0, answers / self._horizon))
 
 
 @dataclass
