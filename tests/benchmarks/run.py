@@ -20,7 +20,7 @@ from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
 PAGE = FOLDER.parents[1] / "docs" / "benchmarks.md"
-HELPERS = {"run", "contract", "serve_models", "throughput_sides"}
+HELPERS = {"run", "contract", "serve_models", "throughput_sides", "align_sides"}
 REQUIRED = ("name", "unit", "ours", "peer", "peer_name", "ratio", "target", "pass")
 
 

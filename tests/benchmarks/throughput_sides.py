@@ -30,6 +30,8 @@ class Turns:
 
     def __init__(self, steps: int) -> None:
         self._steps, self._done, self._began, self._base = steps, 0, 0.0, 0.0
+        self.more: dict[str, float] = {}
+        """Further figures for the answer."""
 
     def start(self) -> None:
         """Before the first step: waits for the first turn."""
@@ -41,7 +43,7 @@ class Turns:
         self._done += 1
         if self._done % self._steps == 0:
             spent, peak = time.process_time() - self._began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            print(json.dumps({"cpu": spent, "peak_mib": peak - self._base}), flush=True)
+            print(json.dumps({"cpu": spent, "peak_mib": peak - self._base, **self.more}), flush=True)
             self._wait()
 
     def _wait(self) -> None:

@@ -46,16 +46,19 @@ def prepare(folder: Path) -> None:
 
 
 class Side:
-    """One trainer's process."""
+    """One trainer's process: SCRIPT NAME FOLDER STEPS, which answers each line with a line of JSON."""
 
-    def __init__(self, name: str, python: str, folder: Path) -> None:
+    def __init__(
+        self, name: str, python: str, folder: Path, script: str = "throughput_sides.py", steps: int = STEPS
+    ) -> None:
         self.name = name
         self.cpu: list[float] = []
         self.peak_mib = 0.0
+        self.last: dict[str, Any] = {}
         self._log = (folder / f"{name}.log").open("w+")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         self._process = subprocess.Popen(
-            [python, str(HERE / "throughput_sides.py"), name, str(folder), str(STEPS)],
+            [python, str(HERE / script), name, str(folder), str(steps)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment,
         )  # fmt: skip
 
@@ -71,6 +74,7 @@ class Side:
         for line in self._process.stdout:
             if line.startswith("{"):
                 answer: dict[str, Any] = json.loads(line)
+                self.last = answer
                 self.cpu.append(answer["cpu"])
                 self.peak_mib = answer["peak_mib"]
                 return True
@@ -85,11 +89,13 @@ class Side:
         return lines[-1] if lines else ""
 
 
-def take_turns(folder: Path) -> tuple[list[Side], dict[str, str]]:
-    """All sides that run, after `ROUNDS` counted turns, and why the others do not."""
-    sides = [Side(name, python, folder) for name, python in SIDES.items() if Path(python).exists()]
-    missing = {name: "no .venv-bench: run `make bench-env`" for name, p in SIDES.items() if not Path(p).exists()}
-    for turn in range(ROUNDS + 1):
+def take_turns(
+    folder: Path, pythons: dict[str, str], script: str = "throughput_sides.py", steps: int = STEPS, rounds: int = ROUNDS
+) -> tuple[list[Side], dict[str, str]]:
+    """All sides that run, after `rounds` counted turns of `steps`, and why the others do not."""
+    sides = [Side(name, python, folder, script, steps) for name, python in pythons.items() if Path(python).exists()]
+    missing = {name: "no .venv-bench: run `make bench-env`" for name, p in pythons.items() if not Path(p).exists()}
+    for turn in range(rounds + 1):
         for side in list(sides):
             if not side.turn():
                 sides.remove(side)
@@ -106,7 +112,7 @@ def main() -> None:
     """Prints the result as one JSON object."""
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name))
-        sides, missing = take_turns(Path(name))
+        sides, missing = take_turns(Path(name), SIDES)
     rate = {side.name: STEPS * BATCH * LENGTH / statistics.median(side.cpu[1:]) for side in sides}
     peak = {side.name: side.peak_mib for side in sides}
     others = [name for name in rate if name not in ("ours", "compiled")]
