@@ -29,7 +29,7 @@ from modelyard.align.objectives import PreferenceObjective, RewardObjective, ans
 from modelyard.align.options import PreferenceOptions, RewardOptions, RolloutOptions
 from modelyard.align.policy import PolicyObjective
 from modelyard.align.reward_model import load_classifier
-from modelyard.align.rollouts import Prompt, Sample, pack
+from modelyard.align.samples import Prompt, Sample, pack
 from modelyard.models.export import load_model
 from modelyard.train.objective import completion_lm
 from modelyard.train.pairs import Encoded, PackedPairs

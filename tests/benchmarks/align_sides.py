@@ -122,8 +122,9 @@ def hf_trainer(folder: Path, plan: Plan, turns: Turns, lora: bool = False) -> No
 
 def ours_grpo(folder: Path, plan: Plan, turns: Turns) -> None:
     """Our reinforcement learning as a worker runs it, with its engine."""
-    from modelyard.align.options import RolloutEngine, RolloutOptions, VerifierOptions
+    from modelyard.align.options import RolloutEngine, RolloutOptions
     from modelyard.align.reinforce import ReinforceJob, reinforce
+    from modelyard.align.reward_options import VerifierOptions
     from modelyard.models.options import AdapterOptions
     from modelyard.train.hooks import Hooks
     from modelyard.train.options import TrainOptions
@@ -148,7 +149,7 @@ def ours_grpo(folder: Path, plan: Plan, turns: Turns) -> None:
     )  # fmt: skip
     rollouts = RolloutOptions(
         group=plan["group"], max_tokens=plan["answer"], rows=plan["rows"],
-        verifiers=(VerifierOptions(kind="regex", pattern=plan["pattern"]),),
+        rewards=(VerifierOptions(kind="regex", pattern=plan["pattern"]),),
     )  # fmt: skip
     job = ReinforceJob(
         model=str(folder / "model"), data=str(folder / "data"), output=str(folder / "out"), train=options,

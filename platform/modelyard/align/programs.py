@@ -132,8 +132,14 @@ def train_reward(
 
 
 def check_alignment(train: TrainOptions, adapter: AdapterOptions, preference: PreferenceOptions | None) -> None:
-    """Raises RecipeError for what alignment cannot do: layouts that split sequences or layers, no adapter to switch
-    off."""
+    """Raises RecipeError for what alignment cannot do: layouts that split sequences or layers, vectors before packed
+    rows, no adapter to switch off."""
+    if adapter.prompt is not None:
+        raise RecipeError(
+            "learned vectors stand before every row, and rows here hold several answers",
+            place="adapter.prompt",
+            mend="use lora or ia3; learned vectors are for finetune",
+        )
     if train.parallel.pipeline > 1 or train.parallel.context > 1:
         raise RecipeError(
             "alignment needs whole sequences and whole models on a worker (or sharded ones)",

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modelyard.errors import RecipeError
-from modelyard.models.options import AdapterOptions
+from modelyard.models.options import AdapterOptions, PromptOptions
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -25,6 +25,8 @@ def add_adapter(model: PreTrainedModel, options: AdapterOptions, seed: int, task
     Returns a `PeftModel`. Call it before the model is sharded. The score layer of a sequence classifier is trained
     whole.
 
+    With `prompt` the vectors stand before every row of a batch, so that a row must be one document.
+
     Raises:
         RecipeError: no layer of the model has one of the target names, or no adapter is asked for.
     """
@@ -33,6 +35,8 @@ def add_adapter(model: PreTrainedModel, options: AdapterOptions, seed: int, task
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
+            if options.prompt is not None:
+                return _prompted(model, options.prompt, task)
             adapted: nn.Module = get_peft_model(model, _peft(options, task))
         except ValueError as error:
             names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
@@ -45,6 +49,32 @@ def add_adapter(model: PreTrainedModel, options: AdapterOptions, seed: int, task
     return adapted
 
 
+def _prompted(model: PreTrainedModel, options: PromptOptions, task: Task) -> nn.Module:
+    """The model with learned vectors before its input. Logits stay those of the input's own tokens."""
+    from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+
+    common: dict[str, Any] = {"task_type": task, "num_virtual_tokens": options.tokens}
+    if options.kind == "prefix":
+        adapted: nn.Module = get_peft_model(model, PrefixTuningConfig(**common))
+    elif options.kind == "prompt":
+        adapted = get_peft_model(model, PromptTuningConfig(**common))
+    else:
+        adapted = get_peft_model(model, PromptEncoderConfig(**common, encoder_hidden_size=options.hidden))
+    # Positions that restart mean packed documents to transformers; a row here is one, counted on from the vectors.
+    adapted.register_forward_pre_hook(_no_positions, with_kwargs=True)
+    if options.kind == "prefix":
+        return adapted
+    head: nn.Module = model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, options.tokens :], *inputs[1:]))
+    return adapted
+
+
+def _no_positions(
+    _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return inputs, {name: value for name, value in named.items() if name != "position_ids"}
+
+
 def _peft(options: AdapterOptions, task: Task) -> PeftConfig:
     from peft import IA3Config, LoraConfig
 
@@ -55,7 +85,7 @@ def _peft(options: AdapterOptions, task: Task) -> PeftConfig:
             task_type=task,
         )
     if options.lora is None:
-        raise RecipeError("no adapter is asked for", place="adapter", mend="give lora or ia3")
+        raise RecipeError("no adapter is asked for", place="adapter", mend="give lora, ia3 or prompt")
     lora = options.lora
     targets: Any = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     return LoraConfig(

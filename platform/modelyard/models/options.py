@@ -99,6 +99,18 @@ class Ia3Options(Options):
     )
 
 
+class PromptOptions(Options):
+    """Learned vectors before every text, for supervised fine-tuning; the model's weights stay as they are."""
+
+    kind: Literal["prompt", "prefix", "p_tuning"] = Field(
+        "prefix",
+        description="prompt: vectors before the embeddings (arXiv 2104.08691); p_tuning: the same by a small network "
+        "(arXiv 2103.10385); prefix: keys and values of every layer (P-tuning v2, arXiv 2110.07602)",
+    )
+    tokens: int = Field(20, ge=1, description="vectors, each of which takes a position of the model (paper: 1 to 150)")
+    hidden: int = Field(128, ge=1, description="width of p_tuning's network")
+
+
 class AdapterOptions(Options):
     """How fine-tuning changes the model; `lora: null` alone trains every parameter."""
 
@@ -106,22 +118,26 @@ class AdapterOptions(Options):
         LoraOptions(), description="low-rank adapters; null = full fine-tuning, or another adapter"
     )
     ia3: Ia3Options | None = Field(None, description="learned factors instead of low-rank adapters")
+    prompt: PromptOptions | None = Field(
+        None, description="learned vectors before every text instead; they leave an adapter and no merged model"
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _another(cls, value: Any) -> Any:
         """Asking for another adapter is not asking for the default one too."""
-        if isinstance(value, dict) and value.get("ia3") is not None and "lora" not in value:
+        another = isinstance(value, dict) and any(value.get(name) is not None for name in ("ia3", "prompt"))
+        if another and "lora" not in value:
             return {**value, "lora": None}
         return value
 
     @model_validator(mode="after")
     def _one(self) -> AdapterOptions:
-        if self.lora is not None and self.ia3 is not None:
-            raise ValueError("give lora or ia3, not both")
+        if sum(each is not None for each in (self.lora, self.ia3, self.prompt)) > 1:
+            raise ValueError("give one of lora, ia3 and prompt")
         return self
 
     @property
     def full(self) -> bool:
         """Whether every parameter is trained."""
-        return self.lora is None and self.ia3 is None
+        return self.lora is None and self.ia3 is None and self.prompt is None

@@ -60,6 +60,12 @@ def check_alignment_stage(ctx: PlanContext[Any]) -> None:
         ResourceError: as `check_training`.
     """
     options: AlignmentOptions = ctx.options
+    if options.adapter.prompt is not None:
+        raise RecipeError(
+            "learned vectors stand before every row, and rows here hold several answers",
+            place="adapter.prompt",
+            mend="use lora or ia3; learned vectors are for finetune",
+        )
     if options.parallel.pipeline > 1 or options.parallel.context > 1:
         raise RecipeError(
             "alignment needs whole sequences and layers on a worker", place="parallel", mend="use shard, data, tensor"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from modelyard.align.options import ExampleOptions
-from modelyard.errors import DataError
+from modelyard.errors import DataError, RecipeError
 from modelyard.models.options import AdapterOptions
 from modelyard.planner.estimate import Estimate
 from modelyard.stages.base import InputSpec, PlanContext, Stage, StageContext, StageResult
@@ -45,7 +45,7 @@ from modelyard.storage import (
 
 if TYPE_CHECKING:
     from modelyard.train.loop import Outcome
-    from modelyard.train.pairs import Counts, Pair
+    from modelyard.train.pairs import Counts, Encoded, PackedPairs, Pair
     from modelyard.train.report import Page
 
 
@@ -77,7 +77,15 @@ class FinetuneStage(Stage[FinetuneOptions]):
     }
 
     def check(self, ctx: PlanContext[FinetuneOptions]) -> None:
-        """Raises the errors of `check_training`, and DataError when the data is known to be empty."""
+        """Raises the errors of `check_training`, RecipeError for a layout that learned vectors do not have, and
+        DataError when the data is known to be empty."""
+        layout = ctx.options.parallel
+        if ctx.options.adapter.prompt is not None and max(layout.tensor, layout.pipeline, layout.context) > 1:
+            raise RecipeError(
+                "learned vectors need whole layers and sequences on a worker",
+                place="adapter.prompt",
+                mend="use shard and data degrees, or lora",
+            )
         check_training(ctx.options, model_config(ctx.inputs.get("model"), "model"), ctx.options.sequence_length, None)
         data = ctx.inputs.get("data")
         if isinstance(data, Artifact) and not data.manifest.counts.get("documents", 1):
@@ -121,7 +129,7 @@ class FinetuneStage(Stage[FinetuneOptions]):
         for name in ("heldout.jsonl", "quarantine.jsonl"):
             write_bytes(join(ctx.output, name), read_bytes(join(ctx.work, "pairs", name)))
         write_results(ctx, outcome, _page(ctx, outcome, facts), estimate)
-        return _result(outcome, facts)
+        return _result(outcome, facts, options.adapter)
 
 
 def _prediction(ctx: StageContext[FinetuneOptions], steps: int) -> Estimate | None:
@@ -154,7 +162,7 @@ def say_losses(ctx: StageContext[Any], facts: Mapping[str, Any], length: int) ->
 
 def _pack(ctx: StageContext[FinetuneOptions], target: str) -> dict[str, Any]:
     from modelyard.align.encode import use_template
-    from modelyard.train.pairs import PackedPairs, encode
+    from modelyard.train.pairs import encode
 
     options = ctx.options
     examples = read_pairs(ctx.inputs["data"], options.examples)
@@ -166,7 +174,7 @@ def _pack(ctx: StageContext[FinetuneOptions], target: str) -> dict[str, Any]:
         kept, tokenizer, options.sequence_length, options.examples.learn, options.examples.long == "drop"
     )
     pad = tokenizer.pad_token_id or 0
-    train = PackedPairs.pack(encoded, options.sequence_length, options.seed, pad)
+    train = _rows(encoded, options, pad)
     with tempfile.TemporaryDirectory() as folder:
         train.save(Path(folder) / "train.npz")
         unseen = _pack_heldout(ctx, held, tokenizer, pad, Path(folder))
@@ -187,7 +195,7 @@ def _pack(ctx: StageContext[FinetuneOptions], target: str) -> dict[str, Any]:
 def _pack_heldout(
     ctx: StageContext[FinetuneOptions], held: list[Pair], tokenizer: Any, pad: int, folder: Path
 ) -> Counts | None:
-    from modelyard.train.pairs import PackedPairs, encode
+    from modelyard.train.pairs import encode
 
     if not held:
         return None
@@ -195,8 +203,17 @@ def _pack_heldout(
     encoded, counts = encode(
         held, tokenizer, options.sequence_length, options.examples.learn, options.examples.long == "drop"
     )
-    PackedPairs.pack(encoded, options.sequence_length, options.seed, pad).save(folder / "heldout.npz")
+    _rows(encoded, options, pad).save(folder / "heldout.npz")
     return counts
+
+
+def _rows(encoded: Sequence[Encoded], options: FinetuneOptions, pad: int) -> PackedPairs:
+    """Packed, except for learned vectors, which stand before every row: there a row is one pair."""
+    from modelyard.train.pairs import PackedPairs
+
+    if options.adapter.prompt is not None:
+        return PackedPairs.alone(encoded, options.seed, pad)
+    return PackedPairs.pack(encoded, options.sequence_length, options.seed, pad)
 
 
 def read_pairs(data: Artifact | Files, options: ExampleOptions) -> Examples[Pair]:
@@ -223,7 +240,7 @@ def read_tokenizer(model: Artifact | Files) -> Any:
         ) from error
 
 
-def _result(outcome: Outcome, facts: Mapping[str, Any]) -> StageResult:
+def _result(outcome: Outcome, facts: Mapping[str, Any], adapter: AdapterOptions) -> StageResult:
     heldout = outcome.heldout_loss
     metrics = {
         "loss": outcome.loss,
@@ -245,6 +262,7 @@ def _result(outcome: Outcome, facts: Mapping[str, Any]) -> StageResult:
             "truncated": int(facts["truncated"]),
             "dropped": int(facts["dropped"]),
             "quarantined": int(facts["quarantined"]),
+            **({"adapter_only": 1} if adapter.prompt is not None else {}),
         },
         metrics=metrics,
     )

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from modelyard.errors import DataError, ModelyardError, RecipeError, ResourceError
-from modelyard.models.options import AdapterOptions, ModelOptions
+from modelyard.models.options import AdapterOptions, ModelOptions, PromptOptions
 from modelyard.planner.estimate import Estimate
 from modelyard.recipe.schema import Resources, StageOptions, runtime
 from modelyard.stages.base import StageContext
@@ -49,9 +49,15 @@ def model_place(value: Artifact | Files, name: str) -> tuple[Artifact, str] | st
     """Where a model input's folder is: inside an artifact, or the folder that holds `config.json`.
 
     Raises:
-        DataError: the files hold no `config.json`.
+        DataError: the files hold no `config.json`, or the artifact is an adapter alone.
     """
     if isinstance(value, Artifact):
+        if value.manifest.counts.get("adapter_only"):
+            raise DataError(
+                "the stage left learned vectors, which are no part of a model's weights",
+                place=f"inputs.{name}",
+                mend="train lora or ia3 there, or load its adapter/ with PEFT",
+            )
         return value, "model"
     for ref in value.refs:
         if PurePosixPath(ref.uri).name == "config.json":
@@ -241,10 +247,24 @@ def lora_parameters(config: Config, rank: int) -> int:
     return rank * ends
 
 
+def prompt_parameters(config: Config, options: PromptOptions) -> int:
+    """How many parameters learned vectors have: those of p_tuning with the network that makes them."""
+    from modelyard.planner.architecture import parse
+
+    layers = parse(config).layers
+    if options.kind == "prefix":
+        return options.tokens * sum(2 * layer.count * layer.kv_heads * layer.head_dim for layer in layers)
+    width = layers[0].hidden
+    network = options.hidden * (2 * width + options.hidden + 2) + width if options.kind == "p_tuning" else 0
+    return options.tokens * width + network
+
+
 def trainable_parameters(config: Config, adapter: AdapterOptions) -> int | None:
     """About how many parameters an adapter trains; None = all of the model."""
     if adapter.lora is not None:
         return lora_parameters(config, adapter.lora.r)
+    if adapter.prompt is not None:
+        return prompt_parameters(config, adapter.prompt)
     return lora_parameters(config, 1) // 2 if adapter.ia3 is not None else None
 
 

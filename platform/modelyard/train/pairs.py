@@ -279,6 +279,12 @@ class PackedPairs:
         return cls.pack_groups([(pair,) for pair in pairs], sequence_length, seed, pad_id)
 
     @classmethod
+    def alone(cls, pairs: Sequence[Encoded], seed: int, pad_id: int = 0) -> PackedPairs:
+        """Each in a row of its own, as long as the longest, in an order shuffled by `seed`."""
+        longest = max((len(pair.ids) for pair in pairs), default=1)
+        return cls.pack_groups([(pair,) for pair in pairs], longest, seed, pad_id, together=False)
+
+    @classmethod
     def pack_groups(
         cls,
         groups: Sequence[Sequence[Encoded]],
@@ -286,12 +292,16 @@ class PackedPairs:
         seed: int,
         pad_id: int = 0,
         values: Values | None = None,
+        *,
+        together: bool = True,
     ) -> PackedPairs:
         """The same for groups of k documents each that stay together, in order: documents k i .. k i + k - 1 of a
-        sequence are its group i. `values` [groups, k] go with them. A group must fit into a sequence.
+        sequence are its group i. `values` [groups, k] go with them. A group must fit into a sequence. Without
+        `together` each group has a sequence of its own.
         """
         order = permute(np.arange(len(groups)), len(groups), seed)
-        rows = assign([sum(len(d.ids) for d in groups[i]) for i in order], sequence_length)
+        lengths = [sum(len(d.ids) for d in groups[i]) for i in order]
+        rows = assign(lengths, sequence_length) if together else [[i] for i in range(len(groups))]
         shape, k = (len(rows), sequence_length), len(groups[0]) if groups else 1
         most = max((len(members) for members in rows), default=1)
         ids = np.full(shape, pad_id, dtype=np.int32)

@@ -141,11 +141,14 @@ def pretrain(
 def finetune(
     job: FinetuneJob, world: World, sink: Sink = no_sink, say: Say = no_say, hooks: Hooks | None = None
 ) -> Outcome:
-    """Fine-tunes and writes `model/` (merged) and, with LoRA, `adapter/`. Raises as :func:`pretrain`."""
+    """Fine-tunes and writes `model/` (merged) and, with an adapter, `adapter/`; an adapter of learned vectors alone.
+
+    Raises as :func:`pretrain`.
+    """
     source = Path(job.model)
     data, heldout = packed_pairs(Path(job.data))
     plain = load_model(source)
-    check_shape(plain.config, data.longest)
+    check_shape(plain.config, data.longest + (job.adapter.prompt.tokens if job.adapter.prompt else 0))
     config = read_config(source)
     objective = choose_objective(job.train, "completion_lm")
     strategy = adapted(plain, job.adapter, job.train, world)
@@ -330,7 +333,7 @@ def write_tuned(
     state: dict[str, torch.Tensor],
     target: Path,
 ) -> None:
-    """Rebuilds the plain model on this CPU, puts the trained adapter in, saves it apart and merged.
+    """Rebuilds the plain model on this CPU, puts the trained adapter in, saves it apart and, where it can be, merged.
 
     Raises:
         DataError: the trained weights are of another model.
@@ -345,6 +348,8 @@ def write_tuned(
     save_adapter(model, target / "adapter")
     forget_base(target / "adapter")
     copy_tokenizer(source, target / "adapter")
+    if adapter.prompt is not None:
+        return
     merged = merge_adapter(model)
     export_model(config, cast(dict[str, torch.Tensor], dict(merged.named_parameters())), target / "model", source)
 
