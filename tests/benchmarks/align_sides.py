@@ -90,7 +90,7 @@ def load(folder: Path, plan: Plan, lora: bool = False) -> Any:
     return get_peft_model(model, settings)
 
 
-def trl_sft(folder: Path, plan: Plan, turns: Turns, lora: bool = False) -> None:
+def trl_sft(folder: Path, plan: Plan, turns: Turns) -> None:
     """`trl.SFTTrainer` with its own packing, learning completions only."""
     import trl
     from datasets import Dataset
@@ -101,15 +101,15 @@ def trl_sft(folder: Path, plan: Plan, turns: Turns, lora: bool = False) -> None:
         **common(folder, plan), packing=True, max_length=plan["length"], completion_only_loss=True
     )  # fmt: skip
     words = AutoTokenizer.from_pretrained(folder / "model")
-    trainer = trl.SFTTrainer(load(folder, plan, lora), arguments, train_dataset=data, processing_class=words,
+    trainer = trl.SFTTrainer(load(folder, plan), arguments, train_dataset=data, processing_class=words,
                              callbacks=[stops(turns)])  # fmt: skip
     rows = [sum(row) for row in trainer.train_dataset["seq_lengths"]]
     turns.more["filled"] = sum(rows) / (len(rows) * plan["length"])
     trainer.train()
 
 
-def hf_trainer(folder: Path, plan: Plan, turns: Turns, lora: bool = False) -> None:
-    """`transformers.Trainer` (with PEFT where asked) on rows packed as ours are, positions and labels included."""
+def hf_trainer_lora(folder: Path, plan: Plan, turns: Turns) -> None:
+    """`transformers.Trainer` with PEFT on rows packed as ours are, positions and labels included."""
     from transformers import Trainer, TrainingArguments
 
     rows = np.load(folder / "rows.npz")
@@ -117,7 +117,7 @@ def hf_trainer(folder: Path, plan: Plan, turns: Turns, lora: bool = False) -> No
             for i in range(len(rows["labels"]))]  # fmt: skip
     turns.more["filled"] = float(rows["filled"])
     arguments = TrainingArguments(**common(folder, plan))
-    Trainer(model=load(folder, plan, lora), args=arguments, train_dataset=data, callbacks=[stops(turns)]).train()  # type: ignore[arg-type]
+    Trainer(model=load(folder, plan, lora=True), args=arguments, train_dataset=data, callbacks=[stops(turns)]).train()  # type: ignore[arg-type]
 
 
 def ours_grpo(folder: Path, plan: Plan, turns: Turns) -> None:
@@ -187,10 +187,8 @@ def trl_grpo(folder: Path, plan: Plan, turns: Turns) -> None:
 SIDES: dict[str, Callable[[Path, Plan, Turns], None]] = {
     "ours": ours,
     "trl": trl_sft,
-    "hf_trainer": hf_trainer,
     "ours_lora": lambda folder, plan, turns: ours(folder, plan, turns, lora=True),
-    "trl_lora": lambda folder, plan, turns: trl_sft(folder, plan, turns, lora=True),
-    "hf_trainer_lora": lambda folder, plan, turns: hf_trainer(folder, plan, turns, lora=True),
+    "hf_trainer_lora": hf_trainer_lora,
     "ours_grpo": ours_grpo,
     "trl_grpo": trl_grpo,
 }

@@ -27,3 +27,13 @@ def test_new_rows_are_the_mean_and_old_logits_stay(tied: bool) -> None:
     assert torch.equal(after[..., :50], before)
     assert torch.allclose(after[..., 50:], before.mean(-1, keepdim=True).expand(-1, -1, 3), atol=1e-5)
     assert extend_embeddings(model, 40) == 0 and model.get_input_embeddings().weight.shape[0] == 53
+
+
+def test_new_tokens_in_padded_rows_begin_as_the_mean_too() -> None:
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                         num_attention_heads=2))  # fmt: skip
+    assert extend_embeddings(model, 53, first=50) == 3
+    weight = model.get_output_embeddings().weight
+    assert weight.shape[0] == 64
+    assert torch.allclose(weight[50:53], weight[:50].mean(0).expand(3, -1))
+    assert not torch.allclose(weight[53], weight[50])

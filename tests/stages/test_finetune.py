@@ -143,3 +143,37 @@ def test_checks_and_estimates_before_work(base: Path, tmp_path: Path) -> None:
     assert estimate.tokens == 5 * 8 * 48
     assert estimate.parameters == 28_192
     assert FinetuneStage().estimate(plan(options(), {})).notes
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_new_tokens_begin_as_the_mean_and_are_learnt(base: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    rows = [json.dumps({"prompt": f"call {i}", "completion": "<tool>ok</tool>"}) for i in range(40)]
+    data = jsonl(tmp_path / "pairs.jsonl", rows)
+    chosen = options(add_tokens=["<tool>", "</tool>"], adapter={"lora": None}, learning_rate=1e-2,
+                     resources={"workers": 1}, epochs=12)  # fmt: skip
+    result = run_stage(chosen, {"model": artifact(base, "pretrain"), "data": data}, tmp_path)
+    assert "2 rows of the embeddings begin as the mean" in (tmp_path / "screen.txt").read_text()
+    words = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
+    before, after = load_model(base / "model"), load_model(tmp_path / "out" / "model")
+    assert words.convert_tokens_to_ids("</tool>") < after.config.vocab_size == before.config.vocab_size, "padded rows"
+    assert len(words("<tool>ok</tool>", add_special_tokens=False)["input_ids"]) < 6
+    assert result.metrics["heldout_loss"] < 1, "the new tokens are answered with"
+    known = chosen.model_copy(update={"add_tokens": ("<|assistant|>",)})
+    with pytest.raises(RecipeError, match="has the token"):
+        run_stage(known, {"model": artifact(base, "pretrain"), "data": data}, tmp_path / "again")
+    with pytest.raises(RecipeError, match="untrained"):
+        FinetuneStage().check(plan(options(add_tokens=["<x>"]), {"model": artifact(base, "pretrain")}))
+
+
+def test_learned_vectors_leave_an_adapter_alone(base: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    done = artifact(base, "pretrain")
+    alone = replace(done, manifest=done.manifest.model_copy(update={"counts": {"adapter_only": 1}}))
+    with pytest.raises(DataError, match="learned vectors"):
+        FinetuneStage().check(plan(options(), {"model": alone}))
+    broken = options(adapter={"prompt": {}}, parallel={"tensor": 2})
+    with pytest.raises(RecipeError, match="whole layers"):
+        FinetuneStage().check(plan(broken, {"model": done}))

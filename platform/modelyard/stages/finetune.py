@@ -58,6 +58,10 @@ class FinetuneOptions(TrainingStageOptions):
     neftune: float = Field(
         0.0, ge=0, description="noise on the embeddings of training tokens (NEFTune, arXiv 2310.05914: 5); 0 = none"
     )
+    add_tokens: tuple[str, ...] = Field(
+        (), description="tokens the tokenizer lacks, such as <tool>; their rows begin as the mean of the others. All "
+        "parameters are trained then (adapter: {lora: null})"
+    )  # fmt: skip
     sequence_length: int = Field(
         512, ge=8, description="tokens of a packed sequence; longer pairs are cut, and counted"
     )
@@ -77,7 +81,7 @@ class FinetuneStage(Stage[FinetuneOptions]):
     }
 
     def check(self, ctx: PlanContext[FinetuneOptions]) -> None:
-        """Raises the errors of `check_training`, RecipeError for a layout that learned vectors do not have, and
+        """Raises the errors of `check_training`, RecipeError for what learned vectors and new tokens cannot do, and
         DataError when the data is known to be empty."""
         layout = ctx.options.parallel
         if ctx.options.adapter.prompt is not None and max(layout.tensor, layout.pipeline, layout.context) > 1:
@@ -85,6 +89,12 @@ class FinetuneStage(Stage[FinetuneOptions]):
                 "learned vectors need whole layers and sequences on a worker",
                 place="adapter.prompt",
                 mend="use shard and data degrees, or lora",
+            )
+        if ctx.options.add_tokens and not ctx.options.adapter.full:
+            raise RecipeError(
+                "an adapter leaves the embeddings of new tokens untrained",
+                place="add_tokens",
+                mend="train all parameters (adapter: {lora: null}), or add them in pretrain's tokenizer",
             )
         check_training(ctx.options, model_config(ctx.inputs.get("model"), "model"), ctx.options.sequence_length, None)
         data = ctx.inputs.get("data")
@@ -119,6 +129,7 @@ class FinetuneStage(Stage[FinetuneOptions]):
             train=options.training(),
             adapter=options.adapter,
             neftune=options.neftune,
+            new_tokens=facts["new_tokens"],
             checkpoints=join(ctx.work, "checkpoints"),
             reports=ctx.output,
         )
@@ -170,6 +181,7 @@ def _pack(ctx: StageContext[FinetuneOptions], target: str) -> dict[str, Any]:
     if not kept:
         raise DataError("there are no pairs to train on", place=name_of(ctx.inputs["data"]), mend="give more pairs")
     tokenizer = use_template(read_tokenizer(ctx.inputs["model"]), options.examples.template)
+    extended = _extend(tokenizer, options.add_tokens)
     encoded, counts = encode(
         kept, tokenizer, options.sequence_length, options.examples.learn, options.examples.long == "drop"
     )
@@ -181,6 +193,8 @@ def _pack(ctx: StageContext[FinetuneOptions], target: str) -> dict[str, Any]:
         lines = "".join(json.dumps(pair.dump(), ensure_ascii=False) + "\n" for pair in held)
         (Path(folder) / "heldout.jsonl").write_text(lines, encoding="utf-8")
         (Path(folder) / "quarantine.jsonl").write_bytes(examples.quarantine())
+        if extended is not None:
+            tokenizer.save_pretrained(str(Path(folder) / "tokenizer"))
         upload(folder, target)
     return {
         "sequences": len(train),
@@ -188,8 +202,25 @@ def _pack(ctx: StageContext[FinetuneOptions], target: str) -> dict[str, Any]:
         "heldout_pairs": len(held),
         "heldout_truncated": unseen.truncated if unseen else 0,
         "quarantined": len(examples.bad),
+        "new_tokens": extended,
         **asdict(counts),
     }
+
+
+def _extend(tokenizer: Any, tokens: Sequence[str]) -> tuple[int, int] | None:
+    """Adds special tokens to the tokenizer; the first of their ids and that behind the last, None without any.
+
+    Raises:
+        RecipeError: the tokenizer has one of them already.
+    """
+    if not tokens:
+        return None
+    known = [token for token in tokens if token in tokenizer.get_vocab()]
+    if known:
+        raise RecipeError(f"the tokenizer has the token {known[0]!r} already", place="add_tokens", mend="leave it out")
+    first = max(tokenizer.get_vocab().values()) + 1
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    return first, max(tokenizer.get_vocab().values()) + 1
 
 
 def _pack_heldout(

@@ -288,6 +288,12 @@ def _explained(stage: str, recipe: Recipe, error: BaseException) -> BaseExceptio
             error.place if error.place.startswith(f"stage {stage}") else f"stage {stage}: {error.place}".rstrip(": ")
         )
         return error
+    if type(error).__name__ == "OutOfMemoryError":  # Ray's, of any actor or task: a page of advice about Ray itself
+        return ResourceError(
+            "Ray ended a process of the stage because the machine ran out of memory",
+            place=f"stage {stage}",
+            mend="end what else uses memory here, or ask for less (micro_batch, workers); the same command resumes",
+        )
     last = str(error).strip().splitlines()
     return StageError(
         f"{type(error).__name__}: {last[-1] if last else ''}",

@@ -88,6 +88,10 @@ class FinetuneJob(Options):
     train: TrainOptions = Field(description="how to train")
     adapter: AdapterOptions = Field(AdapterOptions(lora=None), description="what is trained; `lora: null` = all")
     neftune: float = Field(0.0, ge=0, description="noise on the embeddings of training tokens (NEFTune); 0 = none")
+    new_tokens: tuple[int, int] | None = Field(
+        None,
+        description="first and behind the last of the ids that the tokenizer in data's tokenizer/ adds; null = none",
+    )
     checkpoints: str | None = Field(None, description="URI for checkpoints; null = none")
     reports: str | None = Field(
         None, description="URI of a folder for profiles, samples of text and the stacks of a hang; null = none"
@@ -149,18 +153,24 @@ def finetune(
     data, heldout = packed_pairs(Path(job.data))
     plain = load_model(source)
     check_shape(plain.config, data.longest + (job.adapter.prompt.tokens if job.adapter.prompt else 0))
-    config = read_config(source)
+    config, words = read_config(source), source
+    if job.new_tokens is not None:
+        first, end = job.new_tokens
+        words, added = Path(job.data) / "tokenizer", extend_embeddings(plain, end, first)
+        config.vocab_size = plain.config.vocab_size
+        if world.leads:
+            say(f"{added:,} rows of the embeddings begin as the mean of the others")
     objective = choose_objective(job.train, "completion_lm")
     strategy = adapted(plain, job.adapter, job.train, world)
     if job.neftune:
         add_noise(strategy.model, job.neftune)
     identity = identify(config, objective, job.adapter)
-    setup = Setup(job.train, objective, identity, job.checkpoints, data.sequence_length, job.reports, source)
+    setup = Setup(job.train, objective, identity, job.checkpoints, data.sequence_length, job.reports, words)
     outcome = run_loop(setup, strategy, data, heldout, sink, say, hooks)
     state = strategy.full_state(trainable_only=not job.adapter.full)
     if world.leads:
         with written(job.output) as target:
-            write_tuned(source, job.adapter, job.train.seed, config, state, target)
+            write_tuned(source, job.adapter, job.train.seed, config, state, target, words)
     world.barrier()
     return outcome
 
@@ -332,6 +342,7 @@ def write_tuned(
     config: PretrainedConfig,
     state: dict[str, torch.Tensor],
     target: Path,
+    tokenizer: Path | None = None,
 ) -> None:
     """Rebuilds the plain model on this CPU, puts the trained adapter in, saves it apart and, where it can be, merged.
 
@@ -339,7 +350,7 @@ def write_tuned(
         DataError: the trained weights are of another model.
     """
     if adapter.full:
-        export_model(config, state, target / "model", source)
+        export_model(config, state, target / "model", tokenizer or source)
         return
     model = add_adapter(load_model(source), adapter, seed)
     unknown = model.load_state_dict(state, strict=False).unexpected_keys
