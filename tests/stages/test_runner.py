@@ -87,6 +87,8 @@ def test_ready_stages_run_side_by_side(ray_session: None, recipe_file: Path) -> 
 def test_memory_that_ran_out_is_told_in_our_words(recipe_file: Path) -> None:
     from ray.exceptions import OutOfMemoryError
 
+    from modelyard.stages.runner import _explained
+
     found = _explained("base", load(recipe_file), OutOfMemoryError("Refer to the documentation on how to address it"))
     assert isinstance(found, ResourceError)
     assert "ran out of memory" in found.what and found.place == "stage base"
@@ -152,7 +154,7 @@ def test_two_runs_on_one_root_are_refused(recipe_file: Path, tmp_path: Path) -> 
         [
             sys.executable,
             "-c",
-            "import sys, time\nfrom modelyard.stages.runner import _explained, _locked\n"
+            "import sys, time\nfrom modelyard.stages.runner import _locked\n"
             "with _locked(sys.argv[1]):\n    print('held', flush=True); time.sleep(60)",
             str(tmp_path / "root"),
         ],
