@@ -1,4 +1,5 @@
-"""Prompt tuning, P-tuning and prefix tuning: what is learnt is PEFT's model, and refused where it cannot work."""
+"""Prompt tuning, P-tuning and prefix tuning: what is learnt is PEFT's model, and refused where it cannot work; new
+tokens of a tokenizer."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
+from transformers import AutoTokenizer
 
 from modelyard.errors import RecipeError
 from modelyard.models import load_model
@@ -81,8 +83,31 @@ def test_one_adapter_at_a_time() -> None:
         AdapterOptions.model_validate({"prompt": {}, "ia3": {}})
 
 
-def test_where_vectors_do_not_work(model_folder: Path, words: Any) -> None:
+def test_where_vectors_do_not_work() -> None:
     from modelyard.align.programs import check_alignment
 
     with pytest.raises(RecipeError, match="stand before every row"):
         check_alignment(TrainOptions(steps=1), AdapterOptions(prompt=PromptOptions()), None)
+
+
+def test_new_tokens_begin_as_the_mean_and_are_learnt(model_folder: Path, tmp_path: Path) -> None:
+    words, said = AutoTokenizer.from_pretrained(model_folder), []
+    first = len(words)
+    words.add_tokens(["<tool>", "</tool>"], special_tokens=True)
+    words.save_pretrained(tmp_path / "pairs" / "tokenizer")
+    pairs = [Pair(({"role": "user", "content": chr(97 + i)},), "<tool>ok</tool>", "x") for i in range(24)]
+    packed = PackedPairs.pack(encode(pairs, words, 48)[0], 48, 0, words.pad_token_id)
+    for name in ("train", "heldout"):
+        packed.save(tmp_path / "pairs" / f"{name}.npz")
+    job = FinetuneJob(
+        model=str(model_folder), data=str(tmp_path / "pairs"), output=str(tmp_path / "out"),
+        new_tokens=(first, first + 2),
+        train=TrainOptions(steps=40, global_batch=4, learning_rate=1e-2, weight_decay=0.0),
+    )  # fmt: skip
+    outcome = finetune(job, ALONE, say=said.append)
+    assert "2 rows of the embeddings begin as the mean of the others" in said
+    assert outcome.heldout_loss is not None
+    assert outcome.heldout_loss < 0.5, "the new tokens are answered with"
+    made = load_model(tmp_path / "out" / "model")
+    assert made.config.vocab_size == max(first + 2, load_model(model_folder).config.vocab_size)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out" / "model").convert_tokens_to_ids("</tool>") == first + 1

@@ -18,7 +18,7 @@ from training_stage import artifact, plan, run_stage
 
 from modelyard.errors import DataError, RecipeError
 from modelyard.models import load_model
-from modelyard.stages.finetune import FinetuneOptions, FinetuneStage
+from modelyard.stages.finetune import FinetuneOptions, FinetuneStage, _extend, read_tokenizer
 from modelyard.storage import FileRef, Files
 from modelyard.train.programs import pretrain
 from modelyard.train.world import World
@@ -145,24 +145,14 @@ def test_checks_and_estimates_before_work(base: Path, tmp_path: Path) -> None:
     assert FinetuneStage().estimate(plan(options(), {})).notes
 
 
-@pytest.mark.usefixtures("ray_session")
-def test_new_tokens_begin_as_the_mean_and_are_learnt(base: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    rows = [json.dumps({"prompt": f"call {i}", "completion": "<tool>ok</tool>"}) for i in range(40)]
-    data = jsonl(tmp_path / "pairs.jsonl", rows)
-    chosen = options(add_tokens=["<tool>", "</tool>"], adapter={"lora": None}, learning_rate=1e-2,
-                     resources={"workers": 1}, epochs=12)  # fmt: skip
-    result = run_stage(chosen, {"model": artifact(base, "pretrain"), "data": data}, tmp_path)
-    assert "2 rows of the embeddings begin as the mean" in (tmp_path / "screen.txt").read_text()
-    words = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
-    before, after = load_model(base / "model"), load_model(tmp_path / "out" / "model")
-    assert words.convert_tokens_to_ids("</tool>") < after.config.vocab_size == before.config.vocab_size, "padded rows"
-    assert len(words("<tool>ok</tool>", add_special_tokens=False)["input_ids"]) < 6
-    assert result.metrics["heldout_loss"] < 1, "the new tokens are answered with"
-    known = chosen.model_copy(update={"add_tokens": ("<|assistant|>",)})
+def test_new_tokens_must_be_new_and_trained(base: Path) -> None:
+    words = read_tokenizer(artifact(base, "pretrain"))
+    known = len(words)
+    assert _extend(words, ()) is None
+    assert _extend(words, ("<tool>", "</tool>")) == (known, known + 2)
+    assert words("<tool>", add_special_tokens=False)["input_ids"] == [known]
     with pytest.raises(RecipeError, match="has the token"):
-        run_stage(known, {"model": artifact(base, "pretrain"), "data": data}, tmp_path / "again")
+        _extend(words, ("<|assistant|>",))
     with pytest.raises(RecipeError, match="untrained"):
         FinetuneStage().check(plan(options(add_tokens=["<x>"]), {"model": artifact(base, "pretrain")}))
 
