@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import openai
+import pyarrow.parquet as pq
 import pytest
 from certificates import Authority
 from listener import Listener
@@ -41,9 +42,15 @@ def listener() -> Iterator[Listener]:
 
 
 @pytest.fixture(scope="module")
+def opinions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("feedback")
+
+
+@pytest.fixture(scope="module")
 def server(
-    tiny_model: Path, authority: Authority, redis_url: str, listener: Listener, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ServerHandle]:
+    tiny_model: Path, authority: Authority, redis_url: str, listener: Listener, opinions: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[ServerHandle]:  # fmt: skip
     from modelyard.stages import session
 
     session.start(2)
@@ -56,6 +63,7 @@ def server(
         engine=EngineOptions(max_sequences=2, max_waiting=64, threads=1),
         tls=Tls(certificate=str(pair.certificate), key=str(pair.key)),
         asynchronous=AsyncOptions(redis_url=redis_url, webhooks=(listener.url,), webhook_secret=str(secret)),
+        feedback=str(opinions),
     )
     handle = launch(str(tiny_model), "tiny", options, version="1")
     yield handle
@@ -152,3 +160,16 @@ def test_load_brings_a_second_replica_and_idleness_takes_both(server: ServerHand
     down = until(0, http)
     assert down[-1] == 0, f"nobody asked, and the replicas were {down}"
     assert codes == {200}
+
+
+def test_what_people_said_is_parquet_when_the_server_has_stopped(
+    server: ServerHandle, http: httpx.Client, opinions: Path
+) -> None:
+    """Runs last: it stops the server."""
+    body = {"id": "x", "rating": "up", "messages": CHAT["messages"], "answer": "hi"}
+    assert http.post("/v1/feedback", json=body).status_code == 200
+    assert [path.suffix for path in (opinions / "log").iterdir()] == [".jsonl"]
+    server.shutdown()
+    assert not list((opinions / "log").iterdir())
+    (file,) = (opinions / "opinions").iterdir()
+    assert pq.read_table(file).to_pylist()[0]["completion"] == "hi"
