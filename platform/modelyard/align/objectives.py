@@ -69,9 +69,9 @@ def adapter_off(model: Any) -> Iterator[None]:
 class PreferenceObjective:
     """DPO, IPO, KTO, ORPO or SimPO over packed pairs.
 
-    Further metrics, means over pairs: `accuracy` (the chosen answer has the greater reward), `margin` of rewards,
-    `chosen_reward`, `rejected_reward`, `chosen_logprob` and `rejected_logprob` a token, `prefers` (the policy gives the
-    chosen answer more probability).
+    Further metrics, means over pairs: `accuracy` (the chosen answer has the greater reward; equal ones count half),
+    `margin` of rewards, `chosen_reward`, `rejected_reward`, `chosen_logprob` and `rejected_logprob` a token, `prefers`
+    (the policy gives the chosen answer more probability).
     """
 
     def __init__(self, method: str, options: PreferenceOptions) -> None:
@@ -147,8 +147,9 @@ class PreferenceObjective:
 
 
 def _rewards(chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, torch.Tensor]:
+    # Before training policy and reference agree: no pair is ranked then, and half of them would be by chance.
     return {
-        "accuracy": (chosen > rejected).float().sum(),
+        "accuracy": ((chosen > rejected).float() + 0.5 * (chosen == rejected)).sum(),
         "margin": (chosen - rejected).sum(),
         "chosen_reward": chosen.sum(),
         "rejected_reward": rejected.sum(),
