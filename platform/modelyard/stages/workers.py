@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _GROUP_START_SECONDS = 30.0
 """How long Ray Train waits for a worker group it has decided on; a smaller one may fit after a node is lost."""
+RESIZE_SECONDS = 60.0
+"""How often an elastic group that could grow looks whether there is room; growing starts it again."""
 _KILLED_FOR_MEMORY = ("OutOfMemoryError", "low on memory", "memory monitor", "killed due to memory pressure")
 
 
@@ -197,6 +199,7 @@ def scaling(resources: Resources) -> Any:
         num_workers=resources.workers if resources.min_workers is None else (resources.min_workers, resources.workers),
         use_gpu=bool(resources.gpus_per_worker),
         resources_per_worker=_each(resources),
+        elastic_resize_monitor_interval_s=RESIZE_SECONDS,
     )
 
 
