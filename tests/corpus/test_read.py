@@ -197,15 +197,15 @@ def test_nested_source_that_python_refuses_is_set_aside(tmp_path: Path) -> None:
 
 
 def test_units_follow_from_the_files_alone(tmp_path: Path) -> None:
-    refs = [FileRef(f"/x/{n}.txt", 1_000_000, f"d{n % 3}") for n in range(20)]
+    refs = [FileRef(f"/x/{n}.txt", 1_000_000, f"d{n % 3}") for n in range(40)]
     cut = units(refs, ReadOptions())
     assert [p.uri for u in cut for p in u.pieces] == [r.uri for r in refs]
-    assert [u.bytes for u in cut] == [4_000_000] * 5
+    assert [u.bytes for u in cut] == [8_000_000] * 5
     assert [p.copy for u in cut for p in u.pieces][:7] == [0, 0, 0, 1, 1, 1, 2]
     assert len({u.key for u in cut}) == 5 and [u.key for u in units(refs, ReadOptions())] == [u.key for u in cut]
-    long = units([FileRef("/x/a.jsonl", 30_000_000, "d")], ReadOptions())
+    long = units([FileRef("/x/a.jsonl", 60_000_000, "d")], ReadOptions())
     assert len(long) == 8 and long[0].pieces[0].end == long[1].pieces[0].start
-    assert len(units([FileRef("/x/a.jsonl.gz", 30_000_000, "d")], ReadOptions())) == 1
+    assert len(units([FileRef("/x/a.jsonl.gz", 60_000_000, "d")], ReadOptions())) == 1
 
 
 def test_equal_files_get_different_ids_that_do_not_depend_on_their_place(tmp_path: Path) -> None:
