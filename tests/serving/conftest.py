@@ -15,6 +15,7 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "engine")]
 
+from listener import Listener  # noqa: E402 - found by the path above
 from local import LocalServer  # noqa: E402 - found by the path above
 from tiny import save_model  # noqa: E402 - found by the path above
 
@@ -51,3 +52,10 @@ def local(tiny_model: Path) -> Iterator[LocalServer]:
     server = LocalServer(tiny_model)
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def listener() -> Iterator[Listener]:
+    listener = Listener()
+    yield listener
+    listener.server.shutdown()

@@ -47,13 +47,6 @@ def in_thread(work: Coroutine[Any, Any, None]) -> Callable[[], None]:
 
 
 @pytest.fixture(scope="module")
-def listener() -> Iterator[Listener]:
-    listener = Listener()
-    yield listener
-    listener.server.shutdown()
-
-
-@pytest.fixture(scope="module")
 def server(tiny_model: Path, redis_url: str, listener: Listener) -> Iterator[LocalServer]:
     background = Background(TaskStore(redis_url, "tiny", 60, 5), most=3, webhooks=[listener.url + "/hooks"])
     keys = {digest(k): k for k in ("alice", "bob")}

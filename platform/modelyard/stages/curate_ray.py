@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, cast
 from modelyard.corpus.dedup_options import DedupMethod, ExactOptions, ParagraphOptions, SemanticOptions
 from modelyard.corpus.filter_options import ScrubOptions
 from modelyard.corpus.read.units import Piece, Unit
-from modelyard.errors import ModelyardError
 from modelyard.recipe.schema import Resources
+from modelyard.stages.remote import blocks, plain_errors
 from modelyard.storage import join, list_files, write_bytes
 
 if TYPE_CHECKING:
@@ -44,34 +44,16 @@ def quiet() -> Iterator[None]:
 
 def rows_of(dataset: Any) -> Iterator[dict[str, Any]]:
     """Rows of a small result as they come; an error of ours inside a task is raised as itself."""
-    import ray
-
-    try:
+    with plain_errors():
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield from batch.to_pylist()
-    except ray.exceptions.RayError as error:
-        raise _own(error) or error from error
-
-
-def _own(error: BaseException | None) -> ModelyardError | None:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, ModelyardError):
-            return error
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
 
 
 def each(items: list[dict[str, Any]], work: Callable[..., Any], resources: Resources, *args: Any) -> Any:
-    """A dataset of `work(item, *args)` -> table for each item.
-
-    A task takes up to four items, but every worker gets two tasks at least: Ray Data sees only every 0.1 s that a task
-    has ended, and two workers of short tasks then were no faster than one.
-    """
+    """A dataset of `work(item, *args)` -> table for each item."""
     import ray
 
-    tasks = min(len(items), max(2 * resources.workers, len(items) // 4))
+    tasks = blocks(len(items), resources.workers)
     dataset = ray.data.from_items(items, override_num_blocks=tasks)
     return dataset.map_batches(
         cast(Any, _call), batch_size=None, batch_format="pyarrow", fn_args=(work, args),

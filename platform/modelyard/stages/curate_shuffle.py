@@ -45,16 +45,18 @@ def shuffle(
     import ray
 
     from modelyard.stages.curate_ray import rows_of
+    from modelyard.stages.remote import blocks
     from modelyard.storage import remove
 
     identity = [parts, *_sizes(files)]
     if (before := _finished(out, identity)) is not None:
         return before
     remove(out)
-    items = ray.data.from_items([{"file": name} for name in files], override_num_blocks=len(files))
+    tasks = blocks(len(files), resources.workers)
+    items = ray.data.from_items([{"file": name} for name in files], override_num_blocks=tasks)
     mapped = items.map_batches(
         cast(Any, _map), batch_size=1, batch_format="pyarrow", fn_args=(mapper,), num_cpus=resources.cpus_per_worker,
-        compute=ray.data.TaskPoolStrategy(min(resources.workers, len(files))),
+        compute=ray.data.TaskPoolStrategy(min(resources.workers, tasks)),
     )  # fmt: skip
     groups = mapped.groupby("p", num_partitions=parts)
     reduced = groups.map_groups(

@@ -37,6 +37,15 @@ def quiet_ray_data() -> None:
             handler.setLevel(logging.CRITICAL)
 
 
+def blocks(items: int, workers: int) -> int:
+    """Into how many tasks Ray Data should cut so many items of work for so many workers.
+
+    A task takes up to four items, but every worker gets two tasks at least: Ray Data sees only every 0.1 s that a task
+    has ended, and two workers of short tasks then were no faster than one.
+    """
+    return min(items, max(2 * workers, items // 4))
+
+
 def _own(error: BaseException | None) -> ModelyardError | None:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:

@@ -23,7 +23,7 @@ from modelyard.errors import DataError
 from modelyard.planner.estimate import Estimate
 from modelyard.recipe.schema import NAME, Resources, StageOptions
 from modelyard.stages.base import InputSpec, PlanContext, Stage, StageContext, StageResult
-from modelyard.stages.remote import plain_errors, quiet_ray_data
+from modelyard.stages.remote import blocks, plain_errors, quiet_ray_data
 from modelyard.storage import Artifact, download, exists, is_remote, join, list_files, remove, upload, write_bytes
 from modelyard.tokens.options import TokenizerOptions, TrainTokenizerOptions
 
@@ -176,11 +176,11 @@ def _pack(ctx: StageContext[TokenizeOptions], units: list[Unit], tokenizer: str,
 
 
 def _map(rows: list[dict[str, Any]], work: Callable[[pa.Table], pa.Table], resources: Resources) -> Any:
-    """A Ray dataset that applies `work` to tables of one row each, one block a row, on the stage's workers."""
+    """A Ray dataset that applies `work` to tables of one row each, on the stage's workers."""
     import ray
 
     quiet_ray_data()
-    return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+    return ray.data.from_items(rows, override_num_blocks=blocks(len(rows), resources.workers)).map_batches(
         work,
         batch_size=1,
         batch_format="pyarrow",
