@@ -9,7 +9,7 @@ from pydantic import Field
 from modelyard.align.reward_options import RewardSource
 from modelyard.engine.options import EngineOptions, Precision
 from modelyard.errors import RecipeError
-from modelyard.recipe.schema import Options
+from modelyard.recipe.schema import Options, runtime
 
 TemplateName = Literal["own", "chatml", "zephyr", "plain"]
 
@@ -70,6 +70,21 @@ class RolloutEngine(EngineOptions):
     precision: Precision = Field("float32", description="as of the engine; less is faster, and its gap is reported")
 
 
+class EngineGroup(Options):
+    """Engines apart from the trainers: Ray actors in a placement group of their own."""
+
+    count: int = Field(0, ge=0, description="how many; 0 = none: every trainer has one of its own and they take turns")
+    cpus: float = Field(1.0, gt=0, description="CPU cores of each")
+    gpus: float = Field(0.0, ge=0, description="GPUs of each")
+    restarts: int = Field(3, ge=0, description="how often one that died is started again")
+    sync_timeout: float = Field(
+        300.0,
+        gt=0,
+        description="seconds until all must have new weights, or one that starts must have loaded the model",
+    )
+    answer_timeout: float = Field(1800.0, gt=0, description="seconds without any answer after which the run fails")
+
+
 class RolloutOptions(Options):
     """How a policy is sampled and its gradient is taken (GRPO, arXiv 2402.03300)."""
 
@@ -94,6 +109,15 @@ class RolloutOptions(Options):
     dynamic_sampling: int = Field(
         0, ge=0, description="further rounds to replace groups whose rewards are all equal (DAPO); 0 = keep them"
     )
+    engines: EngineGroup = runtime(EngineGroup(), "engines apart from the trainers; by default there are none")
+    staleness: int = Field(
+        0, ge=0, description="updates of the weights that may lie between the first token of an answer and its use: "
+        "engines go on while the policy is trained; 0 = they wait for it (AReaL, arXiv 2505.24298: 4 to 8)"
+    )  # fmt: skip
+    importance_cap: float = Field(
+        2.0, ge=1, description="with staleness: most that a token may count for being likelier to the policy before "
+        "its update than to the weights that drew it (AReaL: 5; truncated importance sampling: 2)"
+    )  # fmt: skip
     rewards: tuple[RewardSource, ...] = Field(
         (), description="rules, reward models and judges whose weighted sum is the reward"
     )
@@ -129,6 +153,9 @@ def check_rollout_options(rollouts: RolloutOptions, ppo: PpoOptions | None) -> N
     if ppo is None and rollouts.group < 2 and rollouts.variant != "reinforce++":
         raise RecipeError(f"{rollouts.variant} compares the answers of a group, and one alone cannot be",
                           place="rollouts.group", mend="give a group of 2 at least, or use ppo")  # fmt: skip
+    if rollouts.staleness and rollouts.temperature != 1.0:
+        raise RecipeError("what drew stale answers is known at temperature 1 only", place="rollouts.temperature",
+                          mend="use temperature 1, or staleness: 0")  # fmt: skip
     if ppo is not None and "variant" in rollouts.model_fields_set:
         raise RecipeError(
             "ppo has no variants", place="rollouts.variant", mend="leave variant out, or use method: grpo"

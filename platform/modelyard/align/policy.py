@@ -6,6 +6,7 @@ A batch holds `input_ids`, `document_ids`, `loss_mask` as everywhere, for every 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -75,10 +76,40 @@ class AnswerObjective:
         inputs = {"input_ids": batch["input_ids"], "position_ids": positions(documents), "use_cache": False}
         return token_scores(model, inputs, labels, self.options.temperature, self.values), labels != IGNORE
 
+    @property
+    def compares(self) -> bool:
+        """Whether engine and trainer have scored the answers with the same weights, at the same temperature."""
+        return self.options.temperature == 1.0 and not self.options.staleness
+
+    def correction(
+        self, old: torch.Tensor, batch: Batch, learnt: torch.Tensor, measure: torch.Tensor
+    ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+        """What answers drawn with older weights count, by token: min(cap, p / b) between the policy before this set's
+        updates (`old`, p) and what drew the token, whichever weights that were (b). None without staleness.
+
+        Decoupled PPO (Hilton et al. 2022, arXiv 2110.00641; AReaL, arXiv 2505.24298, equation 5) with truncated
+        importance weights (Ionides 2008). An answer that is one action (rloo) has the product of its tokens'. All are
+        [B, L] at the positions that predict; metrics `importance_weight_mean` and `importance_clipped`, the share that
+        the cap binds.
+        """
+        if not self.options.staleness:
+            return None, {}
+        gap = (old - shifted(batch["engine"])) * learnt
+        if self.options.variant == "rloo":
+            documents = batch["document_ids"]
+            count = max(1, int(documents.max()) + 1)
+            gap = document_sums(gap, documents, count).gather(1, documents.clamp(min=0).long())
+        cap = math.log(self.options.importance_cap)
+        weight = gap.clamp(max=cap).exp().detach()
+        return weight, {
+            "importance_weight_mean": (weight * measure).sum(),
+            "importance_clipped": ((gap > cap) * measure).sum(),
+        }
+
     def difference(self, scores: TokenScores, batch: Batch, measure: torch.Tensor) -> dict[str, torch.Tensor]:
         """`engine_difference` with the weights the answers were drawn with, the mean by `measure` [B, L]; nothing where
-        the engine's log-probabilities are of another temperature."""
-        if self.options.temperature != 1.0:
+        the engine's log-probabilities are of another temperature or of older weights."""
+        if not self.compares:
             return {}
         drawn = shifted(batch["old"]) if "old" in batch else scores.logprobs.detach()
         gap = ((drawn - shifted(batch["engine"])) * (measure > 0)).abs()
@@ -91,7 +122,8 @@ class PolicyObjective(AnswerObjective):
 
     Further metrics, means with the same weight: `entropy` (nats), `clip_fraction`, `kl` (from the reference, where
     there is one), `drift` (of log-probabilities since the answers were drawn), `engine_difference` (mean absolute
-    difference of the engine's and the trainer's log-probabilities; only at temperature 1).
+    difference of the engine's and the trainer's log-probabilities; only at temperature 1 and without staleness), and
+    those of :meth:`correction`.
     """
 
     def __init__(self, options: RolloutOptions, largest_answer: int) -> None:
@@ -121,6 +153,8 @@ class PolicyObjective(AnswerObjective):
         by_token = self.options.variant in ("dapo", "reinforce++")
         measure = learnt.float() if by_token else share
         weights = learnt / self._longest if self.options.variant == "dr_grpo" else measure
+        correction, corrected = self.correction(old, batch, learnt, measure)
+        weights = weights if correction is None else weights * correction
         total = (loss * weights).sum()
         metrics = {
             "weight": learnt.sum() if by_token else answers,
@@ -131,10 +165,9 @@ class PolicyObjective(AnswerObjective):
         if "reference" in batch:
             kl = divergence(scores.logprobs, shifted(batch["reference"])) * learnt
             metrics["kl"] = (kl.detach() * measure).sum()
-            corrected = kl * change.exp() if self.options.unbiased_kl else kl
-            total = total + self.options.kl * (corrected * weights).sum()
-        metrics |= self.difference(scores, batch, measure)
-        return total, metrics
+            penalty = kl * change.exp() if self.options.unbiased_kl else kl
+            total = total + self.options.kl * (penalty * weights).sum()
+        return total, metrics | corrected | self.difference(scores, batch, measure)
 
 
 def shifted(values: torch.Tensor) -> torch.Tensor:

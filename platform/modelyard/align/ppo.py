@@ -178,7 +178,8 @@ class PpoObjective(AnswerObjective):
     """Clipped policy loss and clipped value loss (arXiv 1707.06347, equation 9), means over tokens.
 
     A batch holds what `Ppo.estimate` left. Further metrics, means over tokens: `value_loss`, `clip_fraction`,
-    `value_clip_fraction`, `entropy`, `drift`, `kl` (from the reference), `engine_difference`.
+    `value_clip_fraction`, `entropy`, `drift`, `kl` (from the reference), `engine_difference`, and those of
+    `AnswerObjective.correction`, which weighs the policy loss.
     """
 
     values: ClassVar[bool] = True
@@ -197,13 +198,15 @@ class PpoObjective(AnswerObjective):
         squares, bound = value_loss(
             scores.values, shifted(batch["value"]), shifted(batch["returns"]), self.ppo.value_clip
         )
+        correction, corrected = self.correction(shifted(batch["old"]), batch, learnt, learnt.float())
+        loss = loss if correction is None else loss * correction
         total = ((loss + self.ppo.value_weight * squares) * learnt).sum()
         measured = {"value_loss": squares, "clip_fraction": binds, "value_clip_fraction": bound, "drift": change}
         metrics = {name: (value.detach() * learnt).sum() for name, value in measured.items()}
         metrics |= {"weight": learnt.sum(), "entropy": (scores.entropy * learnt).sum()}
         if "reference" in batch:
             metrics["kl"] = (divergence(scores.logprobs.detach(), shifted(batch["reference"])) * learnt).sum()
-        return total, metrics | self.difference(scores, batch, learnt.float())
+        return total, metrics | corrected | self.difference(scores, batch, learnt.float())
 
 
 def value_loss(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 from pydantic import Field
@@ -17,14 +16,16 @@ from transformers import AutoTokenizer, PretrainedConfig
 from modelyard import storage
 from modelyard.align.options import PpoOptions, RolloutEngine, RolloutOptions, RolloutStops, check_rollout_options
 from modelyard.align.policy import AnswerObjective, PolicyObjective
+from modelyard.align.pool import LocalPool, Pool
 from modelyard.align.ppo import Ppo, PpoObjective, ValueHead
 from modelyard.align.programs import PackedJob, check_alignment
 from modelyard.align.rewards import RewardMix, mean_rewards
 from modelyard.align.rollouts import Rollouts
 from modelyard.align.same_tokenizer import check_same_tokenizer, read_tokenizer
-from modelyard.align.samples import Prompts
+from modelyard.align.samples import Prompt, Prompts
 from modelyard.align.scoring import RewardScorer
-from modelyard.align.weights import VALUE_HEAD, policy_weights
+from modelyard.align.supply import Supply
+from modelyard.align.weights import VALUE_HEAD
 from modelyard.engine import EngineCore
 from modelyard.errors import RecipeError
 from modelyard.models.build import check_shape
@@ -52,13 +53,23 @@ class ReinforceJob(PackedJob):
     stops: RolloutStops = Field(RolloutStops(), description="when it has gone wrong")
 
 
+MakePool = Callable[[RolloutEngine], Pool]
+"""From the engines' settings to the pool that serves all workers; rank 0 calls it."""
+
+
 def reinforce(
-    job: ReinforceJob, world: World, sink: Sink = no_sink, say: Say = no_say, hooks: Hooks | None = None
+    job: ReinforceJob,
+    world: World,
+    sink: Sink = no_sink,
+    say: Say = no_say,
+    hooks: Hooks | None = None,
+    pools: MakePool | None = None,
 ) -> Outcome:
     """Trains a policy on rewards of its own answers and writes `model/` and, with an adapter, `adapter/`.
 
     `figures` of the outcome hold means over greedy answers to the held-out prompts: `reward` (without constraints) and
-    each source's, after training, and before it as `before_*`.
+    each source's, after training, and before it as `before_*`. `pools` makes the engines that answer; None = every
+    worker has one of its own.
 
     Raises:
         RecipeError: no reward, a reward model with another tokenizer, an adapter other than LoRA, or a layout that
@@ -81,18 +92,20 @@ def reinforce(
     strategy = adapted(plain, job.adapter, job.train, world, more=heads)
     threads = torch.get_num_threads()
     settings = job.engine.model_copy(update={"max_length": longest, "threads": job.engine.threads or threads})
-    engine = EngineCore(source, settings)
+    pool = _pool(job, world, settings, pools)
     scorer = EngineCore(source, settings) if options.kl and job.adapter.full else None
     torch.set_num_threads(threads)
     objective = _objective(job)
     scorers = {n: RewardScorer(Path(p), world.device, longest + len(job.after)) for n, p in job.reward_models.items()}
     mix = RewardMix(options, scorers)
     pad = AutoTokenizer.from_pretrained(str(source), local_files_only=True).pad_token_id or 0
+    steps = job.train.total_steps(len(prompts), longest * options.group)
     rollouts = Rollouts(
-        strategy, engine, prompts, objective, mix, options, job.train.global_batch, job.train.micro_batch or 16,
-        job.train.seed, pad, job.after, scorer, ppo,
+        strategy, Supply(pool, strategy, options, job.train.seed), prompts, objective, mix, options,
+        job.train.global_batch, -(-steps // options.updates), job.train.micro_batch or 16, job.train.seed, pad,
+        job.after, scorer, ppo,
     )  # fmt: skip
-    before = _measured(rollouts, heldout, world)
+    before = _measured(rollouts, heldout, world, 0)
     table = _Table(rollouts, job.reports, world)
     kept = {f"multiplier.{name}": multiplier.state for name, multiplier in mix.multipliers.items()}
     kept |= {"kl_weight": ppo.controller.state} if ppo is not None else {}
@@ -103,8 +116,7 @@ def reinforce(
     )
     try:
         outcome = run_loop(setup, strategy, prompts, None, sink, say, hooks)
-        engine.update_weights(policy_weights(strategy.model), outcome.steps)
-        after = _measured(rollouts, heldout, world)
+        after = _measured(rollouts, heldout, world, outcome.steps)
     finally:
         mix.close()
     _write(job, strategy, config)
@@ -149,15 +161,25 @@ def _check_tokenizers(job: ReinforceJob) -> None:
         check_same_tokenizer(read_tokenizer(Path(job.model)), read_tokenizer(Path(folder)), name)
 
 
-def _measured(rollouts: Rollouts, prompts: Sequence[Any], world: World) -> dict[str, float]:
-    """Means over greedy answers to held-out prompts, which workers share: the weighted sum as `reward`, and each
-    source's; nothing without prompts."""
+def _measured(rollouts: Rollouts, prompts: Sequence[Prompt], world: World, version: int) -> dict[str, float]:
+    """Means over greedy answers to held-out prompts, which workers share, by weights that get the number `version`: the
+    weighted sum as `reward`, and each source's; nothing without prompts."""
     if not prompts:
         return {}
-    mine = list(prompts)[world.rank :: world.size]
-    rewards = rollouts.rewarded(rollouts.answers(mine, 0, 1, 0.0)) if mine else None
+    answers = rollouts.greedy(prompts, version)
+    rewards = rollouts.rewarded(answers) if answers else None
     parts = world.gather(float(rewards.plain.sum()) if rewards is not None else 0.0)
-    return {"reward": sum(parts) / len(prompts)} | mean_rewards(rewards, len(mine), world)
+    return {"reward": sum(parts) / len(prompts)} | mean_rewards(rewards, len(answers), world)
+
+
+def _pool(job: ReinforceJob, world: World, settings: RolloutEngine, pools: MakePool | None) -> Pool | None:
+    """Engines apart, which rank 0 talks to, or one of this worker."""
+    if pools is not None:
+        return pools(settings) if world.leads else None
+    if job.rollouts.engines.count:
+        raise RecipeError("engines apart from the trainers are Ray actors", place="rollouts.engines.count",
+                          mend="run it as a stage, or use count: 0")  # fmt: skip
+    return LocalPool([EngineCore(Path(job.model), settings)])
 
 
 class _Table:

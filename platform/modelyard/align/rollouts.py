@@ -1,7 +1,8 @@
 """Reinforcement learning as batches for the loop: the policy answers prompts, is rewarded, and learns from that.
 
-One worker, one engine: the trainer's process holds both, and they take turns (colocated). `collect` is the program, to
-be read from top to bottom: weights, answers, rewards, advantages, old and reference log-probabilities, batches.
+`collect` is the program, to be read from top to bottom: weights, answers, rewards, advantages, old and reference
+log-probabilities, batches. Where the answers are drawn, in this process or on engines apart, is the pool's business;
+how far ahead of training, that of `staleness`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import xxhash
 from torch import nn
 
 from modelyard.align.advantages import advantages, undecided
@@ -25,11 +25,10 @@ from modelyard.align.policy import AnswerObjective
 from modelyard.align.ppo import Ppo
 from modelyard.align.rewards import RewardMix, Rewards, mean_rewards
 from modelyard.align.samples import Arrays, Prompt, Prompts, Sample, empty_like, pack
+from modelyard.align.supply import Supply
 from modelyard.align.verifiers import repetition
-from modelyard.align.weights import policy_weights
-from modelyard.engine import EngineCore, Request, Sampling, generate
-from modelyard.errors import DataError
-from modelyard.tokens import rank_slice, stream_indices
+from modelyard.engine import EngineCore, Request, generate
+from modelyard.tokens import stream_indices
 from modelyard.train.data import MicroBatches
 from modelyard.train.objective import first_tokens, next_tokens, positions
 from modelyard.train.parallel.strategy import Strategy
@@ -39,16 +38,17 @@ class Rollouts:
     """Hands the loop the answers of the policy as it is; `train.data.Batches`.
 
     Everything random follows from (seed, set of answers, prompt): a run resumed from a checkpoint goes on with the
-    same prompts and draws.
+    same prompts, and without staleness with the same draws.
 
     Args:
         strategy: the policy in training; sharded or replicated, whole layers and sequences.
-        engine: an inference engine of this worker, of the same architecture.
-        prompts: all tasks; a worker answers its slice of each step's.
+        supply: of answers.
+        prompts: all tasks; a worker learns from its slice of each step's.
         objective: what the batches are for.
         mix: rewards answers.
         options: how to sample.
         batch: prompts a step, over all workers.
+        sets: of answers in the whole run; none further is asked for.
         micro_batch: most packed sequences of a forward pass.
         seed: of the run.
         pad: token id at padding.
@@ -60,12 +60,13 @@ class Rollouts:
     def __init__(
         self,
         strategy: Strategy,
-        engine: EngineCore,
+        supply: Supply,
         prompts: Prompts,
         objective: AnswerObjective,
         mix: RewardMix,
         options: RolloutOptions,
         batch: int,
+        sets: int,
         micro_batch: int,
         seed: int,
         pad: int,
@@ -73,8 +74,8 @@ class Rollouts:
         scorer: EngineCore | None = None,
         ppo: Ppo | None = None,
     ) -> None:
-        self._strategy, self._engine, self._prompts, self._objective = strategy, engine, prompts, objective
-        self._mix, self._options, self._batch, self._micro = mix, options, batch, micro_batch
+        self._strategy, self._supply, self._prompts, self._objective = strategy, supply, prompts, objective
+        self._mix, self._options, self._batch, self._sets, self._micro = mix, options, batch, sets, micro_batch
         self._seed, self._pad, self._after, self._scorer, self._ppo = seed, pad, tuple(after), scorer, ppo
         self._held: MicroBatches = []
         self._set = -1
@@ -91,16 +92,20 @@ class Rollouts:
         """
         began = time.perf_counter()
         self._objective.reset()
-        if step // self._options.updates != self._set:
-            self._set = step // self._options.updates
-            self.collect(self._set)
+        number = step // self._options.updates
+        if number != self._set:
+            if number != self._set + 1:
+                self._supply.forget()
+            self._set = number
+            self.collect(number)
         return self._held, time.perf_counter() - began
 
     def collect(self, number: int) -> None:
         """Set `number` of answers: the program of reinforcement learning, once around."""
         self._seconds = {}
         with self._timed("sync"):
-            self._engine.update_weights(policy_weights(self._strategy.model, changed_only=True), number)
+            self._supply.update(number)
+        self._ask_ahead(number)
         samples, rewards = self._decided(number)
         with self._timed("score"):
             gains = self._shared_advantages(rewards) if self._ppo is None else rewards.reshape(-1)
@@ -118,27 +123,26 @@ class Rollouts:
         """What is known of the last set of answers: rewards, lengths, repetition, differences, where time went."""
         everyone = self._strategy.world.gather(self._objective.largest)
         seconds = {f"{name}_seconds": value for name, value in self._seconds.items()}
-        largest = {"engine_difference_max": max(everyone)} if self._options.temperature == 1.0 else {}
+        largest = {"engine_difference_max": max(everyone)} if self._objective.compares else {}
         return {name: float(value) for name, value in (self._means | seconds | largest).items()}
 
-    def answers(self, prompts: Sequence[Prompt], number: int, group: int, temperature: float) -> list[Sample]:
-        """`group` answers to each prompt, in order. Prompts of a group are computed once (shared prefix), and a
-        finished answer makes room for the next: nothing waits for the longest."""
-        requests: list[Request] = []
-        for place, prompt in enumerate(prompts):
-            seed = xxhash.xxh3_64_intdigest(f"{self._seed}/{number}/{prompt.ids}".encode()) >> 2
-            sampling = Sampling(self._options.max_tokens, temperature, seed=seed, logprobs=0)
-            requests += Request(f"{number}-{place}", prompt.ids, sampling).samples(group)
-        found = generate(self._engine, requests)
-        samples = []
-        for index, completion in enumerate(found):
-            output = completion.output
-            if output.finish == "error":
-                raise DataError(f"the engine failed: {output.error}", place=prompts[index // group].place)
-            logprobs = tuple(t.logprob for t in output.logprobs)
-            samples.append(Sample(prompts[index // group], output.tokens, logprobs, output.text,
-                                  output.finish == "stop", output.weights))  # fmt: skip
-        return samples
+    def greedy(self, prompts: Sequence[Prompt], version: int) -> list[Sample]:
+        """Greedy answers to this worker's share of the prompts, by the policy as it is. Ends what was asked ahead."""
+        self._supply.forget()
+        self._supply.update(version)
+        self._supply.ask("heldout", prompts, 0, 1, 0.0)
+        return self._supply.take("heldout")
+
+    def _ask_ahead(self, number: int) -> None:
+        """Asks for the sets that the weights of version `number` may begin: as many ahead as staleness allows."""
+        for each in range(number, min(number + self._options.staleness, self._sets - 1) + 1):
+            if not self._supply.asked(_name(each, 0)):
+                self._ask(each, 0)
+
+    def _ask(self, number: int, round_: int) -> None:
+        options, least = self._options, max(0, number - self._options.staleness)
+        self._supply.ask(_name(number, round_), self._drawn(number, round_), number * 1000 + round_, options.group,
+                         options.temperature, least, number)  # fmt: skip
 
     def _decided(self, number: int) -> tuple[list[Sample], npt.NDArray[np.float64]]:
         """Answers and rewards [prompts, group] of this worker; groups without a difference are drawn anew a while
@@ -146,9 +150,10 @@ class Rollouts:
         options, found = self._options, []
         rewards = np.zeros((0, options.group))
         for round_ in range(options.dynamic_sampling + 1):
-            prompts = self._drawn(number, round_)
             with self._timed("generate"):
-                fresh = self.answers(prompts, number * 1000 + round_, options.group, options.temperature)
+                if not self._supply.asked(_name(number, round_)):
+                    self._ask(number, round_)
+                fresh = self._supply.take(_name(number, round_))
             with self._timed("reward"):
                 judged = self._judged(fresh, round_ == 0).reshape(-1, options.group)
             if round_ == 0:
@@ -156,15 +161,15 @@ class Rollouts:
                 self._measure(fresh, judged)
             else:
                 _replace(found, rewards, fresh, judged, options.group)
-            if not undecided(rewards).any():
+            if not self._supply.agrees(bool(undecided(rewards).any())):
                 break
         return found, rewards
 
     def _drawn(self, number: int, round_: int) -> list[Prompt]:
+        """The prompts of a set, those of all workers."""
         seed = self._seed + 7919 * round_
         indices = stream_indices(seed, number * self._batch, self._batch, len(self._prompts))
-        mine = rank_slice(indices, self._strategy.reader, self._strategy.readers)
-        return [self._prompts.prompts[i] for i in mine]
+        return [self._prompts.prompts[i] for i in indices]
 
     def rewarded(self, samples: Sequence[Sample]) -> Rewards:
         """What the answers are worth. Raises DataError when too many rewards fail."""
@@ -181,17 +186,17 @@ class Rollouts:
 
     def _measure(self, samples: Sequence[Sample], rewards: npt.NDArray[np.float64]) -> None:
         """Means over all workers of what was drawn first."""
-        lengths = [len(s.tokens) for s in samples]
+        lengths, ages = [len(s.tokens) for s in samples], [self._set - s.first for s in samples]
         values = [float(rewards.sum()), float((rewards**2).sum()), float(sum(lengths)), float(len(samples)),
                   float(sum(not s.ended for s in samples)), sum(repetition(s.tokens) for s in samples),
-                  float(undecided(rewards).sum()), float(len(rewards))]  # fmt: skip
+                  float(undecided(rewards).sum()), float(len(rewards)), float(sum(ages))]  # fmt: skip
         total = np.sum(self._strategy.world.gather(values), axis=0)
         count, groups = max(1.0, total[3]), max(1.0, total[7])
         mean = total[0] / count
         self._means |= {
             "reward": mean, "reward_deviation": max(0.0, total[1] / count - mean**2) ** 0.5,
             "answer_tokens": total[2] / count, "cut_answers": total[4] / count, "repetition": total[5] / count,
-            "staleness": 0.0,
+            "staleness_mean": total[8] / count, "staleness_max": max(self._strategy.world.gather(max(ages, default=0))),
         }  # fmt: skip
         if self._options.group > 1:
             self._means["undecided_groups"] = total[6] / groups
@@ -244,6 +249,11 @@ class Rollouts:
 
     def __exit__(self, *_: object) -> None:
         self._mix.close()
+
+
+def _name(number: int, round_: int) -> str:
+    """Of the prompts of a set, drawn in one of its rounds."""
+    return f"{number}-{round_}"
 
 
 def _replace(

@@ -30,8 +30,29 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """One answer as an engine drew it.
+
+    Attributes:
+        tokens: what was written.
+        logprobs: natural logarithm of each token's probability when it was drawn, by whichever weights drew it.
+        text: the tokens as text.
+        ended: whether it ended by itself, not at its greatest length.
+        version: of the weights that drew the last token.
+        first: of the weights that drew the first one.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    ended: bool
+    version: int
+    first: int = 0
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One answer: its tokens with the log-probabilities they were drawn with, and the weights' version."""
+    """One answer with its prompt; fields as in `Drawn`."""
 
     prompt: Prompt
     tokens: tuple[int, ...]
@@ -39,6 +60,12 @@ class Sample:
     text: str
     ended: bool
     version: int
+    first: int = 0
+
+    @classmethod
+    def of(cls, prompt: Prompt, drawn: Drawn) -> Sample:
+        """An answer to this prompt."""
+        return cls(prompt, **vars(drawn))
 
     def answered(self, after: Sequence[int] = ()) -> Answered:
         """For who rewards it; `after` are the tokens a chat template puts behind an answer that has ended."""

@@ -24,7 +24,7 @@ from modelyard.stages.alignment import (
 )
 from modelyard.stages.base import InputSpec, PlanContext, Stage, StageContext, StageResult
 from modelyard.stages.rollout_rewards import check_no_more
-from modelyard.stages.rollout_stage import REWARDED, check_rollouts, run_rollouts
+from modelyard.stages.rollout_stage import REWARDED, check_rollouts, engines_need, run_rollouts
 from modelyard.stages.training import MODELS, clear, model_place, warnings
 from modelyard.stages.training_report import RESULTS, write_results
 from modelyard.storage import Artifact, join
@@ -85,6 +85,13 @@ class AlignStage(Stage[AlignOptions]):
         if ctx.options.method in REWARDED:
             return Estimate(notes=("time depends on how long the answers are", *warnings(ctx.options)))
         return estimate_alignment(ctx)
+
+    def demand(self, options: AlignOptions) -> dict[str, float]:
+        """Of the trainers, and of rollout engines apart."""
+        demand = super().demand(options)
+        for name, amount in engines_need(options).items():
+            demand[name] = demand.get(name, 0.0) + amount
+        return demand
 
     def run(self, ctx: StageContext[AlignOptions]) -> StageResult:
         """Packs the examples, trains on Ray Train workers, writes model, adapter, held-out examples and report."""

@@ -19,14 +19,19 @@ from modelyard.stages.training_report import write_results
 from modelyard.storage import join, read_bytes, write_bytes
 
 if TYPE_CHECKING:
+    from modelyard.align.reinforce import ReinforceJob
     from modelyard.stages.align import AlignOptions
     from modelyard.stages.train_worker import Place
     from modelyard.train.loop import Outcome
     from modelyard.train.report import Page
 
+Places = dict[str, "Place | dict[str, Place]"]
+"""Fields of a job and what they should hold the local path of."""
+
 REWARDED = ("grpo", "ppo")
 CURVES = ("reward", "kl", "kl_answer", "kl_weight", "value_loss", "explained_variance", "entropy", "clip_fraction",
-          "answer_tokens", "repetition", "engine_difference_max")  # fmt: skip
+          "answer_tokens", "repetition", "engine_difference_max", "staleness_mean", "importance_weight_mean",
+          "importance_clipped")  # fmt: skip
 PHASES = ("sync", "generate", "reward", "score")
 
 
@@ -76,16 +81,43 @@ def run_rollouts(ctx: StageContext[AlignOptions]) -> StageResult:
         checkpoints=join(ctx.work, "checkpoints"),
         reports=ctx.output,
     )
-    places: dict[str, Place | dict[str, Place]] = {
+    places: Places = {
         "model": model_place(ctx.inputs["model"], "model"),
         "data": join(ctx.work, "answers"),
         "reward_models": {name: model_place(ctx.inputs[name], name) for name in reward_models(options)},
     }
     steps = options.total_steps(facts["prompts"], 1)
-    outcome = run_workers(ctx, Assignment("modelyard.align.reinforce:reinforce", job, places), steps)
+    if options.rollouts.engines.count:
+        outcome = _run_apart(ctx, job, places, steps, facts["heldout_prompts"])
+    else:
+        outcome = run_workers(ctx, Assignment("modelyard.align.reinforce:reinforce", job, places), steps)
     write_bytes(join(ctx.output, "quarantine.jsonl"), read_bytes(join(ctx.work, "answers", "quarantine.jsonl")))
     write_results(ctx, outcome, _page(ctx, outcome, facts), None)
     return _result(outcome, facts)
+
+
+def _run_apart(ctx: StageContext[AlignOptions], job: ReinforceJob, places: Places, steps: int, heldout: int) -> Outcome:
+    """The workers, with engines beside them in a placement group of their own."""
+    from modelyard.stages.rollout_engines import ApartJob, placed
+    from modelyard.stages.workers import Assignment, await_room, run_workers
+
+    options = ctx.options
+    rollouts = options.rollouts
+    await_room(options.resources, options.workers_timeout, engines_need(options))
+    sets = rollouts.staleness + 1 + rollouts.dynamic_sampling
+    calls = sets * options.global_batch + heldout + 16
+    model = model_place(ctx.inputs["model"], "model")
+    with placed(model, rollouts.engines, calls, options.workers_timeout) as names:
+        apart = ApartJob(**{name: getattr(job, name) for name in type(job).model_fields}, actors=names)
+        return run_workers(ctx, Assignment("modelyard.stages.rollout_engines:reinforce", apart, places), steps)
+
+
+def engines_need(options: AlignOptions) -> dict[str, float]:
+    """CPUs and GPUs of rollout engines apart from the trainers; empty where there are none."""
+    group = options.rollouts.engines
+    if options.method not in REWARDED or not group.count:
+        return {}
+    return {"CPU": group.count * group.cpus} | ({"GPU": group.count * group.gpus} if group.gpus else {})
 
 
 def pack_prompts(ctx: StageContext[Any], folder: Path) -> Facts:

@@ -134,8 +134,9 @@ def _lean_trainer() -> Any:
     return LeanTrainer
 
 
-def await_room(resources: Resources, timeout: float) -> None:
-    """Waits until the cluster has the CPUs and GPUs of the fewest workers; this machine's own Ray does not grow.
+def await_room(resources: Resources, timeout: float, beside: Mapping[str, float] | None = None) -> None:
+    """Waits until the cluster has the CPUs and GPUs of the fewest workers, and of what is to run `beside` them; this
+    machine's own Ray does not grow.
 
     Raises:
         ResourceError: it has not, after `timeout` seconds on a cluster at an address.
@@ -143,7 +144,9 @@ def await_room(resources: Resources, timeout: float) -> None:
     import ray
 
     fewest = resources.fewest
-    wanted = {"CPU": fewest * resources.cpus_per_worker, "GPU": fewest * resources.gpus_per_worker}
+    more = beside or {}
+    wanted = {"CPU": fewest * resources.cpus_per_worker + more.get("CPU", 0.0),
+              "GPU": fewest * resources.gpus_per_worker + more.get("GPU", 0.0)}  # fmt: skip
     end = time.monotonic() + (timeout if "RAY_ADDRESS" in os.environ else 0.0)
     while True:
         have = ray.cluster_resources()
@@ -156,8 +159,9 @@ def await_room(resources: Resources, timeout: float) -> None:
         time.sleep(min(5.0, timeout))
     name = short[0]
     at_least = "at least " if resources.min_workers is not None else ""
+    who = f"{at_least}{fewest} workers" + (" and what runs beside them" if more else "")
     raise ResourceError(
-        f"{at_least}{fewest} workers need {wanted[name]:g} {name}, the cluster has {have.get(name, 0.0):g}",
+        f"{who} need {wanted[name]:g} {name}, the cluster has {have.get(name, 0.0):g}",
         place="resources",
         mend=f"lower resources.workers (or allow fewer: workers: [1, {resources.workers}]) or "
         f"{name.lower()}s_per_worker, or use a larger cluster",

@@ -1,0 +1,161 @@
+"""The Ray actor of a rollout engine: a pool of one engine that steps in a thread, whoever waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modelyard.errors import StageError
+from modelyard.stages.train_worker import Place, bring
+
+if TYPE_CHECKING:
+    import torch
+
+    from modelyard.align.options import RolloutEngine
+    from modelyard.align.pool import Ask, LocalPool
+    from modelyard.align.samples import Drawn
+
+Packed = list[tuple[str, Any, str]]
+"""Name, array and torch type of each tensor: arrays cross the object store without a copy, tensors do not."""
+
+
+def packed(weights: Iterable[tuple[str, torch.Tensor]]) -> Packed:
+    """Whole tensors as they travel."""
+    import torch
+
+    found = []
+    for name, tensor in weights:
+        whole = tensor.detach().cpu().contiguous()
+        array = whole.view(torch.int16) if whole.dtype == torch.bfloat16 else whole  # NumPy has no bfloat16
+        found.append((name, array.numpy(), str(whole.dtype).removeprefix("torch.")))
+    return found
+
+
+def unpacked(weights: Packed) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors again; they are views of the object store, to be read only."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        for name, array, kind in weights:
+            yield name, torch.from_numpy(array).view(getattr(torch, kind))
+
+
+class RolloutActor:
+    """One engine, which answers while it takes calls.
+
+    Every call names a session. A new one (another trainer, or the same one that has given up waiting) drops what was
+    asked in the last.
+
+    Args:
+        model: the model's folder.
+    """
+
+    def __init__(self, model: Place) -> None:
+        self._model = model
+        self._session, self._settings = "", b""
+        self._pool: LocalPool | None = None
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._waiting: dict[str, Future[list[Drawn]]] = {}
+        threading.Thread(target=self._run, name="engine", daemon=True).start()
+
+    async def begin(
+        self, session: str, settings: RolloutEngine, version: int = -1, weights: Packed | None = None
+    ) -> None:
+        """Builds the engine unless there is one of these settings, forgets what was asked, and takes `weights`.
+
+        Raises:
+            DataError, ResourceError: as `EngineCore`.
+            StorageError: the model cannot be brought here.
+        """
+        await self._call(lambda: self._begin(session, settings, version, weights))
+
+    async def update(self, session: str, version: int, weights: Packed) -> None:
+        """Puts weights in the place of those by these names, between two steps."""
+        await self._call(lambda: self._update(session, version, weights))
+
+    async def answer(self, session: str, ask: Ask) -> list[Drawn]:
+        """The answers to a prompt.
+
+        Raises:
+            DataError: the engine cannot take the prompt, or has failed.
+            StageError: another session has begun.
+        """
+        done: Future[list[Drawn]] = Future()
+        await self._call(lambda: self._ask(session, ask, done))
+        return await asyncio.wrap_future(done)
+
+    def _begin(self, session: str, settings: RolloutEngine, version: int, weights: Packed | None) -> None:
+        from modelyard.align.pool import LocalPool
+        from modelyard.engine import EngineCore
+
+        self._abandon(StageError("another session has begun", place="rollouts.engines"))
+        wanted = settings.model_dump_json().encode()
+        if self._pool is None or wanted != self._settings:
+            self._pool, self._settings = None, wanted
+            self._pool = LocalPool([EngineCore(Path(str(bring(self._model))), settings)])
+        self._session = session
+        if weights is not None:
+            self._update(session, version, weights)
+
+    def _update(self, session: str, version: int, weights: Packed) -> None:
+        self._check(session)
+        assert self._pool is not None
+        self._pool.update_weights(unpacked(weights), version)
+
+    def _ask(self, session: str, ask: Ask, done: Future[list[Drawn]]) -> None:
+        self._check(session)
+        assert self._pool is not None
+        self._pool.submit([ask])
+        self._waiting[ask.name] = done
+
+    def _check(self, session: str) -> None:
+        if session != self._session or self._pool is None:
+            raise StageError("another session has begun", place="rollouts.engines")
+
+    async def _call(self, action: Callable[[], None]) -> None:
+        """Runs `action` between two steps of the engine; raises what it raises."""
+        future: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                action()
+            except Exception as error:  # handed to the caller, whatever it is
+                future.set_exception(error)
+            else:
+                future.set_result(None)
+
+        self._calls.put(run)
+        await asyncio.wrap_future(future)
+
+    def _run(self) -> None:
+        while True:
+            if self._pool is None or not self._pool.busy:
+                self._calls.get()()
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self._calls.get_nowait()()
+            if self._pool is not None and self._pool.busy:
+                self._step(self._pool)
+
+    def _step(self, pool: LocalPool) -> None:
+        try:
+            for name, group in pool.step():
+                self._waiting.pop(name).set_result(group)
+        except Exception as error:  # whoever waits must hear of it
+            self._abandon(error)
+
+    def _abandon(self, error: Exception) -> None:
+        """Drops what is not answered."""
+        if self._pool is not None:
+            self._pool.clear()
+        for each in self._waiting.values():
+            each.set_exception(error)
+        self._waiting = {}

@@ -1,0 +1,109 @@
+"""Rollout engines as Ray actors: the same run as colocated, one killed in the middle of its answers, staleness."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "align"))
+
+from alignment_parts import write_policy
+from test_align import lines, options
+from test_reinforce import ALONE, job
+from training_stage import artifact, run_stage
+from transformers import AutoTokenizer
+
+from modelyard.align.options import EngineGroup
+from modelyard.align.pool import Answers, Ask
+from modelyard.align.reinforce import reinforce
+from modelyard.errors import ResourceError
+from modelyard.stages.rollout_engines import placed
+from modelyard.stages.rollout_pool import RayPool
+
+SMALL = EngineGroup(count=2, cpus=0.5)
+
+
+class Deadly(RayPool):
+    """Kills the process of an engine just after it has been given prompts, and notes what is asked and answered."""
+
+    def __init__(self, *arguments: Any, when: Sequence[int]) -> None:
+        self.when, self.asked, self.answered, self.at_death = when, list[str](), list[str](), list[int]()
+        super().__init__(*arguments)
+
+    def submit(self, asks: Sequence[Ask]) -> None:
+        import ray
+
+        self.asked += [ask.name for ask in asks]
+        super().submit(asks)
+        if self.asked[-1].startswith("heldout") or int(self.asked[-1].split("-")[0]) not in self.when:
+            return
+        victim = next(engine for engine in self._engines if engine.ready)
+        self.at_death.append(len(victim.asked))
+        os.kill(ray.get(victim.actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+
+    def results(self) -> list[Answers]:
+        found = super().results()
+        self.answered += [name for name, _ in found]
+        return found
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_an_engine_that_is_killed_changes_nothing(tmp_path: Path) -> None:
+    folder = write_policy(tmp_path / "policy")
+    words = AutoTokenizer.from_pretrained(folder)
+    alone = job(tmp_path / "a", folder, words, max_tokens=24)
+    train = alone.train.model_copy(update={"steps": 4})
+    whole = reinforce(alone.model_copy(update={"train": train}), ALONE)
+    said: list[str] = []
+    made: list[Deadly] = []
+    apart = job(tmp_path / "b", folder, words, max_tokens=24, engines=SMALL.model_dump())
+
+    with placed(str(folder), SMALL, 64, 60.0) as names:
+        import ray
+
+        def pool(settings: Any) -> Deadly:
+            actors = [ray.get_actor(name) for name in names]
+            made.append(Deadly(actors, settings, SMALL, said.append, when=(1, 2)))
+            return made[0]
+
+        outcome = reinforce(apart.model_copy(update={"train": train}), ALONE, pools=pool)
+    for name in ("reward", "loss", "answer_tokens"):
+        assert [r[name] for r in outcome.history] == pytest.approx([r[name] for r in whole.history], abs=1e-5)
+    assert outcome.figures == pytest.approx(whole.figures, abs=1e-5)
+    assert len(made[0].at_death) == 2
+    assert all(made[0].at_death), "it died with answers to write"
+    assert sorted(made[0].answered) == sorted(made[0].asked), "each prompt is answered once"
+    assert len([line for line in said if "is started again" in line and "asked again" in line]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_the_stage_trains_while_its_engines_answer(tmp_path: Path) -> None:
+    """Two trainers, of which one talks to two engines for both."""
+    policy = artifact(write_policy(tmp_path / "policy").parent, "finetune")
+    data = lines(tmp_path / "prompts.jsonl", [{"prompt": chr(97 + i % 26), "answer": "x"} for i in range(30)])
+    rollouts = {"group": 4, "max_tokens": 12, "rows": 64, "rewards": [{"kind": "regex", "pattern": "[a-m]"}],
+                "engines": SMALL.model_dump(), "staleness": 1}  # fmt: skip
+    chosen = options(method="grpo", rollouts=rollouts, engine={"max_sequences": 8}, global_batch=2, steps=6,
+                     resources={"workers": 2, "cpus_per_worker": 0.5})  # fmt: skip
+    result = run_stage(chosen, {"model": policy, "data": data}, tmp_path)
+    assert {"reward", "heldout_reward", "heldout_before_reward"} <= set(result.metrics)
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "Staleness mean" in report
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_engines_without_room(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ResourceError, match="no room for 3 rollout engines"),
+        placed(str(tmp_path), EngineGroup(count=3, cpus=8.0), 16, 0.5),
+    ):
+        pass
