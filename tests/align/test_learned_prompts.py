@@ -14,9 +14,10 @@ from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from modelyard.errors import RecipeError
-from modelyard.models import load_model
+from modelyard.models import export_model, load_model
 from modelyard.models.adapters import add_adapter, load_adapter
-from modelyard.models.options import AdapterOptions, PromptOptions
+from modelyard.models.embeddings import extend_embeddings
+from modelyard.models.options import AdapterOptions, LoraOptions, PromptOptions
 from modelyard.train.objective import completion_lm
 from modelyard.train.options import TrainOptions
 from modelyard.train.pairs import PackedPairs, Pair, encode
@@ -90,24 +91,51 @@ def test_where_vectors_do_not_work() -> None:
         check_alignment(TrainOptions(steps=1), AdapterOptions(prompt=PromptOptions()), None)
 
 
-def test_new_tokens_begin_as_the_mean_and_are_learnt(model_folder: Path, tmp_path: Path) -> None:
-    words, said = AutoTokenizer.from_pretrained(model_folder), []
+def write_tool_pairs(model_folder: Path, folder: Path) -> int:
+    """Pairs whose answers are new tokens, with their tokenizer; the first new id."""
+    words = AutoTokenizer.from_pretrained(model_folder)
     first = len(words)
     words.add_tokens(["<tool>", "</tool>"], special_tokens=True)
-    words.save_pretrained(tmp_path / "pairs" / "tokenizer")
+    words.save_pretrained(folder / "tokenizer")
     pairs = [Pair(({"role": "user", "content": chr(97 + i)},), "<tool>ok</tool>", "x") for i in range(24)]
     packed = PackedPairs.pack(encode(pairs, words, 48)[0], 48, 0, words.pad_token_id)
     for name in ("train", "heldout"):
-        packed.save(tmp_path / "pairs" / f"{name}.npz")
+        packed.save(folder / f"{name}.npz")
+    return first
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("lora", [None, LoraOptions(r=4), LoraOptions(r=4, quantize="nf4")])
+def test_new_tokens_begin_as_the_mean_and_are_learnt(
+    model_folder: Path, tmp_path: Path, lora: LoraOptions | None, tied: bool
+) -> None:
+    start = load_model(model_folder)
+    assert start.config.tie_word_embeddings
+    if not tied:
+        state = {**start.state_dict(), "lm_head.weight": start.lm_head.weight.detach().clone()}
+        start.config.tie_word_embeddings = False
+        export_model(start.config, state, tmp_path / "untied", model_folder)
+        model_folder = tmp_path / "untied"
+    first, said = write_tool_pairs(model_folder, tmp_path / "pairs"), []
     job = FinetuneJob(
         model=str(model_folder), data=str(tmp_path / "pairs"), output=str(tmp_path / "out"),
-        new_tokens=(first, first + 2),
-        train=TrainOptions(steps=40, global_batch=4, learning_rate=1e-2, weight_decay=0.0),
+        new_tokens=(first, first + 2), adapter=AdapterOptions(lora=lora),
+        train=TrainOptions(steps=80, global_batch=4, learning_rate=1e-2 if lora is None else 4e-2, weight_decay=0.0),
     )  # fmt: skip
     outcome = finetune(job, ALONE, say=said.append)
     assert "2 rows of the embeddings begin as the mean of the others" in said
     assert outcome.heldout_loss is not None
     assert outcome.heldout_loss < 0.5, "the new tokens are answered with"
-    made = load_model(tmp_path / "out" / "model")
-    assert made.config.vocab_size == max(first + 2, load_model(model_folder).config.vocab_size)
+    made, before = load_model(tmp_path / "out" / "model"), load_model(model_folder)
+    assert made.config.vocab_size == max(first + 2, before.config.vocab_size)
     assert AutoTokenizer.from_pretrained(tmp_path / "out" / "model").convert_tokens_to_ids("</tool>") == first + 1
+    rows, old = made.get_input_embeddings().weight, before.get_input_embeddings().weight
+    assert (rows[first : first + 2] - old[:first].mean(0)).abs().max() > 1e-3, "trained"
+    if lora is None:
+        return
+    assert torch.equal(rows[:first], old[:first]), "the others stay"
+    extend_embeddings(before, first + 2, first)
+    again = load_adapter(before, tmp_path / "out" / "adapter").eval()
+    ids = torch.tensor([[5, first, 20, first + 1, 7]])
+    gap = (again(input_ids=ids).logits - made(input_ids=ids).logits).abs()
+    assert gap.max() < 1e-4 if lora.quantize is None else gap.mean() < 0.5

@@ -102,6 +102,7 @@ def test_packed_policy_losses_equal_a_slow_reference(model_folder: Path, variant
 
 
 @pytest.mark.parametrize("adapter", [AdapterOptions(lora=LoraOptions(r=4, dora=True)),
+                                     AdapterOptions(lora=LoraOptions(targets=("q_proj", "up_proj"), quantize="nf4")),
                                      AdapterOptions(lora=LoraOptions(r=4, rank_stabilized=True)), None])  # fmt: skip
 def test_the_engine_gets_what_the_trainer_has(model_folder: Path, adapter: AdapterOptions | None) -> None:
     model = load_model(model_folder)

@@ -136,3 +136,14 @@ def test_a_model_too_large_says_what_weighs_most(llama_70b: dict[str, Any]) -> N
         estimate_training(llama_70b, 1e9, 2048, 8, 8, "h100", precision_name="mixed")
     assert "GiB" in error.value.what
     assert error.value.mend
+
+
+def test_frozen_matrices_in_four_bits_take_an_eighth(llama_8b: dict[str, Any]) -> None:
+    lora = {"sequence_length": 512, "trainable": 10**7}
+    whole, four = training_memory(llama_8b, **lora), training_memory(llama_8b, **lora, frozen_bits=4.127)
+    matrices = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    assert whole.parameters - four.parameters == pytest.approx(matrices * (4 - 4.127 / 8))
+    made = 6 * 4096 * 14336  # the one matrix that is made whole
+    assert whole.peak - four.peak == pytest.approx(matrices * (4 - 4.127 / 8) - made)
+    halves = training_memory(llama_8b, **lora, frozen_bits=4.127, layout=Layout(data=2, shard=2))
+    assert halves.parameters == pytest.approx(four.parameters / 2)

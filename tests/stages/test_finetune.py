@@ -153,8 +153,10 @@ def test_new_tokens_must_be_new_and_trained(base: Path) -> None:
     assert words("<tool>", add_special_tokens=False)["input_ids"] == [known]
     with pytest.raises(RecipeError, match="has the token"):
         _extend(words, ("<|assistant|>",))
+    model = {"model": artifact(base, "pretrain")}
+    FinetuneStage().check(plan(options(add_tokens=["<x>"]), model))
     with pytest.raises(RecipeError, match="untrained"):
-        FinetuneStage().check(plan(options(add_tokens=["<x>"]), {"model": artifact(base, "pretrain")}))
+        FinetuneStage().check(plan(options(add_tokens=["<x>"], adapter={"ia3": {}}), model))
 
 
 def test_learned_vectors_leave_an_adapter_alone(base: Path, tmp_path: Path) -> None:

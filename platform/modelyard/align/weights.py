@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from modelyard.models.nf4 import quantized_layers
+
 _PEFT = "base_model.model."
 
 VALUE_HEAD = "value_head"
@@ -17,7 +19,8 @@ VALUE_HEAD = "value_head"
 
 @torch.no_grad()
 def policy_weights(model: nn.Module, changed_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the plain model, one whole at a time; LoRA and DoRA are merged into copies.
+    """Every tensor of the plain model, one whole at a time; LoRA and DoRA are merged into copies, matrices in four bits
+    are dequantized (also where nothing changed them: an engine read the model's own).
 
     Sharded tensors are gathered one after the other, in the same order on every worker: all of them must run through
     it together, each to feed an engine of its own.
@@ -29,7 +32,11 @@ def policy_weights(model: nn.Module, changed_only: bool = False) -> Iterator[tup
     adapted = {id(m) for _, m in _lora_layers(model)}
     for name, module in _lora_layers(model):
         yield _plain(f"{name}.weight"), merged(module)
+    for name, module in quantized_layers(model):
+        if not name.endswith(".base_layer"):
+            yield _plain(f"{name}.weight"), module.weight
     inside = {id(p) for _, m in model.named_modules() if id(m) in adapted for p in m.parameters()}
+    inside |= {id(p) for _, m in quantized_layers(model) for p in (m.codes, m.magnitudes)}
     for name, parameter in model.named_parameters():
         beside = id(parameter) in inside or name.startswith(f"{VALUE_HEAD}.")
         if beside or (changed_only and not parameter.requires_grad):

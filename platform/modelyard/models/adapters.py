@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modelyard.errors import RecipeError
+from modelyard.models.nf4 import quantize_matrices, restore_matrices
 from modelyard.models.options import AdapterOptions, PromptOptions
 
 if TYPE_CHECKING:
@@ -19,25 +20,37 @@ if TYPE_CHECKING:
 Task = Literal["CAUSAL_LM", "SEQ_CLS"]
 
 
-def add_adapter(model: PreTrainedModel, options: AdapterOptions, seed: int, task: Task = "CAUSAL_LM") -> nn.Module:
+def add_adapter(
+    model: PreTrainedModel,
+    options: AdapterOptions,
+    seed: int,
+    task: Task = "CAUSAL_LM",
+    rows: range | None = None,
+) -> nn.Module:
     """Freezes `model` and puts an adapter's layers into it, the same on every worker for the same seed.
 
     Returns a `PeftModel`. Call it before the model is sharded. The score layer of a sequence classifier is trained
     whole.
 
+    With `lora.quantize` the frozen matrices are put into four bits first. `rows` of the embeddings, those of new tokens,
+    are trained whole beside LoRA (PEFT's trainable tokens).
+
     With `prompt` the vectors stand before every row of a batch, so that a row must be one document.
 
     Raises:
-        RecipeError: no layer of the model has one of the target names, or no adapter is asked for.
+        RecipeError: no layer of the model has one of the target names or can be quantized, or no adapter is asked
+            for.
     """
     from peft import get_peft_model
 
+    if options.lora is not None and options.lora.quantize is not None:
+        quantize_matrices(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             if options.prompt is not None:
                 return _prompted(model, options.prompt, task)
-            adapted: nn.Module = get_peft_model(model, _peft(options, task))
+            adapted: nn.Module = get_peft_model(model, _peft(options, task, _trained_rows(model, rows)))
         except ValueError as error:
             names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
             kind = "lora" if options.lora is not None else "ia3"
@@ -75,7 +88,18 @@ def _no_positions(
     return inputs, {name: value for name, value in named.items() if name != "position_ids"}
 
 
-def _peft(options: AdapterOptions, task: Task) -> PeftConfig:
+def _trained_rows(model: PreTrainedModel, rows: range | None) -> dict[str, list[int]] | None:
+    """PEFT's names of what holds a row for each token; output rows that are the input's are PEFT's own matter."""
+    if rows is None:
+        return None
+    holders: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if holders[1] is None or holders[1].weight is holders[0].weight:
+        holders.pop()
+    names = {id(module): name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
+    return {names[id(module)]: list(rows) for module in holders}
+
+
+def _peft(options: AdapterOptions, task: Task, rows: dict[str, list[int]] | None) -> PeftConfig:
     from peft import IA3Config, LoraConfig
 
     if options.ia3 is not None:
@@ -95,19 +119,22 @@ def _peft(options: AdapterOptions, task: Task) -> PeftConfig:
         target_modules=targets,
         use_dora=lora.dora,
         use_rslora=lora.rank_stabilized,
+        trainable_token_indices=rows,
         task_type=task,
     )
 
 
 def merge_adapter(model: nn.Module) -> PreTrainedModel:
-    """The plain model with the adapter's update added to its weights. The adapted model must be unsharded."""
+    """The plain model with the adapter's update added to its weights: to those it was trained on, where they were in
+    four bits. The adapted model must be unsharded."""
+    restore_matrices(model)
     merged: PreTrainedModel = cast(Any, model).merge_and_unload()
     return merged
 
 
 def save_adapter(model: nn.Module, folder: Path) -> None:
     """Writes the adapter alone as PEFT's folder: `adapter_config.json`, `adapter_model.safetensors`."""
-    cast(Any, model).save_pretrained(str(folder), safe_serialization=True)
+    cast(Any, model).save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> nn.Module:

@@ -22,6 +22,10 @@ OVERRIDES = (
 )
 
 
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+"""Bits a parameter of a matrix in NormalFloat with double quantization (`models.nf4`)."""
+
+
 class ModelOptions(Options):
     """A model to be built, with overrides: `preset`, `size`, or `config` (a transformers configuration)."""
 
@@ -86,6 +90,11 @@ class LoraOptions(Options):
     rank_stabilized: bool = Field(
         False, description="scale the update by alpha / sqrt(r), so that high ranks learn too (arXiv 2312.03732)"
     )
+    quantize: Literal["nf4"] | None = Field(
+        None,
+        description="nf4: the frozen matrices of the blocks in 4.13 bits a parameter while training (QLoRA, arXiv "
+        "2305.14314); the merged model is of full precision. null = as they are",
+    )
 
 
 class Ia3Options(Options):
@@ -141,3 +150,8 @@ class AdapterOptions(Options):
     def full(self) -> bool:
         """Whether every parameter is trained."""
         return self.lora is None and self.ia3 is None and self.prompt is None
+
+    @property
+    def frozen_bits(self) -> float | None:
+        """Bits a parameter of the blocks' matrices while training, where these are quantized."""
+        return NF4_BITS if self.lora is not None and self.lora.quantize == "nf4" else None

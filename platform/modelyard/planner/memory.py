@@ -7,7 +7,7 @@ its end (all gradients, one layer's activations) and the optimizer step (its tem
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from modelyard.planner import activations as act
@@ -15,6 +15,9 @@ from modelyard.planner.architecture import Architecture, Layer, parse
 from modelyard.planner.layout import Layout
 from modelyard.planner.parameters import count
 from modelyard.planner.precision import DTYPE_BYTES, Precision, optimizer_bytes, precision
+
+_MAKING = 6.0
+"""Bytes a value while a matrix is dequantized: fp32, and the codes as indices or a copy in the type of the product."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def training_memory(
     config: Mapping[str, Any] | Architecture, *, sequence_length: int, layout: Layout | None = None,
     optimizer: str = "adamw", precision_name: str | Precision = "fp32", attention: act.Attention = "flash",
     micro_batches: int = 1, trainable: int | None = None, fused_optimizer: bool = True, loss_chunk: float | None = None,
-    overhead: float = 0.0,
+    overhead: float = 0.0, frozen_bits: float | None = None,
 ) -> TrainingMemory:  # fmt: skip
     """Peak memory of the heaviest worker.
 
@@ -70,6 +73,7 @@ def training_memory(
         loss_chunk: bytes of fp32 logits made at once where the output layer is fused with the loss; None =
             all logits, three times over.
         overhead: bytes a worker holds before any of this (process, CUDA context, communication buffers).
+        frozen_bits: bits a parameter of the blocks' matrices where adapters leave them quantized; None = as they are.
 
     Raises:
         RecipeError: bad config, unknown optimizer or precision.
@@ -81,7 +85,21 @@ def training_memory(
                       trainable, fused_optimizer, loss_chunk, overhead)
         for stage in _stages(a, layout, micro_batches)
     ]  # fmt: skip
-    return max(moments, key=lambda m: m.peak)
+    largest = max(moments, key=lambda m: m.peak)
+    return largest if frozen_bits is None else _quantized(largest, a, layout, p, frozen_bits)
+
+
+def _quantized(m: TrainingMemory, a: Architecture, layout: Layout, p: Precision, bits: float) -> TrainingMemory:
+    """With the matrices in `bits` each, and beside them the one that is made whole for its product.
+
+    Experts are one tensor of all of them and stay as they are.
+    """
+    matrices = sum(x.count * (x.attention + x.cross + (x.ffn if x.experts <= 1 else 0)) for x in a.stack())
+    share = layout.tensor * layout.pipeline * (layout.shard if layout.zero >= 3 else 1)
+    saved = matrices / share * (p.weights - bits / 8)
+    largest = max((x.hidden * max(x.ffn_width, x.heads * x.head_dim) for x in a.stack()), default=0)
+    made = largest * _MAKING
+    return replace(m, parameters=m.parameters - saved, temporary=m.temporary + made, peak=m.peak - saved + made)
 
 
 def in_flight(layout: Layout, stage: int, micro_batches: int) -> float:

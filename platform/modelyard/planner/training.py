@@ -40,7 +40,7 @@ def estimate_training(
     hardware: str | Hardware | None = None, *, layout: Layout | None = None, micro_batch: int | None = None,
     recompute: str = "none", optimizer: str = "adamw", precision_name: str = "fp32", trainable: int | None = None,
     cores_per_worker: float = 1.0, efficiency: float | None = None, memory_limit: int | None = None,
-    spot: bool = False, utilisation: float = 0.9, fused_loss: bool = False,
+    spot: bool = False, utilisation: float = 0.9, fused_loss: bool = False, frozen_bits: float | None = None,
 ) -> Estimate:  # fmt: skip
     """Predicts parameters, FLOPs, memory a worker, wall time, cost and energy of a training run.
 
@@ -63,6 +63,7 @@ def estimate_training(
         spot: price of spot capacity.
         utilisation: mean power over the device's rated power.
         fused_loss: whether the output layer is fused with the loss, as in this package's training loop.
+        frozen_bits: bits a parameter of the blocks' matrices where adapters leave them quantized; None = as they are.
 
     Raises:
         RecipeError: bad config, batch or unknown hardware.
@@ -82,7 +83,7 @@ def estimate_training(
         a, sequence_length=sequence_length, layout=layout, optimizer=optimizer, precision_name=precision_name,
         micro_batches=layout.micro_batches(global_batch), trainable=trainable,
         loss_chunk=LOSS_CHUNK[hw.kind] if fused_loss else None,
-        overhead=PROCESS_BYTES if hw.kind == "cpu" else DEVICE_BYTES,
+        overhead=PROCESS_BYTES if hw.kind == "cpu" else DEVICE_BYTES, frozen_bits=frozen_bits,
     )  # fmt: skip
     fits(memory, hw, layout.devices, memory_limit)
     share = 1.0 if trainable is None else min(trainable / p.total, 1.0)

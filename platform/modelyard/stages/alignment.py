@@ -25,7 +25,6 @@ from modelyard.stages.training import (
     predict,
     predicted,
     speed_metrics,
-    trainable_parameters,
     warnings,
 )
 from modelyard.stages.training_report import curves
@@ -86,17 +85,15 @@ def estimate_alignment(ctx: PlanContext[Any]) -> Estimate:
     if config is None or options.steps is None:
         return Estimate(notes=("size and time are known once its inputs are", *warnings(options)))
     tokens = options.steps * options.global_batch * 2 * options.sequence_length
-    trainable = trainable_parameters(config, options.adapter)
-    return predict(options, config, tokens, options.sequence_length, trainable, ctx.root)
+    return predict(options, config, tokens, options.sequence_length, options.adapter, ctx.root)
 
 
 def prediction(ctx: StageContext[Any], steps: int) -> Estimate | None:
     """What the planner says of this run, now that its data are there."""
     options: AlignmentOptions = ctx.options
     config = model_config(ctx.inputs.get("model"), "model")
-    trainable = trainable_parameters(config, options.adapter) if config else None
     tokens = steps * options.global_batch * 2 * options.sequence_length
-    return predicted(options, config, tokens, options.sequence_length, trainable, ctx.root)
+    return predicted(options, config, tokens, options.sequence_length, options.adapter, ctx.root)
 
 
 def prepared(ctx: StageContext[Any], pack: Callable[[StageContext[Any], Path], Facts]) -> Facts:

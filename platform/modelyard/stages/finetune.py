@@ -27,7 +27,6 @@ from modelyard.stages.training import (
     predict,
     predicted,
     speed_metrics,
-    trainable_parameters,
     warnings,
 )
 from modelyard.stages.training_report import RESULTS, curves, write_results
@@ -59,8 +58,8 @@ class FinetuneOptions(TrainingStageOptions):
         0.0, ge=0, description="noise on the embeddings of training tokens (NEFTune, arXiv 2310.05914: 5); 0 = none"
     )
     add_tokens: tuple[str, ...] = Field(
-        (), description="tokens the tokenizer lacks, such as <tool>; their rows begin as the mean of the others. All "
-        "parameters are trained then (adapter: {lora: null})"
+        (), description="tokens the tokenizer lacks, such as <tool>; their rows of the embeddings begin as the mean of the "
+        "others and are trained, beside LoRA too"
     )  # fmt: skip
     sequence_length: int = Field(
         512, ge=8, description="tokens of a packed sequence; longer pairs are cut, and counted"
@@ -90,11 +89,12 @@ class FinetuneStage(Stage[FinetuneOptions]):
                 place="adapter.prompt",
                 mend="use shard and data degrees, or lora",
             )
-        if ctx.options.add_tokens and not ctx.options.adapter.full:
+        adapter = ctx.options.adapter
+        if ctx.options.add_tokens and (adapter.prompt is not None or adapter.ia3 is not None):
             raise RecipeError(
-                "an adapter leaves the embeddings of new tokens untrained",
+                "ia3 and learned vectors leave the embeddings of new tokens untrained",
                 place="add_tokens",
-                mend="train all parameters (adapter: {lora: null}), or add them in pretrain's tokenizer",
+                mend="use lora, or train all parameters (adapter: {lora: null})",
             )
         check_training(ctx.options, model_config(ctx.inputs.get("model"), "model"), ctx.options.sequence_length, None)
         data = ctx.inputs.get("data")
@@ -108,8 +108,7 @@ class FinetuneStage(Stage[FinetuneOptions]):
         if config is None or (options.steps is None and options.tokens is None):
             return Estimate(notes=("size and time are known once its inputs are", *warnings(options)))
         tokens = options.total_steps(1, options.sequence_length) * options.global_batch * options.sequence_length
-        trainable = trainable_parameters(config, options.adapter)
-        return predict(options, config, tokens, options.sequence_length, trainable, ctx.root)
+        return predict(options, config, tokens, options.sequence_length, options.adapter, ctx.root)
 
     def run(self, ctx: StageContext[FinetuneOptions]) -> StageResult:
         """Encodes and packs the pairs, trains on Ray Train workers, writes models, held-out pairs and report."""
@@ -145,9 +144,8 @@ class FinetuneStage(Stage[FinetuneOptions]):
 
 def _prediction(ctx: StageContext[FinetuneOptions], steps: int) -> Estimate | None:
     options, config = ctx.options, model_config(ctx.inputs.get("model"), "model")
-    trainable = trainable_parameters(config, options.adapter) if config else None
     length = options.sequence_length
-    return predicted(options, config, steps * options.global_batch * length, length, trainable, ctx.root)
+    return predicted(options, config, steps * options.global_batch * length, length, options.adapter, ctx.root)
 
 
 def _prepare(ctx: StageContext[FinetuneOptions]) -> dict[str, Any]:

@@ -176,12 +176,13 @@ def predict(
     config: Config,
     tokens: float,
     sequence_length: int,
-    trainable: int | None = None,
+    adapter: AdapterOptions | None = None,
     root: str | None = None,
 ) -> Estimate:
     """Parameters, FLOPs, memory a worker and time, by the planner, with what looks like a mistake as notes.
 
-    With a `root` that `modelyard calibrate` has been run on, by its own measured speeds.
+    Without an `adapter` every parameter is trained. With a `root` that `modelyard calibrate` has been run on, by its
+    own measured speeds.
 
     Raises:
         ResourceError: the memory predicted is above what a worker has; names the knob to turn.
@@ -204,7 +205,8 @@ def predict(
         calibrated(root, resources.hardware, resources.cpus_per_worker),
         layout=layout,
         precision_name="mixed" if options.precision == "bf16" or (options.precision == "auto" and gpu) else "fp32",
-        trainable=trainable,
+        trainable=None if adapter is None else trainable_parameters(config, adapter),
+        frozen_bits=None if adapter is None else adapter.frozen_bits,
         cores_per_worker=resources.cpus_per_worker,
         memory_limit=resources.memory_per_worker,
         fused_loss=True,
@@ -217,14 +219,14 @@ def predicted(
     config: Config | None,
     tokens: float,
     length: int,
-    trainable: int | None = None,
+    adapter: AdapterOptions | None = None,
     root: str | None = None,
 ) -> Estimate | None:
     """The same for a run that begins now; None where the planner has no answer: `plan` refuses what does not fit."""
     if config is None:
         return None
     try:
-        return predict(options, config, tokens, length, trainable, root)
+        return predict(options, config, tokens, length, adapter, root)
     except ModelyardError:
         return None
 

@@ -20,7 +20,7 @@ from modelyard.train.options import TrainOptions
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters: matrices decay; norms, biases and embeddings do not. One group each a device mesh."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    embeddings = _embeddings(model)
     groups: dict[tuple[bool, object], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -30,6 +30,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             groups.setdefault((not matrix, mesh), []).append(parameter)
     ordered = sorted(groups.items(), key=lambda item: item[0][0])
     return [{"params": found, "weight_decay": 0.0 if plain else weight_decay} for (plain, _), found in ordered]
+
+
+def _embeddings(model: nn.Module) -> set[int]:
+    """Ids of embeddings, and of the rows of them that are trained beside an adapter."""
+    whole = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return whole | {id(p) for name, p in model.named_parameters() if "trainable_tokens_delta" in name}
 
 
 def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
@@ -61,8 +67,7 @@ def _muon(model: nn.Module, groups: list[dict[str, Any]], options: TrainOptions)
     """Muon for the matrices of the blocks, AdamW for embeddings, output layer, norms and biases."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    apart = {*embeddings, id(getattr(head, "weight", None))}
+    apart = {*_embeddings(model), id(getattr(head, "weight", None))}
     matrices = [p for group in groups for p in group["params"] if p.ndim >= 2 and id(p) not in apart]
     chosen = {id(p) for p in matrices}
     rest = [{**group, "params": [p for p in group["params"] if id(p) not in chosen]} for group in groups]

@@ -153,15 +153,14 @@ def finetune(
     data, heldout = packed_pairs(Path(job.data))
     plain = load_model(source)
     check_shape(plain.config, data.longest + (job.adapter.prompt.tokens if job.adapter.prompt else 0))
-    config, words = read_config(source), source
-    if job.new_tokens is not None:
-        first, end = job.new_tokens
-        words, added = Path(job.data) / "tokenizer", extend_embeddings(plain, end, first)
+    config, words, rows = read_config(source), source, range(*job.new_tokens) if job.new_tokens is not None else None
+    if rows is not None:
+        words, added = Path(job.data) / "tokenizer", extend_embeddings(plain, rows.stop, rows.start)
         config.vocab_size = plain.config.vocab_size
         if world.leads:
             say(f"{added:,} rows of the embeddings begin as the mean of the others")
     objective = choose_objective(job.train, "completion_lm")
-    strategy = adapted(plain, job.adapter, job.train, world)
+    strategy = adapted(plain, job.adapter, job.train, world, rows=rows)
     if job.neftune:
         add_noise(strategy.model, job.neftune)
     identity = identify(config, objective, job.adapter)
@@ -170,7 +169,7 @@ def finetune(
     state = strategy.full_state(trainable_only=not job.adapter.full)
     if world.leads:
         with written(job.output) as target:
-            write_tuned(source, job.adapter, job.train.seed, config, state, target, words)
+            write_tuned(source, job.adapter, job.train.seed, config, state, target, words, rows)
     world.barrier()
     return outcome
 
@@ -188,9 +187,11 @@ def adapted(
     world: World,
     task: Task = "CAUSAL_LM",
     more: Mapping[str, nn.Module] | None = None,
+    rows: range | None = None,
 ) -> Strategy:
-    """The model with its adapter, where there is one, and `more` modules by name, parallelised and on its device."""
-    model = plain if adapter.full else add_adapter(plain, adapter, options.seed, task)
+    """The model with its adapter, where there is one, `more` modules by name and trained `rows` of the embeddings,
+    parallelised and on its device."""
+    model = plain if adapter.full else add_adapter(plain, adapter, options.seed, task, rows)
     for name, module in (more or {}).items():
         model.add_module(name, module)
     return parallelize(model.to(world.device), options, world)
@@ -343,26 +344,33 @@ def write_tuned(
     state: dict[str, torch.Tensor],
     target: Path,
     tokenizer: Path | None = None,
+    rows: range | None = None,
 ) -> None:
     """Rebuilds the plain model on this CPU, puts the trained adapter in, saves it apart and, where it can be, merged.
+
+    `rows` are those of new tokens; `tokenizer` is a folder, None = the source's.
 
     Raises:
         DataError: the trained weights are of another model.
     """
+    tokenizer = tokenizer or source
     if adapter.full:
-        export_model(config, state, target / "model", tokenizer or source)
+        export_model(config, state, target / "model", tokenizer)
         return
-    model = add_adapter(load_model(source), adapter, seed)
+    plain = load_model(source)
+    if rows is not None:
+        extend_embeddings(plain, rows.stop, rows.start)
+    model = add_adapter(plain, adapter, seed, rows=rows)
     unknown = model.load_state_dict(state, strict=False).unexpected_keys
     if unknown:
         raise DataError(f"the adapter's weights do not fit the model: {unknown[0]}", place=str(source))
     save_adapter(model, target / "adapter")
     forget_base(target / "adapter")
-    copy_tokenizer(source, target / "adapter")
+    copy_tokenizer(tokenizer, target / "adapter")
     if adapter.prompt is not None:
         return
     merged = merge_adapter(model)
-    export_model(config, cast(dict[str, torch.Tensor], dict(merged.named_parameters())), target / "model", source)
+    export_model(config, cast(dict[str, torch.Tensor], dict(merged.named_parameters())), target / "model", tokenizer)
 
 
 def forget_base(folder: Path) -> None:

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from transformers import PreTrainedModel
 
 from modelyard.errors import RecipeError
+from modelyard.models.nf4 import quantized_layers
 from modelyard.train.fp8 import to_fp8
 from modelyard.train.options import TrainOptions
 from modelyard.train.parallel.blocks import blocks
@@ -51,6 +52,7 @@ def parallelize(model: nn.Module, options: TrainOptions, world: World) -> Strate
     """
     sizes = degrees(options.parallel, world.size)
     if options.precision == "fp8":
+        _check_fp8(model)
         to_fp8(blocks(model), world.device)
     routing = find_routing(model, options.routing)  # of the whole model: stages number their routers by it
     strategy = _laid_out(model, options, world, sizes)
@@ -127,6 +129,7 @@ def _shard(model: nn.Module, options: TrainOptions, topology: Topology, world: W
     alone = _shard_experts(model, topology, settings)
     units = blocks(model)
     for block in units:
+        _shard_quantized(block, mesh, settings)
         fully_shard(block, mesh=mesh, ignored_params=alone, **settings)
     fully_shard(model, mesh=mesh, ignored_params=alone, **settings)
     for module in model.modules():
@@ -135,6 +138,22 @@ def _shard(model: nn.Module, options: TrainOptions, topology: Topology, world: W
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     _prefetch(units, options.parallel.prefetch)
+
+
+def _shard_quantized(block: nn.Module, mesh: DeviceMesh, settings: dict[str, Any]) -> None:
+    """Matrices in four bits travel as they are, in a group of their own: a policy of types would cast the codes."""
+    layers: list[nn.Module] = [layer for _, layer in quantized_layers(block)]
+    if layers:
+        fully_shard(layers, mesh=mesh, **{name: value for name, value in settings.items() if name != "mp_policy"})
+
+
+def _check_fp8(model: nn.Module) -> None:
+    if quantized_layers(model):
+        raise RecipeError(
+            "matrices in four bits are multiplied in bf16, not in fp8",
+            place="precision",
+            mend="use precision: auto, or leave adapter.lora.quantize out",
+        )
 
 
 def _shard_experts(model: nn.Module, topology: Topology, settings: dict[str, Any]) -> set[nn.Parameter]:

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from modelyard.models.build import initialise, materialise
+from modelyard.models.nf4 import logical_sizes
 from modelyard.train.clock import Clock
 from modelyard.train.objective import Batch, Objective
 from modelyard.train.optimizer import local_gradients, squared_norm
@@ -174,8 +175,9 @@ class Strategy:
 
     def count(self) -> tuple[int, int]:
         """Parameters of the whole model, and those that are trained. All workers call it together."""
-        found = list(self.model.parameters())
-        return sum(p.numel() for p in found), sum(p.numel() for p in found if p.requires_grad)
+        sizes = logical_sizes(self.model)
+        trained = (sizes[name] for name, p in self.model.named_parameters() if p.requires_grad)
+        return sum(sizes.values()), sum(trained)
 
     def full_state(self, trainable_only: bool = False) -> dict[str, torch.Tensor]:
         """Unsharded parameters on rank 0's CPU (other ranks: empty), by name. All ranks call it together.
