@@ -120,12 +120,12 @@ def test_new_tokens_begin_as_the_mean_and_are_learnt(
     job = FinetuneJob(
         model=str(model_folder), data=str(tmp_path / "pairs"), output=str(tmp_path / "out"),
         new_tokens=(first, first + 2), adapter=AdapterOptions(lora=lora),
-        train=TrainOptions(steps=80, global_batch=4, learning_rate=1e-2 if lora is None else 4e-2, weight_decay=0.0),
+        train=TrainOptions(steps=40, global_batch=4, learning_rate=1e-2 if lora is None else 4e-2, weight_decay=0.0),
     )  # fmt: skip
     outcome = finetune(job, ALONE, say=said.append)
     assert "2 rows of the embeddings begin as the mean of the others" in said
     assert outcome.heldout_loss is not None
-    assert outcome.heldout_loss < 0.5, "the new tokens are answered with"
+    assert outcome.heldout_loss < (0.5 if lora is None else 1.0), "the new tokens are answered with, untrained: 5.7"
     made, before = load_model(tmp_path / "out" / "model"), load_model(model_folder)
     assert made.config.vocab_size == max(first + 2, before.config.vocab_size)
     assert AutoTokenizer.from_pretrained(tmp_path / "out" / "model").convert_tokens_to_ids("</tool>") == first + 1
