@@ -32,8 +32,8 @@ def add_adapter(
     Returns a `PeftModel`. Call it before the model is sharded. The score layer of a sequence classifier is trained
     whole.
 
-    With `lora.quantize` the frozen matrices are put into four bits first. `rows` of the embeddings, those of new tokens,
-    are trained whole beside LoRA (PEFT's trainable tokens).
+    With `lora.quantize` the frozen matrices are put into four bits first. `rows` of the embeddings, those of new
+    tokens, are trained whole beside LoRA (PEFT's trainable tokens).
 
     With `prompt` the vectors stand before every row of a batch, so that a row must be one document.
 

@@ -58,8 +58,8 @@ class FinetuneOptions(TrainingStageOptions):
         0.0, ge=0, description="noise on the embeddings of training tokens (NEFTune, arXiv 2310.05914: 5); 0 = none"
     )
     add_tokens: tuple[str, ...] = Field(
-        (), description="tokens the tokenizer lacks, such as <tool>; their rows of the embeddings begin as the mean of the "
-        "others and are trained, beside LoRA too"
+        (), description="tokens the tokenizer lacks, such as <tool>; their rows of the embeddings begin as the mean of "
+        "the others and are trained, beside LoRA too"
     )  # fmt: skip
     sequence_length: int = Field(
         512, ge=8, description="tokens of a packed sequence; longer pairs are cut, and counted"
