@@ -58,7 +58,7 @@ def test_engines_apart_in_step_with_training_change_nothing(model_folder: Path, 
     whole = reinforce(job(tmp_path / "a", model_folder, words, **changes), ALONE)
     pools: list[Noting] = []
 
-    def make(settings: RolloutEngine) -> Noting:
+    def make(settings: RolloutEngine, _: Any) -> Noting:
         pools.append(Noting(model_folder, settings))
         return pools[0]
 
@@ -77,7 +77,7 @@ def test_staleness_is_bounded_and_no_prompt_is_left_out(
     made = job(tmp_path, model_folder, words, staleness=staleness, max_tokens=20)
     pools: list[Noting] = []
 
-    def make(settings: RolloutEngine) -> Noting:
+    def make(settings: RolloutEngine, _: Any) -> Noting:
         pools.append(Noting(model_folder, settings, 1))
         return pools[0]
 
@@ -209,7 +209,7 @@ def test_a_killed_run_asks_again_for_what_was_in_flight(model_folder: Path, word
 
     pools: list[Noting] = []
 
-    def make(settings: RolloutEngine) -> Noting:
+    def make(settings: RolloutEngine, _: Any) -> Noting:
         pools.append(Noting(model_folder, settings, 1))
         return pools[-1]
 

@@ -69,9 +69,9 @@ def test_an_engine_that_is_killed_changes_nothing(tmp_path: Path) -> None:
     with placed(str(folder), SMALL, 64, 60.0) as names:
         import ray
 
-        def pool(settings: Any) -> Deadly:
+        def pool(settings: Any, telling: Any) -> Deadly:
             actors = [ray.get_actor(name) for name in names]
-            made.append(Deadly(actors, settings, SMALL, said.append, when=(1, 2)))
+            made.append(Deadly(actors, settings, telling, SMALL, said.append, when=(1, 2)))
             return made[0]
 
         outcome = reinforce(apart.model_copy(update={"train": train}), ALONE, pools=pool)

@@ -9,14 +9,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Answered:
-    """An answer to a task: the task's record and place, the rendered prompt, the answer's text, and the token ids of
-    both as a reward model reads them."""
+    """An answer to a task: the task's record and place, the rendered prompt, the answer's text, the token ids of both
+    as a reward model reads them, what its environment paid, and why that broke it off, if it did."""
 
     row: Mapping[str, Any] = field(hash=False)
     place: str
     prompt: str
     text: str
     ids: tuple[int, ...] = ()
+    earned: float = 0.0
+    failure: str = ""
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from modelyard.align.options import TemplateName
 from modelyard.align.records import Feedback, Preference
 from modelyard.errors import DataError
-from modelyard.train.pairs import Counts, Encoded, Message, encode_chat
+from modelyard.train.pairs import Counts, Encoded, Message, encode_chat, render
 
 _CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -52,6 +53,27 @@ def after_answer(tokenizer: Any) -> tuple[int, ...]:
     ids = encode_chat(tokenizer, turns).ids.tolist()
     ends = [place for place, token in enumerate(ids) if token == tokenizer.eos_token_id]
     return tuple(ids[ends[-1] + 1 :]) if ends else ()
+
+
+def around_observation(tokenizer: Any, role: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Token ids that the chat template puts between an answer's text and an observation in a turn of `role`, and behind
+    the observation up to the next answer's text.
+
+    Raises:
+        DataError: the template does not take such a conversation.
+    """
+    answer, observation = "answerhere", "observationhere"
+    turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": answer})
+    try:
+        text = render(tokenizer, (*turns, {"role": role, "content": observation}), generate=True)
+    except TemplateError:
+        text = ""
+    if text.count(answer) != 1 or text.count(observation) != 1:
+        raise DataError(f"the chat template has no place for a turn of {role!r}", place="rollouts.environment.role",
+                        mend="use another role (user), or form: plain")  # fmt: skip
+    before, after = text.split(answer)[1].split(observation)
+    first, second = (tuple(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (before, after))
+    return first, second
 
 
 def encode_preferences(

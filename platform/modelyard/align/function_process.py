@@ -1,13 +1,14 @@
-"""A reward function in a process of its own: one JSON line a call, a time-out, a new process after one that hangs.
+"""A user's function in a process of its own: one JSON line a call, a time-out, a new process after one that hangs.
 
-`python -m modelyard.align.function_process package.module:function` is the other end. The function gets
-(prompt, completion, row) and returns a number. Nothing is pickled. The process is no sandbox against malice: name only
-functions you trust, as with any import path.
+`python -m modelyard.align.function_process package.module:function` is the other end. A reward function gets
+(prompt, completion, row) and returns a number; what an environment is, `EnvironmentOptions` says. Nothing is pickled.
+The process is no sandbox against malice: name only functions you trust, as with any import path.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import selectors
 import subprocess
@@ -31,26 +32,30 @@ class FunctionProcess:
     Args:
         path: package.module:function.
         timeout: seconds a call may take.
+        place: where the recipe names it.
 
     Raises:
         RecipeError: it cannot be imported.
     """
 
-    def __init__(self, path: str, timeout: float) -> None:
-        self._path, self._timeout = path, timeout
+    def __init__(self, path: str, timeout: float, place: str = "rollouts.rewards") -> None:
+        self._path, self._timeout, self._place = path, timeout, place
         self._process: subprocess.Popen[bytes] | None = None
         self._rest = b""
         self._start()
 
     def __call__(self, prompt: str, completion: str, row: Mapping[str, Any]) -> float:
         """The reward. Raises FunctionFailed."""
+        return float(self.call({"prompt": prompt, "completion": completion, "row": dict(row)})["reward"])
+
+    def call(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """What the other end says to a message. Raises FunctionFailed."""
         if self._process is None or self._process.poll() is not None:
             self._start()
         assert self._process is not None
         assert self._process.stdin is not None
-        message = json.dumps({"prompt": prompt, "completion": completion, "row": dict(row)}, default=str) + "\n"
         try:
-            self._process.stdin.write(message.encode())
+            self._process.stdin.write((json.dumps(message, default=str) + "\n").encode())
             self._process.stdin.flush()
             found = self._read(self._timeout)
         except TimeoutError as error:  # an OSError too
@@ -61,14 +66,14 @@ class FunctionProcess:
             raise FunctionFailed(f"{self._path} ended its process") from error
         if "error" in found:
             raise FunctionFailed(f"{self._path} raised {found['error']}")
-        return float(found["reward"])
+        return found
 
     def close(self) -> None:
         """Ends the process."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
 
     def _start(self) -> None:
         # What can be imported here can be imported there.
@@ -85,8 +90,8 @@ class FunctionProcess:
         if "error" in ready:
             self.close()
             raise RecipeError(
-                f"the reward function {self._path} cannot be used: {ready['error']}",
-                place="rollouts.rewards",
+                f"the function {self._path} cannot be used: {ready['error']}",
+                place=self._place,
                 mend="install its module for the workers too, and write package.module:function",
             )
 
@@ -112,6 +117,36 @@ class FunctionProcess:
         return found
 
 
+class _Episodes:
+    """An environment: a function that is asked anew each turn, or a class of which every episode has an object."""
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+        self._live: dict[str, Any] = {}
+
+    def __call__(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        if not isinstance(self._target, type):
+            return _told(self._target(call["prompt"], call["completion"], call["row"]), False, 0.0)
+        name = call["episode"]
+        if call["first"]:
+            self._live[name] = self._target()
+            self._live[name].reset(call["row"])
+        if name not in self._live:
+            raise RuntimeError("nothing: an earlier call ended the process, and with it the episode's state")
+        observation, done, reward = self._live[name].step(call["completion"])
+        if done or observation is None or call["last"]:
+            del self._live[name]
+        return _told(observation, done, reward)
+
+
+def _told(observation: Any, done: bool, reward: Any) -> dict[str, Any]:
+    if observation is not None and not isinstance(observation, str):
+        raise TypeError(f"an observation is text or None, not {type(observation).__name__}")
+    if not math.isfinite(float(reward)):
+        raise ValueError(f"the reward is {reward}")
+    return {"observation": None if done else observation, "reward": float(reward)}
+
+
 def main() -> None:
     """The other end. Whatever the function prints goes to standard error, so that it cannot spoil an answer."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -123,10 +158,14 @@ def main() -> None:
         print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=answers)
         return
     print(json.dumps({"ready": True}), file=answers)
+    episodes = _Episodes(function)
     for line in sys.stdin:
         call = json.loads(line)
         try:
-            found: dict[str, Any] = {"reward": float(function(call["prompt"], call["completion"], call["row"]))}
+            if "episode" in call:
+                found: dict[str, Any] = episodes(call)
+            else:
+                found = {"reward": float(function(call["prompt"], call["completion"], call["row"]))}
         except Exception as error:  # reported to the run, which counts it
             found = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(found), file=answers)

@@ -85,6 +85,27 @@ class EngineGroup(Options):
     answer_timeout: float = Field(1800.0, gt=0, description="seconds without any answer after which the run fails")
 
 
+class EnvironmentOptions(Options):
+    """What answers are told while they are written: an episode of several turns."""
+
+    function: str = Field(
+        pattern=r"^[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*$",
+        description="package.module:name, run in a process apart: a function(prompt, answer, row) -> observation, or "
+        "None at the end; or a class with reset(row) and step(answer) -> (observation, done, reward)",
+    )
+    turns: int = Field(4, ge=1, description="turns of the policy in an episode at most")
+    form: Literal["chat", "plain"] = Field(
+        "chat", description="chat: an observation is a message of its own, by the chat template; plain: its text alone "
+        "goes on in the answer, after one of `stop`"
+    )  # fmt: skip
+    role: str = Field("user", min_length=1, description="for chat: who the observation comes from (user, tool, ...)")
+    stop: tuple[str, ...] = Field(
+        (), max_length=16, description="strings that end a turn, such as </tool>, beside the end token"
+    )
+    observation_tokens: int = Field(128, ge=1, description="tokens of an observation at most; longer ones are cut")
+    timeout: float = Field(5.0, gt=0, description="seconds the function may take for one turn")
+
+
 class RolloutOptions(Options):
     """How a policy is sampled and its gradient is taken (GRPO, arXiv 2402.03300)."""
 
@@ -118,6 +139,9 @@ class RolloutOptions(Options):
         2.0, ge=1, description="with staleness: most that a token may count for being likelier to the policy before "
         "its update than to the weights that drew it (AReaL: 5; truncated importance sampling: 2)"
     )  # fmt: skip
+    environment: EnvironmentOptions | None = Field(
+        None, description="tools or whatever else answers are told about; null = an answer is one turn"
+    )
     rewards: tuple[RewardSource, ...] = Field(
         (), description="rules, reward models and judges whose weighted sum is the reward"
     )
@@ -153,6 +177,13 @@ def check_rollout_options(rollouts: RolloutOptions, ppo: PpoOptions | None) -> N
     if ppo is None and rollouts.group < 2 and rollouts.variant != "reinforce++":
         raise RecipeError(f"{rollouts.variant} compares the answers of a group, and one alone cannot be",
                           place="rollouts.group", mend="give a group of 2 at least, or use ppo")  # fmt: skip
+    environment = rollouts.environment
+    if environment is not None and environment.form == "plain" and not environment.stop:
+        raise RecipeError("nothing ends a turn before the answer has ended", place="rollouts.environment.stop",
+                          mend="give the strings that ask for an observation, or use form: chat")  # fmt: skip
+    if environment is None and any(reward.kind == "environment" for reward in rollouts.rewards):
+        raise RecipeError("there is no environment to earn anything from", place="rollouts.rewards",
+                          mend="give rollouts.environment")  # fmt: skip
     if rollouts.staleness and rollouts.temperature != 1.0:
         raise RecipeError("what drew stale answers is known at temperature 1 only", place="rollouts.temperature",
                           mend="use temperature 1, or staleness: 0")  # fmt: skip

@@ -10,14 +10,20 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from modelyard.align.environment import Environment, Telling, Told
+from modelyard.align.episodes import Episode
+from modelyard.align.function_process import FunctionFailed
 from modelyard.align.samples import Drawn, Prompt
-from modelyard.engine import EngineCore, Request, Sampling, StepOutput
-from modelyard.errors import DataError
+from modelyard.engine import EngineCore, Request, Sampling, Tokenizer
+
+_LOOK_SECONDS = 0.05
+"""How long a step waits for an environment when there is nothing to write."""
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 """Whole tensors by Hugging Face names."""
@@ -76,6 +82,10 @@ class Pool(Protocol):
         """Forgets all that is not answered yet."""
         ...
 
+    def close(self) -> None:
+        """Lets go of what this process holds for it."""
+        ...
+
 
 class LocalPool:
     """Engines of this process, stepped in turns while somebody waits for results.
@@ -83,14 +93,20 @@ class LocalPool:
     Args:
         engines: one at least, of one model.
         shared: whether it serves all workers.
+        telling: what answers are told between their turns; None = they are one turn.
+
+    Raises:
+        RecipeError: the environment cannot be imported.
     """
 
-    def __init__(self, engines: Sequence[EngineCore], shared: bool = False) -> None:
+    def __init__(self, engines: Sequence[EngineCore], shared: bool = False, telling: Telling | None = None) -> None:
         self._engines, self.shared = list(engines), shared
         self._queue: list[tuple[int, int, Ask]] = []
         self._count = itertools.count()
         self._open: dict[str, _Open] = {}
-        self._owner: dict[str, tuple[_Open, int]] = {}
+        self._writing: dict[str, _Place] = {}
+        self._told: dict[Future[Told], _Place] = {}
+        self._environment = Environment(telling, self._encode) if telling is not None else None
 
     def update_weights(self, weights: Weights, version: int) -> None:
         """See `Pool`."""
@@ -122,55 +138,121 @@ class LocalPool:
 
         Raises:
             DataError: the engine cannot take a prompt, or has failed on it.
+            RecipeError: the environment's process ended and cannot be started again.
         """
-        found: list[Answers] = []
+        if self._told and not self._writing and not self._queue:
+            wait(self._told, _LOOK_SECONDS, FIRST_COMPLETED)
+        found = self._heard()
         for engine in self._engines:
             self._fill(engine)
             for name, output in engine.step():
-                found += self._take(name, output)
+                place = self._writing[name]
+                if place.episode.take(output):
+                    del self._writing[name]
+                    found += self._ended(place)
         return found
 
     def clear(self) -> None:
         """See `Pool`."""
-        for name, (group, _) in self._owner.items():
-            group.engine.abort(name)
-        self._queue, self._open, self._owner = [], {}, {}
+        for name, place in self._writing.items():
+            place.group.engine.abort(name)
+        self._queue, self._open, self._writing, self._told = [], {}, {}, {}
+        self.close()
+
+    def close(self) -> None:
+        """See `Pool`."""
+        if self._environment is not None:
+            self._environment.close()
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        tokenizer = self._engines[0].tokenizer
+        assert tokenizer is not None, "answers have text"
+        return tokenizer
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, special=False)
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(tokens)
 
     def _fill(self, engine: EngineCore) -> None:
         """Lets a prompt in when an engine has fewer waiting than it has slots: the others stay free to go elsewhere."""
         while self._queue and engine.scheduler.waiting < engine.options.max_sequences:
             _, _, ask = heapq.heappop(self._queue)
-            group = self._open[ask.name] = _Open(ask, engine)
-            for place, request in enumerate(ask.requests()):
-                self._owner[request.id] = (group, place)
-                engine.add(request)
+            group = self._open[ask.name] = _Open(ask, engine, [None] * ask.answers)
+            for number, request in enumerate(ask.requests()):
+                self._write(_Place(group, number, Episode(ask.prompt, request)))
 
-    def _take(self, name: str, output: StepOutput) -> list[Answers]:
-        group, place = self._owner[name]
-        before = group.outputs[place]
-        whole = group.outputs[place] = output if before is None else before + output
-        if whole.finish is None:
-            return []
-        del self._owner[name]
-        group.drawn[place] = drawn(whole, group.ask.prompt)
+    def _write(self, place: _Place) -> None:
+        request = place.episode.request
+        self._writing[request.id] = place
+        place.group.engine.add(request)
+
+    def _ended(self, place: _Place) -> list[Answers]:
+        """A turn has: the environment is asked, unless there is none or the answer was cut."""
+        episode, environment = place.episode, self._environment
+        if environment is None or not episode.stopped:
+            return self._done(place)
+        name = f"{place.group.ask.name}-{place.number}"
+        before = episode.prompt.text + self._decode(episode.before)
+        asked = environment.ask(name, episode.turn, before, episode.text, episode.prompt.row)
+        self._told[asked] = place
+        return []
+
+    def _heard(self) -> list[Answers]:
+        """Takes in what environments have said: the next turn of an answer, or its end."""
+        found: list[Answers] = []
+        for future in [each for each in self._told if each.done()]:
+            place = self._told.pop(future)
+            try:
+                told = future.result()
+            except FunctionFailed as error:
+                place.episode.failure = str(error)
+                found += self._done(place)
+                continue
+            place.episode.earned += told.reward
+            if not self._goes_on(place, told):
+                found += self._done(place)
+        return found
+
+    def _goes_on(self, place: _Place, told: Told) -> bool:
+        """Begins the next turn, if there is one."""
+        assert self._environment is not None
+        telling, episode = self._environment.telling, place.episode
+        if told.observation is None or episode.turn + 1 >= telling.options.turns or episode.room < 1:
+            return False
+        if telling.options.form == "plain" and episode.last in place.group.engine.config.end_tokens:
+            return False  # the answer has ended itself
+        episode.tell(told.observation, telling.ids(self._environment.encode(told.observation), episode.last))
+        self._write(place)
+        return True
+
+    def _done(self, place: _Place) -> list[Answers]:
+        group = place.group
+        plain = self._environment is not None and self._environment.telling.options.form == "plain"
+        # An answer with tools inside it is one text; the last message of a conversation is what is rewarded.
+        text = self._decode(place.episode.tokens) if plain else place.episode.text
+        group.drawn[place.number] = place.episode.drawn(text)
         if None in group.drawn:
             return []
         del self._open[group.ask.name]
         return [(group.ask.name, [d for d in group.drawn if d is not None])]
 
 
+@dataclass(eq=False)
 class _Open:
-    """A prompt in an engine, with what has been written of its answers."""
+    """A prompt in an engine, with its answers as far as they are done."""
 
-    def __init__(self, ask: Ask, engine: EngineCore) -> None:
-        self.ask, self.engine = ask, engine
-        self.outputs: list[StepOutput | None] = [None] * ask.answers
-        self.drawn: list[Drawn | None] = [None] * ask.answers
+    ask: Ask
+    engine: EngineCore
+    drawn: list[Drawn | None]
 
 
-def drawn(output: StepOutput, prompt: Prompt) -> Drawn:
-    """An answer from an engine's whole output. Raises DataError where the engine failed."""
-    if output.finish == "error":
-        raise DataError(f"the engine failed: {output.error}", place=prompt.place)
-    logprobs = tuple(t.logprob for t in output.logprobs)
-    return Drawn(output.tokens, logprobs, output.text, output.finish == "stop", output.weights, output.weights_first)
+@dataclass(eq=False)
+class _Place:
+    """Which answer of its prompt an episode is."""
+
+    group: _Open
+    number: int
+    episode: Episode

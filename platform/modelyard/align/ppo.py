@@ -46,23 +46,29 @@ def gae(rewards: Floats, values: Floats, learnt: Marks, documents: Numbers, opti
     """Generalized advantage estimation (Schulman et al. 2016, arXiv 1506.02438, equation 16) over packed answers.
 
     All arrays are [B, L] at the tokens' own positions; `learnt` marks answers, `documents` tells them apart. Behind an
-    answer's last token the value is 0. 0 where nothing is learnt.
+    answer's last token the value is 0. 0 where nothing is learnt; what an answer was told in between is passed over.
     """
     found = np.zeros_like(rewards)
     later, value = np.zeros(len(rewards)), np.zeros(len(rewards))
     for at in reversed(range(rewards.shape[1])):
         if at + 1 < rewards.shape[1]:
-            same = learnt[:, at + 1] & (documents[:, at + 1] == documents[:, at])
-            later, value = np.where(same, found[:, at + 1], 0.0), np.where(same, values[:, at + 1], 0.0)
+            same = documents[:, at + 1] == documents[:, at]
+            later, value = np.where(same, later, 0.0), np.where(same, value, 0.0)
         error = rewards[:, at] + options.gamma * value - values[:, at]
-        found[:, at] = np.where(learnt[:, at], error + options.gamma * options.gae_lambda * later, 0.0)
+        own = learnt[:, at]
+        found[:, at] = np.where(own, error + options.gamma * options.gae_lambda * later, 0.0)
+        later, value = np.where(own, found[:, at], later), np.where(own, values[:, at], value)
     return found
 
 
 def last_tokens(learnt: Marks, documents: Numbers) -> Marks:
-    """The last token of every answer, [B, L]."""
-    last = learnt.copy()
-    last[:, :-1] &= ~(learnt[:, 1:] & (documents[:, 1:] == documents[:, :-1]))
+    """The last token that every answer wrote, [B, L]."""
+    last, open_ = np.zeros_like(learnt), np.ones(len(learnt), dtype=bool)
+    for at in reversed(range(learnt.shape[1])):
+        if at + 1 < learnt.shape[1]:
+            open_ |= documents[:, at + 1] != documents[:, at]
+        last[:, at] = learnt[:, at] & open_
+        open_ &= ~learnt[:, at]
     return last
 
 

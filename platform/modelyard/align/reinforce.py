@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, PretrainedConfig
 
 from modelyard import storage
+from modelyard.align.environment import Telling
 from modelyard.align.options import PpoOptions, RolloutEngine, RolloutOptions, RolloutStops, check_rollout_options
 from modelyard.align.policy import AnswerObjective, PolicyObjective
 from modelyard.align.pool import LocalPool, Pool
@@ -48,13 +49,16 @@ class ReinforceJob(PackedJob):
     rollouts: RolloutOptions = Field(description="how answers are drawn and rewarded")
     reward_models: dict[str, str] = Field({}, description="local folders of reward models, by the names rewards use")
     after: tuple[int, ...] = Field((), description="token ids the chat template puts behind an answer")
+    around: tuple[tuple[int, ...], tuple[int, ...]] = Field(
+        ((), ()), description="token ids the chat template puts before and behind an observation of an environment"
+    )
     ppo: PpoOptions | None = Field(None, description="PPO with a value head; null = advantages from groups")
     engine: RolloutEngine = Field(RolloutEngine(), description="the inference engine that answers")
     stops: RolloutStops = Field(RolloutStops(), description="when it has gone wrong")
 
 
-MakePool = Callable[[RolloutEngine], Pool]
-"""From the engines' settings to the pool that serves all workers; rank 0 calls it."""
+MakePool = Callable[[RolloutEngine, Telling | None], Pool]
+"""From the engines' settings, and what answers are told, to the pool that serves all workers; rank 0 calls it."""
 
 
 def reinforce(
@@ -83,16 +87,18 @@ def reinforce(
     prompts = Prompts.read(Path(job.data) / "train.jsonl")
     held = Path(job.data) / "heldout.jsonl"
     heldout = Prompts.read(held).prompts if held.exists() else []
-    longest = max(len(p.ids) for p in [*prompts.prompts, *heldout]) + options.max_tokens
+    telling = Telling(options.environment, *job.around) if options.environment is not None else None
+    told = telling.longest if telling is not None else 0
+    longest = max(len(p.ids) for p in [*prompts.prompts, *heldout]) + options.max_tokens + told
     plain = load_model(source)
-    check_shape(plain.config, longest)
+    _check_length(plain.config, longest)
     config = read_config(source)
     ppo = Ppo(job.ppo, options.kl) if job.ppo is not None else None
     heads = {VALUE_HEAD: ValueHead(int(config.get_text_config().hidden_size))} if ppo is not None else {}
     strategy = adapted(plain, job.adapter, job.train, world, more=heads)
     threads = torch.get_num_threads()
     settings = job.engine.model_copy(update={"max_length": longest, "threads": job.engine.threads or threads})
-    pool = _pool(job, world, settings, pools)
+    pool = _pool(job, world, settings, telling, pools)
     scorer = EngineCore(source, settings) if options.kl and job.adapter.full else None
     torch.set_num_threads(threads)
     objective = _objective(job)
@@ -119,6 +125,8 @@ def reinforce(
         after = _measured(rollouts, heldout, world, outcome.steps)
     finally:
         mix.close()
+        if pool is not None:
+            pool.close()
     _write(job, strategy, config)
     return replace(outcome, figures={f"before_{name}": value for name, value in before.items()} | after)
 
@@ -156,6 +164,17 @@ def check_reinforce(job: ReinforceJob) -> None:
                           mend="use temperature 1, or an adapter")  # fmt: skip
 
 
+def _check_length(config: PretrainedConfig, longest: int) -> None:
+    check_shape(config, None)
+    most = getattr(config, "max_position_embeddings", None)
+    if most and longest > most:
+        raise RecipeError(
+            f"prompt and answer have up to {longest:,} tokens with what they are told, the model takes {most:,}",
+            place="rollouts.max_tokens",
+            mend="lower it, sequence_length, or turns and observation_tokens of rollouts.environment",
+        )
+
+
 def _check_tokenizers(job: ReinforceJob) -> None:
     for name, folder in job.reward_models.items():
         check_same_tokenizer(read_tokenizer(Path(job.model)), read_tokenizer(Path(folder)), name)
@@ -172,14 +191,16 @@ def _measured(rollouts: Rollouts, prompts: Sequence[Prompt], world: World, versi
     return {"reward": sum(parts) / len(prompts)} | mean_rewards(rewards, len(answers), world)
 
 
-def _pool(job: ReinforceJob, world: World, settings: RolloutEngine, pools: MakePool | None) -> Pool | None:
+def _pool(
+    job: ReinforceJob, world: World, settings: RolloutEngine, telling: Telling | None, pools: MakePool | None
+) -> Pool | None:
     """Engines apart, which rank 0 talks to, or one of this worker."""
     if pools is not None:
-        return pools(settings) if world.leads else None
+        return pools(settings, telling) if world.leads else None
     if job.rollouts.engines.count:
         raise RecipeError("engines apart from the trainers are Ray actors", place="rollouts.engines.count",
                           mend="run it as a stage, or use count: 0")  # fmt: skip
-    return LocalPool([EngineCore(Path(job.model), settings)])
+    return LocalPool([EngineCore(Path(job.model), settings)], telling=telling)
 
 
 class _Table:

@@ -109,7 +109,15 @@ class JudgeOptions(WeightedOptions):
         return self
 
 
-RewardSource = Annotated[VerifierOptions | RewardModelOptions | JudgeOptions, Field(discriminator="kind")]
+class EarnedOptions(WeightedOptions):
+    """What the environment of the rollouts paid, the sum over an answer's turns."""
+
+    kind: Literal["environment"] = Field(description="kind of reward")
+
+
+RewardSource = Annotated[
+    VerifierOptions | RewardModelOptions | JudgeOptions | EarnedOptions, Field(discriminator="kind")
+]
 
 
 def needs(name: str) -> str:

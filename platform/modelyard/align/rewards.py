@@ -14,7 +14,7 @@ from modelyard.align.answered import Answered, Failure, Value
 from modelyard.align.constraints import Multiplier, mixed
 from modelyard.align.judge import Judge
 from modelyard.align.options import RolloutOptions
-from modelyard.align.reward_options import JudgeOptions, RewardModelOptions, VerifierOptions, needs
+from modelyard.align.reward_options import EarnedOptions, JudgeOptions, RewardModelOptions, VerifierOptions, needs
 from modelyard.align.scoring import Ensemble, RewardScorer
 from modelyard.align.verifiers import Verifier
 from modelyard.errors import DataError, RecipeError
@@ -52,6 +52,17 @@ class Rewards:
     failures: list[str]
 
 
+class Earned:
+    """What the environment paid: a source."""
+
+    def __call__(self, answers: Sequence[Answered]) -> list[Value]:
+        """One number an answer."""
+        return [answer.earned for answer in answers]
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
 class RewardMix:
     """All sources of a run.
 
@@ -83,7 +94,7 @@ class RewardMix:
                 reward that failed.
         """
         plain, means, constrained = np.zeros(len(answers)), {}, []
-        failures: list[str] = []
+        failures = [f"{answer.place}: {answer.failure}" for answer in answers if answer.failure]
         for name, weight, source in self._sources:
             values = self._values(source, answers, failures)
             means[name] = float(values.mean()) if len(values) else 0.0
@@ -110,6 +121,8 @@ class RewardMix:
     def _values(self, source: Source, answers: Sequence[Answered], failures: list[str]) -> Floats:
         values = np.full(len(answers), self._failed)
         for i, value in enumerate(source(answers)):
+            if answers[i].failure:
+                continue  # its environment broke it off: no source's word counts
             if not isinstance(value, Failure) and not math.isfinite(value):
                 value = Failure(f"the reward is {value}")
             if isinstance(value, Failure):
@@ -123,7 +136,7 @@ class RewardMix:
             raise DataError(
                 f"{len(failures)} rewards of {answers} answers failed; the first: {failures[0]}",
                 place="rollouts.rewards",
-                mend="mend the function or the judge, raise its timeout, or allow more (bad_rewards)",
+                mend="mend the function, the environment or the judge, raise its timeout, or allow more (bad_rewards)",
             )
 
 
@@ -139,6 +152,8 @@ def mean_rewards(rewards: Rewards | None, answers: int, world: World) -> dict[st
 def _source(options: Any, scorers: Mapping[str, RewardScorer]) -> Source:
     if isinstance(options, JudgeOptions):
         return Judge(options)
+    if isinstance(options, EarnedOptions):
+        return Earned()
     if isinstance(options, VerifierOptions):
         return Verifier(options)
     assert isinstance(options, RewardModelOptions)

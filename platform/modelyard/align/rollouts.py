@@ -186,10 +186,11 @@ class Rollouts:
 
     def _measure(self, samples: Sequence[Sample], rewards: npt.NDArray[np.float64]) -> None:
         """Means over all workers of what was drawn first."""
-        lengths, ages = [len(s.tokens) for s in samples], [self._set - s.first for s in samples]
+        lengths, ages = [len(s.written) for s in samples], [self._set - s.first for s in samples]
         values = [float(rewards.sum()), float((rewards**2).sum()), float(sum(lengths)), float(len(samples)),
-                  float(sum(not s.ended for s in samples)), sum(repetition(s.tokens) for s in samples),
-                  float(undecided(rewards).sum()), float(len(rewards)), float(sum(ages))]  # fmt: skip
+                  float(sum(not s.ended for s in samples)), sum(repetition(s.written) for s in samples),
+                  float(undecided(rewards).sum()), float(len(rewards)), float(sum(ages)),
+                  float(sum(len(s.turns) // 2 + 1 for s in samples))]  # fmt: skip
         total = np.sum(self._strategy.world.gather(values), axis=0)
         count, groups = max(1.0, total[3]), max(1.0, total[7])
         mean = total[0] / count
@@ -200,8 +201,10 @@ class Rollouts:
         }  # fmt: skip
         if self._options.group > 1:
             self._means["undecided_groups"] = total[6] / groups
+        if self._options.environment is not None:
+            self._means["turns"] = total[9] / count
         self.shown = [
-            {"prompt": s.prompt.text, "text": s.text, "reward": float(r)}
+            {"prompt": s.prompt.text, "text": "\n| ".join(s.turns) or s.text, "reward": float(r)}
             for s, r in zip(samples[:4], rewards.reshape(-1)[:4], strict=True)
         ]
 

@@ -40,6 +40,10 @@ class Drawn:
         ended: whether it ended by itself, not at its greatest length.
         version: of the weights that drew the last token.
         first: of the weights that drew the first one.
+        learnt: which tokens it wrote itself; the others it was told (their logprobs are 0). Empty = all.
+        turns: what it wrote and what it was told, in turns, where it was told anything.
+        earned: what its environment paid.
+        failure: why its environment broke it off; empty = it did not.
     """
 
     tokens: tuple[int, ...]
@@ -48,6 +52,10 @@ class Drawn:
     ended: bool
     version: int
     first: int = 0
+    learnt: tuple[bool, ...] = ()
+    turns: tuple[str, ...] = ()
+    earned: float = 0.0
+    failure: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,17 @@ class Sample:
     ended: bool
     version: int
     first: int = 0
+    learnt: tuple[bool, ...] = ()
+    turns: tuple[str, ...] = ()
+    earned: float = 0.0
+    failure: str = ""
+
+    @property
+    def written(self) -> tuple[int, ...]:
+        """The tokens of its own."""
+        if not self.learnt:
+            return self.tokens
+        return tuple(token for token, own in zip(self.tokens, self.learnt, strict=True) if own)
 
     @classmethod
     def of(cls, prompt: Prompt, drawn: Drawn) -> Sample:
@@ -70,7 +89,8 @@ class Sample:
     def answered(self, after: Sequence[int] = ()) -> Answered:
         """For who rewards it; `after` are the tokens a chat template puts behind an answer that has ended."""
         ids = (*self.prompt.ids, *self.tokens, *(after if self.ended else ()))
-        return Answered(self.prompt.row, self.prompt.place, self.prompt.text, self.text, ids)
+        prompt = self.prompt
+        return Answered(prompt.row, prompt.place, prompt.text, self.text, ids, self.earned, self.failure)
 
 
 class Prompts:
@@ -120,7 +140,7 @@ def pack(
             begin, end = at + len(sample.prompt.ids), at + lengths[member]
             found["input_ids"][row, at:end] = (*sample.prompt.ids, *sample.tokens)
             found["document_ids"][row, at:end] = number
-            found["loss_mask"][row, begin:end] = True
+            found["loss_mask"][row, begin:end] = sample.learnt or True
             found["engine"][row, begin:end] = sample.logprobs
             found["advantage"][row, number] = gains[member]
             if reference is not None:

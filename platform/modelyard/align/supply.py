@@ -87,10 +87,11 @@ class Supply:
         batch = self._batches[name] = _Batch([prompts[i] for i in share])
         if self._pool is None:
             return
+        stop = self._options.environment.stop if self._options.environment is not None else ()
         for place in range(len(prompts)) if self.shared else share.tolist():
             prompt = prompts[place]
             seed = xxhash.xxh3_64_intdigest(f"{self._seed}/{draw}/{prompt.ids}".encode()) >> 2
-            sampling = Sampling(self._options.max_tokens, temperature, seed=seed, logprobs=0)
+            sampling = Sampling(self._options.max_tokens, temperature, seed=seed, stop=stop, logprobs=0)
             ask = Ask(f"{name}-{place}", prompt, sampling, answers, least, priority)
             batch.asks[ask.name], self._names[ask.name] = ask, name
         self._pool.submit(list(batch.asks.values()))

@@ -18,6 +18,7 @@ from modelyard.stages.train_worker import Place, bring
 if TYPE_CHECKING:
     import torch
 
+    from modelyard.align.environment import Telling
     from modelyard.align.options import RolloutEngine
     from modelyard.align.pool import Ask, LocalPool
     from modelyard.align.samples import Drawn
@@ -60,22 +61,23 @@ class RolloutActor:
 
     def __init__(self, model: Place) -> None:
         self._model = model
-        self._session, self._settings = "", b""
+        self._session, self._settings = "", tuple[Any, ...]()
         self._pool: LocalPool | None = None
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: dict[str, Future[list[Drawn]]] = {}
         threading.Thread(target=self._run, name="engine", daemon=True).start()
 
     async def begin(
-        self, session: str, settings: RolloutEngine, version: int = -1, weights: Packed | None = None
+        self, session: str, settings: RolloutEngine, telling: Telling | None, version: int, weights: Packed | None
     ) -> None:
         """Builds the engine unless there is one of these settings, forgets what was asked, and takes `weights`.
 
         Raises:
             DataError, ResourceError: as `EngineCore`.
             StorageError: the model cannot be brought here.
+            RecipeError: the environment cannot be imported here.
         """
-        await self._call(lambda: self._begin(session, settings, version, weights))
+        await self._call(lambda: self._begin(session, settings, telling, version, weights))
 
     async def update(self, session: str, version: int, weights: Packed) -> None:
         """Puts weights in the place of those by these names, between two steps."""
@@ -92,15 +94,17 @@ class RolloutActor:
         await self._call(lambda: self._ask(session, ask, done))
         return await asyncio.wrap_future(done)
 
-    def _begin(self, session: str, settings: RolloutEngine, version: int, weights: Packed | None) -> None:
+    def _begin(
+        self, session: str, settings: RolloutEngine, telling: Telling | None, version: int, weights: Packed | None
+    ) -> None:
         from modelyard.align.pool import LocalPool
         from modelyard.engine import EngineCore
 
         self._abandon(StageError("another session has begun", place="rollouts.engines"))
-        wanted = settings.model_dump_json().encode()
-        if self._pool is None or wanted != self._settings:
-            self._pool, self._settings = None, wanted
-            self._pool = LocalPool([EngineCore(Path(str(bring(self._model))), settings)])
+        if self._pool is None or (settings, telling) != self._settings:
+            self._pool = None
+            self._pool = LocalPool([EngineCore(Path(str(bring(self._model))), settings)], telling=telling)
+            self._settings = settings, telling
         self._session = session
         if weights is not None:
             self._update(session, version, weights)

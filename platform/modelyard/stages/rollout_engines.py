@@ -15,6 +15,7 @@ from modelyard.stages.train_worker import Place
 from modelyard.train.hooks import Hooks
 
 if TYPE_CHECKING:
+    from modelyard.align.environment import Telling
     from modelyard.align.options import EngineGroup, RolloutEngine
     from modelyard.stages.rollout_pool import RayPool
     from modelyard.train.loop import Outcome
@@ -33,14 +34,14 @@ def reinforce(job: ApartJob, world: World, sink: Sink, say: Say, hooks: Hooks | 
     from modelyard.align import reinforce as core
     from modelyard.stages.remote import plain_errors
 
-    def pool(settings: RolloutEngine) -> RayPool:
+    def pool(settings: RolloutEngine, telling: Telling | None) -> RayPool:
         import ray
 
         from modelyard.stages.rollout_pool import RayPool
 
         group = job.rollouts.engines
         apart = settings.model_copy(update={"threads": max(1, int(group.cpus))})
-        return RayPool([ray.get_actor(name) for name in job.actors], apart, group, say)
+        return RayPool([ray.get_actor(name) for name in job.actors], apart, telling, group, say)
 
     with plain_errors():
         return core.reinforce(job, world, sink, say, hooks, pool)

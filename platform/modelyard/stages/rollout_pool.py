@@ -18,6 +18,7 @@ from modelyard.stages.remote import plain_errors
 from modelyard.stages.rollout_actor import packed
 
 if TYPE_CHECKING:
+    from modelyard.align.environment import Telling
     from modelyard.align.options import EngineGroup, RolloutEngine
     from modelyard.align.pool import Answers, Ask, Weights
     from modelyard.train.metrics import Say
@@ -57,14 +58,17 @@ class RayPool:
     Args:
         actors: handles of `RolloutActor`.
         settings: of their engines.
+        telling: what answers are told between turns.
         group: how many restarts and how long to wait.
         say: takes messages for people.
     """
 
     shared = True
 
-    def __init__(self, actors: Sequence[Any], settings: RolloutEngine, group: EngineGroup, say: Say) -> None:
-        self._settings, self._group, self._say = settings, group, say
+    def __init__(
+        self, actors: Sequence[Any], settings: RolloutEngine, telling: Telling | None, group: EngineGroup, say: Say
+    ) -> None:
+        self._settings, self._telling, self._group, self._say = settings, telling, group, say
         self._engines = [_Engine(number, actor) for number, actor in enumerate(actors)]
         self._held: list[Ask] = []
         self._weights: Any = None
@@ -134,6 +138,9 @@ class RayPool:
             self._begin(engine)
         self._await(list(self._engines))
 
+    def close(self) -> None:
+        """See `Pool`. The actors end with who placed them."""
+
     def _place(self) -> None:
         """Hands what is held to engines that are ready, each to the one that owes least."""
         ready = [engine for engine in self._engines if engine.ready]
@@ -144,7 +151,9 @@ class RayPool:
 
     def _begin(self, engine: _Engine) -> None:
         engine.session, engine.ready, engine.version = uuid.uuid4().hex, False, self._version
-        engine.coming = engine.actor.begin.remote(engine.session, self._settings, self._version, self._weights)
+        engine.coming = engine.actor.begin.remote(
+            engine.session, self._settings, self._telling, self._version, self._weights
+        )
 
     def _update(self, engine: _Engine) -> None:
         engine.version = self._version

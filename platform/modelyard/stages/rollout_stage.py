@@ -31,7 +31,7 @@ Places = dict[str, "Place | dict[str, Place]"]
 REWARDED = ("grpo", "ppo")
 CURVES = ("reward", "kl", "kl_answer", "kl_weight", "value_loss", "explained_variance", "entropy", "clip_fraction",
           "answer_tokens", "repetition", "engine_difference_max", "staleness_mean", "importance_weight_mean",
-          "importance_clipped")  # fmt: skip
+          "importance_clipped", "turns")  # fmt: skip
 PHASES = ("sync", "generate", "reward", "score")
 
 
@@ -78,6 +78,7 @@ def run_rollouts(ctx: StageContext[AlignOptions]) -> StageResult:
         engine=options.engine,
         stops=options.stops,
         after=facts["after"],
+        around=facts.get("around", ((), ())),
         checkpoints=join(ctx.work, "checkpoints"),
         reports=ctx.output,
     )
@@ -126,7 +127,7 @@ def pack_prompts(ctx: StageContext[Any], folder: Path) -> Facts:
     Raises:
         DataError: records cannot be used, or no prompt is left.
     """
-    from modelyard.align.encode import after_answer, use_template
+    from modelyard.align.encode import after_answer, around_observation, use_template
     from modelyard.align.records import task
     from modelyard.train.pairs import render
 
@@ -136,7 +137,10 @@ def pack_prompts(ctx: StageContext[Any], folder: Path) -> Facts:
     tokenizer = use_template(read_tokenizer(ctx.inputs["model"]), options.examples.template)
     kept, held = split(examples.good, options.heldout)
     facts: Facts = {"quarantined": len(examples.bad), "truncated": 0, "dropped": 0, "heldout_prompts": 0,
-                    "after": after_answer(tokenizer)}  # fmt: skip
+                    "after": after_answer(tokenizer), "around": ((), ())}  # fmt: skip
+    environment = options.rollouts.environment
+    if environment is not None and environment.form == "chat":
+        facts["around"] = around_observation(tokenizer, environment.role)
     (folder / "quarantine.jsonl").write_bytes(examples.quarantine())
     for name, part in (("train", kept), ("heldout", held)):
         lines = []
