@@ -197,7 +197,8 @@ class RayPool:
         unanswered, died = list(engine.asked.values()), engine.ready
         engine.asked, engine.coming, engine.ready = {}, None, False
         self._held += unanswered
-        why = str(error).strip().splitlines()[0]
+        first = str(error).strip().splitlines()[0]
+        why = first.partition(" is unavailable: ")[2] or first
         goes_on = engine.deaths <= self._group.restarts
         goes_on &= time.monotonic() - engine.since < self._group.sync_timeout
         if goes_on:
