@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -84,20 +87,32 @@ def test_an_engine_that_is_killed_changes_nothing(tmp_path: Path) -> None:
     assert len([line for line in said if "is started again" in line and "asked again" in line]) == 2
 
 
+def kill_a_trainer(checkpoint: Path) -> None:
+    """Kills the process of a training worker of this session once there is a checkpoint."""
+    while not checkpoint.exists():
+        time.sleep(0.05)
+    workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+    workers[0].kill()
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_the_stage_trains_while_its_engines_answer(tmp_path: Path) -> None:
-    """Two trainers, of which one talks to two engines for both."""
+    """Two trainers, of which one talks to two engines for both; one trainer is killed, and both begin again."""
     policy = artifact(write_policy(tmp_path / "policy").parent, "finetune")
     data = lines(tmp_path / "prompts.jsonl", [{"prompt": chr(97 + i % 26), "answer": "x"} for i in range(30)])
     rollouts = {"group": 4, "max_tokens": 12, "rows": 64, "rewards": [{"kind": "regex", "pattern": "[a-m]"}],
                 "engines": SMALL.model_dump(), "staleness": 1}  # fmt: skip
-    chosen = options(method="grpo", rollouts=rollouts, engine={"max_sequences": 8}, global_batch=2, steps=6,
-                     resources={"workers": 2, "cpus_per_worker": 0.5})  # fmt: skip
+    chosen = options(method="grpo", rollouts=rollouts, engine={"max_sequences": 8}, global_batch=2, steps=12,
+                     checkpoint_every=2, resources={"workers": 2, "cpus_per_worker": 0.5})  # fmt: skip
+    killer = threading.Thread(target=kill_a_trainer, args=[tmp_path / "work" / "checkpoints" / "step-00000004"])
+    killer.start()
     result = run_stage(chosen, {"model": policy, "data": data}, tmp_path)
+    killer.join()
     assert {"reward", "heldout_reward", "heldout_before_reward"} <= set(result.metrics)
-    report = (tmp_path / "out" / "report.md").read_text()
-    assert "Staleness mean" in report
+    assert result.counts["steps"] == 12
+    assert "Staleness mean" in (tmp_path / "out" / "report.md").read_text()
+    assert "workers were lost" in (tmp_path / "screen.txt").read_text()
 
 
 @pytest.mark.usefixtures("ray_session")
