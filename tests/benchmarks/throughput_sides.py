@@ -169,12 +169,16 @@ def torchtitan(folder: Path, plan: dict[str, Any], turns: Turns) -> None:
     """torchtitan's Llama 3 model with its weight tying.
 
     Shims: its trainer wants a GPU or a simulated one and a process group, so the loop here calls its model in the
-    order of its training step; gradients are clipped by torch, the loss is torch's (its own is a compiled torch one).
+    order of its training step; gradients are clipped by torch, the loss is torch's (its own is a compiled torch one);
+    attention is its own SDPA module, which its language models no longer choose (their flex attention has no backward
+    on a CPU).
     """
+    from torchtitan.models import llama3
     from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
-    from torchtitan.models.llama3 import _build_llama3_layers
+    from torchtitan.models.common.attention import ScaledDotProductAttention
     from torchtitan.models.llama3.model import Llama3Model
 
+    llama3.get_attention_config = lambda backend: ScaledDotProductAttention.Config()
     shape = plan["model"]
     dim, heads, rows = shape["hidden_size"], shape["num_attention_heads"], shape["vocab_size"]
     init = {"weight": lambda tensor: torch.nn.init.normal_(tensor, std=0.02), "bias": torch.nn.init.zeros_}
@@ -184,7 +188,7 @@ def torchtitan(folder: Path, plan: dict[str, Any], turns: Turns) -> None:
         tok_embeddings=Embedding.Config(num_embeddings=rows, embedding_dim=dim, param_init=init),
         norm=RMSNorm.Config(normalized_shape=dim, param_init={"weight": torch.nn.init.ones_}),
         lm_head=Linear.Config(in_features=dim, out_features=rows, param_init=init),
-        layers=_build_llama3_layers(
+        layers=llama3._build_llama3_layers(
             n_layers=shape["num_hidden_layers"], dim=dim, n_heads=heads, hidden_dim=shape["intermediate_size"],
             rope=rope, attn_backend="sdpa", fuse_qkv=True,
         ),

@@ -56,6 +56,16 @@ def test_intervals_hold_the_truth_under_noise() -> None:
         assert least <= value * 1.02 and most >= value * 0.98, name
 
 
+def test_noise_is_not_taken_for_a_law() -> None:
+    # A toy ladder as measured: unbounded, alpha came out at -0.07 and the optimum as a complex number.
+    ladder = [(50_928, 49_152, 5.2575), (50_928, 102_400, 5.0931), (92_480, 94_208, 5.1434), (92_480, 184_320, 4.9873),
+              (203_232, 204_800, 4.9892), (203_232, 405_504, 4.6502)]  # fmt: skip
+    found = fit([Run(*run) for run in ladder], bootstrap=0)
+    assert found.law.alpha >= 0
+    assert found.unseen == ("parameters",)
+    assert fit(runs(), bootstrap=0).unseen == ()
+
+
 def test_three_approaches_agree() -> None:
     a, b = LAW.exponents
     assert (a, b) == pytest.approx((0.45, 0.55), abs=0.005)

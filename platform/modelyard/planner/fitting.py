@@ -21,16 +21,24 @@ _GRID = list(
                       (-1.0, -0.5, 0.0, 0.5, 1.0), (0.0, 0.5, 1.0, 1.5, 2.0), (0.0, 0.5, 1.0, 1.5, 2.0))
 )  # fmt: skip
 """The paper's grid of starts: a, b, e, alpha, beta."""
+_BOUNDS = [(None, None)] * 3 + [(0.0, 3.0)] * 2
+"""Exponents a law can have (published ones: 0.05 to 0.5); noise of small runs otherwise gives any."""
+_SEEN = 0.01
+"""Nats by which a law must fall over the sizes (or tokens) of its runs to say anything about more of them."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted law, the laws of bootstrap resamples, and the mean Huber loss reached."""
+    """A fitted law, the laws of bootstrap resamples, and the mean Huber loss reached.
+
+    `falls` is how far the law's terms of parameters and of tokens fall from the smallest to the largest run, nats.
+    """
 
     law: Chinchilla
     resamples: tuple[Chinchilla, ...]
     objective: float
     runs: int
+    falls: tuple[float, float]
 
     def interval(self, name: str, level: float = 0.8) -> tuple[float, float]:
         """Interval of a coefficient (`E`, `A`, `B`, `alpha`, `beta`) over the resamples."""
@@ -41,6 +49,12 @@ class Fit:
         middle = self.law.loss(parameters, tokens)
         low, high = _interval([law.loss(parameters, tokens) for law in self.resamples] or [middle], level)
         return middle, min(low, middle), max(high, middle)
+
+    @property
+    def unseen(self) -> tuple[str, ...]:
+        """Which of parameters and tokens these runs do not show to lower the loss."""
+        found = zip(("parameters", "tokens"), self.falls, strict=True)
+        return tuple(name for name, fall in found if fall < _SEEN)
 
     def rows(self, level: float = 0.8) -> list[tuple[str, float, float, float]]:
         """(coefficient, value, low, high) for tables."""
@@ -78,7 +92,7 @@ def _minimise(start: Floats, n: Floats, d: Floats, y: Floats, tolerance: float =
     from scipy.optimize import minimize
 
     found = minimize(
-        _objective, start, args=(n, d, y), jac=True, method="L-BFGS-B",
+        _objective, start, args=(n, d, y), jac=True, method="L-BFGS-B", bounds=_BOUNDS,
         options={"maxiter": 3000, "maxfun": 6000, "ftol": tolerance, "gtol": 1e-12},
     )  # fmt: skip
     return float(found.fun), np.asarray(found.x, float)
@@ -107,7 +121,14 @@ def fit(runs: Sequence[Run], *, bootstrap: int = 100, starts: int = 8, seed: int
         chosen = generator.integers(0, len(runs), len(runs))
         if len(np.unique(n[chosen])) > 1 and len(np.unique(d[chosen])) > 1:
             resamples.append(_law(_minimise(theta, n[chosen], d[chosen], y[chosen], 1e-12)[1]))
-    return Fit(_law(theta), tuple(resamples), value * DELTA**2, len(runs))
+    a, b, _, alpha, beta = theta
+    falls = (_fall(a, alpha, n), _fall(b, beta, d))
+    return Fit(_law(theta), tuple(resamples), value * DELTA**2, len(runs), falls)
+
+
+def _fall(log_factor: float, exponent: float, logs: Floats) -> float:
+    ends = np.exp(log_factor - exponent * np.array([logs.min(), logs.max()]))
+    return float(ends[0] - ends[1])
 
 
 def _law(theta: Floats) -> Chinchilla:

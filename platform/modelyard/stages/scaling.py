@@ -197,6 +197,8 @@ def _conclude(ctx: StageContext[ScalingOptions], names: list[str], facts: Mappin
     for name, text in (("report.html", page.html()), ("report.md", page.markdown())):
         write_bytes(join(ctx.output, name), text.encode())
         ctx.run.log_text(name, text)
+    for doubt in _doubts(fitted):
+        ctx.progress.say(f"[yellow]warning[/]: {doubt}")
     law = fitted.law
     summary = f"{len(runs)} runs, L = {law.E:.2f} + {law.A:.3g} / N^{law.alpha:.2f} + {law.B:.3g} / D^{law.beta:.2f}; "
     metrics = {"predicted_loss": forecast["loss"], "alpha": law.alpha, "beta": law.beta, "E": law.E}
@@ -234,18 +236,19 @@ def _page(
     from modelyard.train.report import Page, Table
 
     law = fitted.law
-    optimal_n, optimal_d = law.optimal(6 * forecast["parameters"] * forecast["tokens"])
     gain = more_tokens(law, forecast["parameters"], forecast["tokens"])
     worth = "worth it" if gain >= ctx.options.worth else f"less than the {ctx.options.worth:g} it should"
     facts = [
         ("law", f"L = {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f}"),
         ("next size", f"{forecast['parameters']:,.0f} parameters without embeddings, {forecast['tokens']:,.0f} tokens"),
         ("predicted loss", f"{forecast['loss']:.4f} nats (80 %: {forecast['low']:.4f} to {forecast['high']:.4f})"),
-        ("compute-optimal at that budget", f"{optimal_n:,.0f} parameters, {optimal_d:,.0f} tokens"),
+        ("compute-optimal at that budget", _optimal(fitted, forecast)),
         ("twice the tokens would buy", f"{gain:.3g} nats: {worth}"),
     ]
     if "measured" in forecast:
-        facts.append(("measured loss", f"{forecast['measured']:.4f} nats, prediction off by {forecast['error']:+.1%}"))
+        inside = forecast["low"] <= forecast["measured"] <= forecast["high"]
+        verdict = f"prediction off by {forecast['error']:+.1%}, {'within' if inside else 'outside'} its interval"
+        facts.append(("measured loss", f"{forecast['measured']:.4f} nats, {verdict}"))
     rows = [
         (name, f"{run.parameters:,.0f}", f"{run.tokens:,.0f}", f"{run.flops:.3g}", f"{run.loss:.4f}",
          f"{law.loss(run.parameters, run.tokens):.4f}")
@@ -256,8 +259,23 @@ def _page(
         Table("Runs", ("run", "parameters", "tokens", "FLOPs", "held-out loss", "law"), rows),
         Table("Coefficients", ("", "value", "10 %", "90 %"), coefficients),
     )
-    notes = ("Parameters are counted without embedding tables. Intervals come from resampling the runs.",)
+    notes = ("Parameters are counted without embedding tables. Intervals come from resampling the runs.", *_doubts(fitted))
     return Page(f"Scaling law: {ctx.name}", facts, _plots(fitted, runs, forecast), notes, tables)
+
+
+def _optimal(fitted: Fit, forecast: Mapping[str, float]) -> str:
+    if fitted.unseen:
+        return "not to be told from these runs"
+    parameters, tokens = fitted.law.optimal(6 * forecast["parameters"] * forecast["tokens"])
+    return f"{parameters:,.0f} parameters, {tokens:,.0f} tokens"
+
+
+def _doubts(fitted: Fit) -> tuple[str, ...]:
+    """What a reader must know before believing the law."""
+    if not fitted.unseen:
+        return ()
+    what = " and ".join(fitted.unseen)
+    return (f"These runs do not show that more {what} lower the loss: take sizes and budgets further apart.",)
 
 
 _COLORS = ("#2463b8", "#15803d", "#7c3aed", "#b45309", "#be123c", "#0e7490")
