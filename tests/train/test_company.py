@@ -71,8 +71,9 @@ def test_a_rewind_goes_back_to_the_last_checkpoint_at_a_lower_rate(
     rates = [row["learning_rate"] for row in outcome.history]
     assert rates == [1e-2] * 4 + [0.5e-2] * 8
     assert [row.get("rewinds", 0) for row in outcome.history] == [0] * 4 + [1] * 8
-    assert "resumed from step-00000004" in said[0]
-    assert "back to step 4, rate x 0.5" in said[1]
+    assert said[0] == "step 7: update left out, loss nan, gradient norm nan"
+    assert "resumed from step-00000004" in said[1]
+    assert "back to step 4, rate x 0.5" in said[2]
     assert outcome.skipped == 0
     poison.update(calls=0, at=10, left=3)
     with pytest.raises(DivergedError, match="no checkpoint to go back to"):
@@ -97,7 +98,9 @@ def test_a_run_ends_when_the_heldout_loss_stands_still(tokens: Path, tmp_path: P
 
 
 def test_samples_profile_and_timings_leave_the_losses_alone(tokens: Path, tmp_path: Path) -> None:
-    plain = pretrain(job(tokens, tmp_path / "plain"), ALONE)
+    missed: list[str] = []
+    plain = pretrain(job(tokens, tmp_path / "plain", profile="steps=50..51"), ALONE, say=missed.append)
+    assert missed[-1] == "no profile: steps 50 to 51 are not among those trained here, 1 to 12"
     seen: list[StepMetrics] = []
     samples = {"every": 5, "prompts": ["abc", "x", ""], "tokens": 6}
     extra = {"samples": samples, "profile": "steps=6..7"}

@@ -202,8 +202,11 @@ def test_a_loss_that_is_no_number_is_skipped_then_fatal(tokens: Path) -> None:
 
         return objective
 
-    outcome = fit(parts(tokens, sometimes({3})), ALONE)
+    job, said = parts(tokens, sometimes({3})), []
+    job.say = said.append
+    outcome = fit(job, ALONE)
     assert outcome.skipped == 1
+    assert said == ["step 3: update left out, loss nan, gradient norm nan"]
     assert all(value == value for value in losses(outcome)[3:])
     calls = 0
     with pytest.raises(DivergedError, match="at step 1"):

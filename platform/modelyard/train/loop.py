@@ -226,6 +226,8 @@ class _Run:
         if verdict is Verdict.REWIND:
             self._rewind(step, means["loss"])
             return
+        if verdict is Verdict.SKIP and self.scaler is None and self.world.leads:
+            self.job.say(f"step {step + 1}: update left out, loss {means['loss']:g}, gradient norm {norm:g}")
         self.state.step = step + 1
         seconds = time.perf_counter() - began
         self.meter.tokens_per_step = options.batches.size(step) * self.job.sequence_length

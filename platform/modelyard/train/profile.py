@@ -33,8 +33,12 @@ class Profiler(Hooks):
     def __init__(self, options: ProfileOptions, world: World, reports: str, say: Say) -> None:
         self._options, self._world, self._reports, self._say = options, world, reports, say
         self._running: Any = None
+        self._steps: list[int] = []
+        """First and last step of this start, counted from 1; empty before the first."""
+        self._written = False
 
     def begin(self, step: int, steps: int) -> None:
+        self._steps = [*self._steps[:1], step + 1]
         if step + 1 != self._options.first or self._world.rank >= _RANKS:
             return
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -47,14 +51,18 @@ class Profiler(Hooks):
 
     def end(self, step: int) -> None:
         if self._running is not None and step + 1 >= self._options.last:
-            self._finish(step + 2 - self._options.first)
+            self._finish()
 
     def close(self) -> None:
         if self._running is not None:
-            self._finish(0)
+            self._finish()
+        elif not self._written and self._world.leads and self._steps:
+            first, last = self._steps[0], self._steps[-1]
+            self._say(f"no profile: steps {self._options.first} to {self._options.last} are not among those trained here, {first} to {last}")
 
-    def _finish(self, steps: int) -> None:
+    def _finish(self) -> None:
         running, self._running = self._running, None
+        self._written, steps = True, self._steps[-1] + 1 - self._options.first
         running.__exit__(None, None, None)
         with tempfile.TemporaryDirectory(prefix="modelyard-profile-") as name:
             folder = Path(name)
