@@ -259,7 +259,10 @@ def _page(
         Table("Runs", ("run", "parameters", "tokens", "FLOPs", "held-out loss", "law"), rows),
         Table("Coefficients", ("", "value", "10 %", "90 %"), coefficients),
     )
-    notes = ("Parameters are counted without embedding tables. Intervals come from resampling the runs.", *_doubts(fitted))
+    notes = (
+        "Parameters are counted without embedding tables. Intervals come from resampling the runs.",
+        *_doubts(fitted),
+    )
     return Page(f"Scaling law: {ctx.name}", facts, _plots(fitted, runs, forecast), notes, tables)
 
 

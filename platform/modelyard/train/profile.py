@@ -58,7 +58,9 @@ class Profiler(Hooks):
             self._finish()
         elif not self._written and self._world.leads and self._steps:
             first, last = self._steps[0], self._steps[-1]
-            self._say(f"no profile: steps {self._options.first} to {self._options.last} are not among those trained here, {first} to {last}")
+            self._say(
+                f"no profile: steps {self._options.first} to {self._options.last} are not among those trained here, {first} to {last}"
+            )
 
     def _finish(self) -> None:
         running, self._running = self._running, None
