@@ -57,9 +57,10 @@ class Profiler(Hooks):
         if self._running is not None:
             self._finish()
         elif not self._written and self._world.leads and self._steps:
-            first, last = self._steps[0], self._steps[-1]
+            wanted, trained = (self._options.first, self._options.last), (self._steps[0], self._steps[-1])
             self._say(
-                f"no profile: steps {self._options.first} to {self._options.last} are not among those trained here, {first} to {last}"
+                f"no profile: steps {wanted[0]} to {wanted[1]} are not among those trained here, "
+                f"{trained[0]} to {trained[1]}"
             )
 
     def _finish(self) -> None:
