@@ -23,14 +23,23 @@ from test_reinforce import ALONE, job
 from training_stage import artifact, run_stage
 from transformers import AutoTokenizer
 
-from modelyard.align.options import EngineGroup
+from modelyard.align.options import EngineGroup, RolloutEngine
 from modelyard.align.pool import Answers, Ask
 from modelyard.align.reinforce import reinforce
-from modelyard.errors import ResourceError
+from modelyard.align.samples import Prompt
+from modelyard.engine import Sampling
+from modelyard.errors import ResourceError, StageError
 from modelyard.stages.rollout_engines import placed
 from modelyard.stages.rollout_pool import RayPool
 
 SMALL = EngineGroup(count=2, cpus=0.5)
+
+
+def process(actor: Any) -> int:
+    """The id of an actor's process."""
+    import ray
+
+    return int(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())))
 
 
 class Deadly(RayPool):
@@ -41,15 +50,13 @@ class Deadly(RayPool):
         super().__init__(*arguments)
 
     def submit(self, asks: Sequence[Ask]) -> None:
-        import ray
-
         self.asked += [ask.name for ask in asks]
         super().submit(asks)
         if self.asked[-1].startswith("heldout") or int(self.asked[-1].split("-")[0]) not in self.when:
             return
         victim = next(engine for engine in self._engines if engine.ready)
         self.at_death.append(len(victim.asked))
-        os.kill(ray.get(victim.actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+        os.kill(process(victim.actor), signal.SIGKILL)
 
     def results(self) -> list[Answers]:
         found = super().results()
@@ -85,6 +92,36 @@ def test_an_engine_that_is_killed_changes_nothing(tmp_path: Path) -> None:
     assert all(made[0].at_death), "it died with answers to write"
     assert sorted(made[0].answered) == sorted(made[0].asked), "each prompt is answered once"
     assert len([line for line in said if "is started again" in line and "asked again" in line]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_engines_that_hang_or_never_come_back_end_the_run(tmp_path: Path) -> None:
+    import ray
+
+    folder = write_policy(tmp_path / "policy")
+    settings = RolloutEngine(max_sequences=2, max_length=128, threads=1)
+    with placed(str(folder), SMALL, 16, 60.0) as names:
+        actors = [ray.get_actor(name) for name in names]
+        pool = RayPool(actors, settings, None, SMALL, print)
+        pool.update_weights([], 0)
+        hung = process(actors[1])
+        os.kill(hung, signal.SIGSTOP)
+        impatient = RayPool(actors, settings, None, SMALL.model_copy(update={"sync_timeout": 2.0}), print)
+        with pytest.raises(StageError, match="rollout engines 1 have not taken the weights in 2 s"):
+            impatient.update_weights([], 1)
+        os.kill(hung, signal.SIGCONT)
+        said: list[str] = []
+        once = RayPool(actors, settings, None, SMALL.model_copy(update={"restarts": 0}), said.append)
+        once.update_weights([], 1)
+        processes = [process(actor) for actor in actors]
+        sampling = Sampling(120, 1.0, logprobs=0, ignore_eos=True)
+        once.submit([Ask("a", Prompt((1, 20), "p", {}, "x"), sampling, 16, least=1)])
+        for each in processes:
+            os.kill(each, signal.SIGKILL)
+        with pytest.raises(ResourceError, match="no rollout engine is left; the last one died 1 times"):
+            once.results()
+        assert "is left out" in said[0]
 
 
 def kill_a_trainer(checkpoint: Path) -> None:

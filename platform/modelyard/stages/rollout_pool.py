@@ -164,7 +164,7 @@ class RayPool:
         import ray
         from ray.exceptions import RayActorError
 
-        if call is not engine.coming and call not in engine.asked:
+        if call != engine.coming and call not in engine.asked:
             return []  # the engine was lost since
         try:
             with plain_errors():
@@ -172,7 +172,7 @@ class RayPool:
         except RayActorError as error:
             self._lost(engine, error)
             return []
-        if call is engine.coming:
+        if call == engine.coming:
             self._came(engine)
             return []
         return [(engine.asked.pop(call).name, value)]
