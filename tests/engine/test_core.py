@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from marks import BF16
+from marks import BF16, CPU
 from safetensors.torch import load_file, save_file
 from tiny import save_model
 
@@ -131,12 +131,14 @@ def test_packed_weights_can_be_updated_in_part(tiny_model: Path, precision: Prec
     assert one(core, GREEDY)[0] == before
 
 
+@CPU
 def test_bfloat16_is_refused_where_it_would_be_emulated(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("modelyard.engine.build.computes_bfloat16", lambda: False)
     with pytest.raises(ResourceError, match="no bfloat16"):
         EngineCore(tiny_model, EngineOptions(precision="bfloat16"))
 
 
+@CPU
 def test_memory_is_used_as_sequences_grow(tiny_model: Path) -> None:
     """128 MiB of slots and as much of the prefix store cost nothing until somebody fills them."""
     before = psutil.Process().memory_info().rss
@@ -184,6 +186,7 @@ def test_a_full_queue_refuses(tiny_model: Path) -> None:
         core.add(Request("3", (5,), GREEDY))
 
 
+@CPU
 def test_a_cache_that_cannot_fit_is_refused_before_loading(tiny_model: Path) -> None:
     with pytest.raises(ResourceError, match="key/value cache needs"):
         EngineCore(tiny_model, EngineOptions(cache_bytes=1000))

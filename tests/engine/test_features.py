@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import CPU, DEVICE
 from tiny import save_model
 from transformers import AutoModelForCausalLM
 
@@ -189,11 +190,8 @@ def test_guessing_ahead_changes_no_answer(tiny_model: Path, core: EngineCore, tm
         Request("long", SHARED, Sampling(max_tokens=200, temperature=0.0, ignore_eos=True)),
     ]
     expected = tokens(core, requests)
-    for speculation in (
-        Speculation(ngram=2),
-        Speculation(method="draft_model", model=str(draft)),
-        Speculation(method="draft_model", model=str(tiny_model)),
-    ):
+    drafts = [Speculation(method="draft_model", model=str(folder)) for folder in (draft, tiny_model)]
+    for speculation in [Speculation(ngram=2), *(drafts if DEVICE == "cpu" else [])]:
         guessing = EngineCore(tiny_model, options(speculation=speculation))
         assert tokens(guessing, requests) == expected
         stats = guessing.stats()
@@ -203,12 +201,14 @@ def test_guessing_ahead_changes_no_answer(tiny_model: Path, core: EngineCore, tm
             assert stats.steps_total < 150
 
 
+@CPU
 def test_a_draft_of_another_vocabulary_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     other = save_model(tmp_path / "draft", vocab_size=500)
     with pytest.raises(DataError, match="500 tokens"):
         EngineCore(tiny_model, options(speculation=Speculation(method="draft_model", model=str(other))))
 
 
+@CPU
 def test_int8_is_gated_and_does_not_depend_on_the_batch(tiny_model: Path) -> None:
     core = EngineCore(tiny_model, options())
     with pytest.raises(ResourceError, match="int8 raises the loss"):

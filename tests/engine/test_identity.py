@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from marks import BF16
+from marks import BF16, CPU
 from tiny import save_model
 from transformers import AutoModelForCausalLM
 
@@ -123,6 +123,7 @@ def test_answers_do_not_depend_on_the_step_budget(tiny_model: Path, precision: P
     assert all(s == seen[0] for s in seen)
 
 
+@CPU
 @pytest.mark.parametrize(("precision", "most"), [("float16_packed", 5e-3), pytest.param("bfloat16", 0.1, marks=BF16)])
 def test_packed_weights_change_logits_by_little(tiny_model: Path, precision: Precision, most: float) -> None:
     exact = EngineCore(tiny_model, EngineOptions(max_sequences=1, precision="float32"))

@@ -34,6 +34,14 @@ class Adapter:
     name: str
     salt: bytes
     deltas: dict[tuple[int, str], Delta] = field(default_factory=dict)
+    _placed: Adapter | None = None
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> Adapter:
+        """The same with its matrices on a device and in a type; they are moved once."""
+        if self._placed is None:
+            moved = {k: Delta(d.down.to(device, dtype), d.up.to(device, dtype)) for k, d in self.deltas.items()}
+            self._placed = Adapter(self.name, self.salt, moved)
+        return self._placed
 
     def apply(self, key: tuple[int, str], x: Tensor, y: Tensor, rows: Tensor | None) -> None:
         """Adds this adapter's share to `y` [T, out] for `rows` of `x` [T, in]; None = all rows."""

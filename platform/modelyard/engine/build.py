@@ -71,27 +71,65 @@ def _any(folder: Path, options: EngineOptions) -> Parts:
 
 def _paged(folder: Path, options: EngineOptions) -> Parts:
     """One pool of blocks on a GPU: what memory allows after the weights, no slots."""
-    if not torch.cuda.is_available():
-        raise ResourceError("there is no CUDA device", place="engine.device", mend="use device: cpu")
+    device = gpu()
     config = read_config(folder)
     length = config.length(options.max_length)
-    weights = Weights(config, "float32")
+    dtype = torch.float32 if options.precision == "float32" else torch.bfloat16
+    _check_gpu(options)
+    weights = dense_weights(config, device, dtype)
+    blocks = _paged_blocks(config, length, options, device, dtype)
     weights.load(read_tensors(folder), str(folder))
-    size, device = options.block_tokens, torch.device("cuda")
-    least, whole = -(-length // size) + 1, (-(-length // size) + 1) * options.max_sequences
-    parameters = sum(t.numel() for t in weights.tensors())
-    bound = options.cache_bytes or int(0.85 * torch.cuda.mem_get_info()[0]) - 2 * parameters
-    blocks = min(whole, bound // (size * config.cache_bytes_per_token // 2))  # bfloat16: half of float32
-    if blocks < least:
-        raise ResourceError(
-            f"the key/value cache has room for {max(0, blocks) * size} tokens, one request may have {length}",
-            place="engine.max_length",
-            mend="lower max_length, or raise cache_bytes",
-        )
-    decoder = PagedDecoder(weights, blocks, size, length, device, torch.bfloat16)
+    decoder = PagedDecoder(weights, blocks, options.block_tokens, length)
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").exists() else None
     guesser = PromptLookup(options.speculation) if options.speculation else None
     return Parts(config, length, tokenizer, decoder, NoStore(), guesser, blocks)
+
+
+def _check_gpu(options: EngineOptions) -> None:
+    """Raises ResourceError for what only the CPU's backend has."""
+    if options.precision == "int8":
+        raise ResourceError("int8 products are the CPU's", place="engine.precision", mend="use bfloat16 or float32")
+    if options.speculation is not None and options.speculation.method == "draft_model":
+        raise ResourceError(
+            "a draft model runs on a CPU", place="engine.speculation.method", mend="use prompt_lookup on a GPU"
+        )
+
+
+def _paged_blocks(
+    config: DecoderConfig, length: int, options: EngineOptions, device: torch.device, dtype: torch.dtype
+) -> int:
+    """Blocks of the pool: as many as wanted, else as all sequences may need, else as the GPU's free memory holds."""
+    size = options.block_tokens
+    one = -(-length // size) + 1
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    bound = options.cache_bytes or int(0.85 * free)
+    fitting = bound // (size * config.cache_bytes_per_token * dtype.itemsize // 4)
+    if fitting < one:
+        raise ResourceError(
+            f"the key/value cache needs {one} blocks of {size} tokens for one request, {fitting} fit",
+            place="engine.max_length",
+            mend="lower max_length, or raise cache_bytes",
+        )
+    wanted = one * options.max_sequences if options.cache_tokens is None else -(-options.cache_tokens // size)
+    return min(max(one, wanted), fitting)
+
+
+def gpu() -> torch.device:
+    """The CUDA device of this process. Raises ResourceError when there is none."""
+    if not torch.cuda.is_available():
+        raise ResourceError("there is no CUDA device", place="engine.device", mend="use device: cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def dense_weights(config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> Weights:
+    """Empty weights in plain tensors on a device, in the type it computes in."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return Weights(config, None)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _precision(wanted: Precision) -> Precision:

@@ -62,7 +62,7 @@ class EngineCore:
         blocks = Blocks(parts.blocks, o.block_tokens)
         native = o.backend == "native"
         # Another backend takes prompts whole and keeps keys and values its own way.
-        budget = o.step_tokens if native else o.max_sequences * self.max_length
+        budget = o.budget if native else o.max_sequences * self.max_length
         self.scheduler = Scheduler(o.max_sequences, budget, blocks, prefix_cache=native and o.prefix_cache)
         self._cache = parts.cache
         self.version = 0
@@ -205,7 +205,7 @@ class EngineCore:
         self._gather(batch, hidden)
         choices: list[Choice] = []
         if rows:
-            chosen = hidden if len(rows) == len(hidden) else hidden[torch.tensor(rows)]
+            chosen = hidden if len(rows) == len(hidden) else hidden[torch.tensor(rows, device=hidden.device)]
             choices = sample(self.decoder.logits(chosen), owners, ahead)
         outputs, at = [], 0
         for span in batch.spans:

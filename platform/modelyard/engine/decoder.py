@@ -15,6 +15,7 @@ from modelyard.engine import kernels
 from modelyard.engine.adapters import Adapter
 from modelyard.engine.batch import Chunk, StepBatch
 from modelyard.engine.cache import EMPTY, Cache
+from modelyard.engine.experts import mix
 from modelyard.engine.linear import Linear
 from modelyard.engine.rope import rotations
 from modelyard.engine.weights import Layer, Mixture, Mlp, Norm, Weights
@@ -139,7 +140,8 @@ class Decoder:
 
     def _feed_forward(self, index: int, layer: Layer, h: Tensor, groups: Groups) -> np.ndarray:
         if isinstance(layer.mlp, Mixture):
-            return self._mixture(layer.mlp, h).numpy()
+            assert self.config.experts is not None
+            return mix(layer.mlp, self.config.experts, h, self._mlp).numpy()
         up = _product(layer.mlp.up, (index, "up"), h, groups)
         return _product(layer.mlp.down, (index, "down"), self._activate(up), groups).numpy()
 
@@ -152,26 +154,6 @@ class Decoder:
 
     def _mlp(self, mlp: Mlp, h: Tensor) -> Tensor:
         return mlp.down(self._activate(mlp.up(h)))
-
-    def _mixture(self, mixture: Mixture, h: Tensor) -> Tensor:
-        """Tokens grouped by expert, each expert one product over its tokens (Mixtral, arXiv:2401.04088)."""
-        e = self.config.experts
-        assert e is not None
-        weights, chosen = F.linear(h, mixture.router).softmax(-1).topk(e.used, dim=-1)
-        if e.normalized:
-            weights = weights / weights.sum(-1, keepdim=True)
-        order = chosen.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=e.count).tolist()
-        rows, scores = order // e.used, weights.flatten()[order]
-        out, at = torch.zeros_like(h), 0
-        for expert, count in zip(mixture.experts, counts, strict=True):
-            if count:
-                mine = rows[at : at + count]
-                out.index_add_(0, mine, self._mlp(expert, h[mine]) * scores[at : at + count, None])
-                at += count
-        if mixture.shared is not None and mixture.shared_gate is not None:
-            out += torch.sigmoid(F.linear(h, mixture.shared_gate)) * self._mlp(mixture.shared, h)
-        return out
 
 
 def _product(linear: Linear, key: tuple[int, str], x: Tensor, groups: Groups) -> Tensor:

@@ -85,7 +85,7 @@ class Matcher:
 
     def restrict(self, row: Tensor) -> None:
         """Sets the logits [vocabulary] of all other tokens to minus infinity, in place."""
-        row.masked_fill_(torch.from_numpy(~self.allowed()), -torch.inf)
+        row.masked_fill_(torch.from_numpy(~self.allowed()).to(row.device), -torch.inf)
 
     def accept(self, token: int) -> bool:
         """Goes on after a chosen token; whether the answer is complete and nothing can follow."""

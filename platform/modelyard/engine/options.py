@@ -35,8 +35,11 @@ class EngineOptions(Options):
     max_length: int | None = Field(
         None, ge=2, description="tokens of prompt and answer together; null = the model's max_position_embeddings"
     )
-    step_tokens: int = Field(
-        256, ge=1, description="token budget of one step; long prompts are cut into chunks that fit (chunked prefill)"
+    step_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="token budget of one step; long prompts are cut into chunks that fit (chunked prefill); "
+        "null = 256 on a CPU, 8192 on a GPU",
     )
     max_waiting: int = Field(1024, ge=0, description="requests that may wait for a slot; more are refused")
     backend: Literal["native", "transformers"] = Field(
@@ -63,3 +66,8 @@ class EngineOptions(Options):
     cache_bytes: Bytes | None = Field(
         None, description="bound on the key/value cache in bytes; null = 60 % of the memory available at start"
     )
+
+    @property
+    def budget(self) -> int:
+        """Token budget of a step."""
+        return self.step_tokens or (8192 if self.device == "cuda" else 256)

@@ -35,7 +35,7 @@ def sample(logits: Tensor, sequences: list[Sequence], ahead: list[int] | None = 
     """Chooses one token a row.
 
     Args:
-        logits: float32 [rows, vocabulary]; may be changed in place.
+        logits: float32 [rows, vocabulary] on any device; may be changed in place.
         sequences: the sequence of each row.
         ahead: how many guessed tokens lie between the sequence's last one and the row's choice; None = none.
 
@@ -50,27 +50,35 @@ def sample(logits: Tensor, sequences: list[Sequence], ahead: list[int] | None = 
             sequence.matcher.restrict(logits[row])
     ahead = ahead or [0] * len(sequences)
     best, tokens = logits.max(dim=-1)
-    chosen: list[int] = tokens.tolist()
-    rows = [i for i, s in enumerate(sequences) if not s.request.sampling.greedy]
-    finite = best.isfinite().tolist()
-    rows = [i for i in rows if finite[i]]
+    # One wait for the device, not two: token ids are exact in float64.
+    highest, most_likely = torch.stack([best.double(), tokens.double()]).tolist()
+    chosen = [int(token) for token in most_likely]
+    finite = [math.isfinite(value) for value in highest]
+    rows = [i for i, s in enumerate(sequences) if finite[i] and not s.request.sampling.greedy]
     if rows:
         places = [len(sequences[i].tokens) + ahead[i] for i in rows]
-        drawn = _draw(logits[rows], [sequences[i] for i in rows], places)
+        wanted = logits if len(rows) == len(logits) else logits[rows]
+        drawn = _draw(wanted, [sequences[i] for i in rows], places)
         for row, token in zip(rows, drawn, strict=True):
             chosen[row] = token
-    return [Choice(token, reports.of(row, token)) if finite[row] else Choice(-1) for row, token in enumerate(chosen)]
+    found = reports.of(chosen)
+    return [Choice(token, found.get(row)) if finite[row] else Choice(-1) for row, token in enumerate(chosen)]
 
 
 def prompt_logprobs(logits: Tensor, tokens: list[int], rivals: int) -> list[TokenLogprob]:
     """Log-probabilities of given next tokens. logits: [rows, vocabulary], tokens: one a row."""
-    values = logits.log_softmax(-1)
-    chosen = values.gather(1, torch.tensor(tokens)[:, None]).squeeze(1).tolist()
-    if not rivals:
+    return _reported(logits.log_softmax(-1), tokens, [rivals] * len(tokens))
+
+
+def _reported(values: Tensor, tokens: list[int], rivals: list[int]) -> list[TokenLogprob]:
+    """Log-probabilities of one token a row and of the row's most likely ones. values: [rows, vocabulary]."""
+    chosen = values.gather(1, torch.tensor(tokens, device=values.device)[:, None]).squeeze(1).tolist()
+    most = min(max(rivals), values.shape[1])
+    if not most:
         return [TokenLogprob(t, v) for t, v in zip(tokens, chosen, strict=True)]
-    top = values.topk(min(rivals, values.shape[1]))
-    pairs = zip(tokens, chosen, top.indices.tolist(), top.values.tolist(), strict=True)
-    return [TokenLogprob(t, v, tuple(zip(ids, ps, strict=True))) for t, v, ids, ps in pairs]
+    top = values.topk(most)
+    rows = zip(tokens, chosen, top.indices.tolist(), top.values.tolist(), rivals, strict=True)
+    return [TokenLogprob(t, v, tuple(zip(ids, ps, strict=True))[:n]) for t, v, ids, ps, n in rows]
 
 
 class _Reports:
@@ -78,30 +86,33 @@ class _Reports:
 
     def __init__(self, logits: Tensor, sequences: list[Sequence]) -> None:
         self._counts = {i: n for i, s in enumerate(sequences) if (n := s.request.sampling.logprobs) is not None}
-        self._rows = {i: logits[i].log_softmax(-1) for i in self._counts}
+        rows = list(self._counts)
+        if rows:
+            self._values = (logits if len(rows) == len(logits) else logits[rows]).log_softmax(-1)
 
-    def of(self, row: int, token: int) -> TokenLogprob | None:
-        if row not in self._counts:
-            return None
-        values = self._rows[row]
-        top = values.topk(min(self._counts[row], len(values))) if self._counts[row] else None
-        rivals = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else ()
-        return TokenLogprob(token, float(values[token]), rivals)
+    def of(self, chosen: list[int]) -> dict[int, TokenLogprob]:
+        """Reports by row, for the chosen token of every row."""
+        rows = list(self._counts)
+        if not rows:
+            return {}
+        found = _reported(self._values, [chosen[i] for i in rows], list(self._counts.values()))
+        return dict(zip(rows, found, strict=True))
 
 
 def _penalize(row: Tensor, sequence: Sequence) -> None:
     """Bias and penalties on one row [vocabulary], in place."""
-    p = sequence.request.sampling
+    p, device = sequence.request.sampling, row.device
     if p.repetition_penalty != 1.0:
-        seen = torch.tensor(list(set(sequence.tokens)))
+        seen = torch.tensor(list(set(sequence.tokens)), device=device)
         values = row[seen]
         row[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
     if sequence.output_counts and (p.presence_penalty or p.frequency_penalty):
-        ids = torch.tensor(list(sequence.output_counts))
-        times = torch.tensor(list(sequence.output_counts.values()), dtype=torch.float32)
+        ids = torch.tensor(list(sequence.output_counts), device=device)
+        times = torch.tensor(list(sequence.output_counts.values()), dtype=torch.float32, device=device)
         row[ids] -= p.presence_penalty + p.frequency_penalty * times
     if p.logit_bias:
-        row[torch.tensor(list(p.logit_bias))] += torch.tensor(list(p.logit_bias.values()), dtype=torch.float32)
+        ids = torch.tensor(list(p.logit_bias), device=device)
+        row[ids] += torch.tensor(list(p.logit_bias.values()), dtype=torch.float32, device=device)
 
 
 def _draw(logits: Tensor, sequences: list[Sequence], places: list[int]) -> list[int]:
@@ -110,28 +121,31 @@ def _draw(logits: Tensor, sequences: list[Sequence], places: list[int]) -> list[
     `places` are the positions the chosen tokens will have.
     """
     parameters = [s.request.sampling for s in sequences]
-    temperature = torch.tensor([p.temperature for p in parameters])
+    temperature = torch.tensor([p.temperature for p in parameters], device=logits.device)
     # Shifted by the maximum first: a tiny temperature must not overflow.
     scaled = (logits - logits.max(dim=-1, keepdim=True).values) / temperature[:, None]
     uniform = [_uniform(s.seed, place) for s, place in zip(sequences, places, strict=True)]
     filtered = [i for i, p in enumerate(parameters) if p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0]
     plain = [i for i in range(len(parameters)) if i not in set(filtered)]
     drawn = [0] * len(parameters)
-    if plain:
-        picks = _invert(scaled[plain].softmax(-1), [uniform[i] for i in plain])
-        for i, pick in zip(plain, picks, strict=True):
-            drawn[i] = pick
-    if filtered:
-        rows = _draw_filtered(scaled[filtered], [parameters[i] for i in filtered], [uniform[i] for i in filtered])
-        for i, pick in zip(filtered, rows, strict=True):
-            drawn[i] = pick
+    for rows, draw in ((plain, _draw_plain), (filtered, _draw_filtered)):
+        if rows:
+            wanted = scaled if len(rows) == len(scaled) else scaled[rows]
+            picks = draw(wanted, [parameters[i] for i in rows], [uniform[i] for i in rows])
+            for i, pick in zip(rows, picks, strict=True):
+                drawn[i] = pick
     return drawn
+
+
+def _draw_plain(scaled: Tensor, parameters: list[Sampling], uniform: list[float]) -> list[int]:
+    return _invert(scaled.softmax(-1), uniform)
 
 
 def _draw_filtered(scaled: Tensor, parameters: list[Sampling], uniform: list[float]) -> list[int]:
     total = scaled.logsumexp(-1, keepdim=True)
     values, ids = scaled.topk(min(SHORTLIST, scaled.shape[-1]), dim=-1)
-    probabilities = (values - total).exp()
+    probabilities = (values - total).exp().cpu()  # few: what follows is many small steps
+    ids = ids.cpu()
     mass = probabilities.double().sum(-1).tolist()
     smallest = probabilities[:, -1].tolist()
     largest = probabilities[:, 0].tolist()
@@ -146,7 +160,7 @@ def _draw_filtered(scaled: Tensor, parameters: list[Sampling], uniform: list[flo
         if enough:
             candidates, order = probabilities[row], ids[row]
         else:
-            candidates, order = (scaled[row] - total[row]).exp().sort(descending=True)
+            candidates, order = (scaled[row] - total[row]).exp().cpu().sort(descending=True)
         pick = _invert(_filter(candidates, p)[None], [uniform[row]])[0]
         drawn.append(int(order[pick]))
     return drawn
@@ -169,9 +183,9 @@ def _filter(probabilities: Tensor, p: Sampling) -> Tensor:
 def _invert(probabilities: Tensor, uniform: list[float]) -> list[int]:
     """Index where the cumulative sum first exceeds u times the total; never an index of probability zero."""
     sums = probabilities.double().cumsum(-1)
-    targets = torch.tensor(uniform, dtype=torch.float64)[:, None] * sums[:, -1:]
-    picks = torch.searchsorted(sums, targets, right=True).squeeze(-1)
-    return [int(i) for i in picks.clamp_(max=sums.shape[-1] - 1)]
+    targets = torch.tensor(uniform, dtype=torch.float64, device=sums.device)[:, None] * sums[:, -1:]
+    picks: list[int] = torch.searchsorted(sums, targets, right=True).squeeze(-1).clamp_(max=sums.shape[-1] - 1).tolist()
+    return picks
 
 
 def _uniform(seed: int, position: int) -> float:

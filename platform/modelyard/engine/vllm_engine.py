@@ -61,7 +61,7 @@ class VllmEngine:
             model=str(folder),
             max_num_seqs=o.max_sequences,
             max_model_len=o.max_length,
-            max_num_batched_tokens=max(o.step_tokens, o.max_sequences),
+            max_num_batched_tokens=max(o.step_tokens or 8192, o.max_sequences),
             enable_prefix_caching=o.prefix_cache,
             enable_lora=True,
             scheduling_policy="priority",

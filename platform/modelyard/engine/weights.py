@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -23,7 +24,11 @@ class Norm:
     def __init__(self, width: int, *, bias: bool = False) -> None:
         self.weight = torch.empty(width)
         self.bias = torch.empty(width if bias else 0)
-        self.arrays: tuple[np.ndarray, np.ndarray] = (self.weight.numpy(), self.bias.numpy())
+
+    @cached_property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Both, for kernels on the CPU."""
+        return self.weight.numpy(), self.bias.numpy()
 
 
 @dataclass
@@ -78,9 +83,15 @@ class _Place:
 
 
 class Weights:
-    """All tensors of a decoder, addressed by Hugging Face names. `modules` are those LoRA may adapt."""
+    """All tensors of a decoder, addressed by Hugging Face names. `modules` are those LoRA may adapt.
 
-    def __init__(self, config: DecoderConfig, precision: Precision) -> None:
+    Args:
+        config: the decoder's shape.
+        precision: what matrices are packed for on a CPU; None = nothing is packed, and tensors are made on PyTorch's
+            default device in its default type.
+    """
+
+    def __init__(self, config: DecoderConfig, precision: Precision | None) -> None:
         c = self.config = config
         self.precision = precision
         self.embed = torch.empty(c.vocabulary, c.hidden)
@@ -229,10 +240,11 @@ class Weights:
             for name, value in tensors:
                 target = self._target(name, value, place)
                 if target is not None:
-                    target.store(value.detach().to("cpu", torch.float32))
+                    target.store(value.detach().to(self.embed.device))
                     done.add(name)
         finally:
-            self.pack(self.precision)
+            if self.precision is not None:
+                self.pack(self.precision)
         return done
 
     def _target(self, name: str, value: Tensor, place: str) -> _Place | None:
