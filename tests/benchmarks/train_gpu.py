@@ -27,9 +27,12 @@ from contract import report, say
 
 from modelyard.models.presets import PRESETS
 from modelyard.planner.flops import flops_per_token
+from modelyard.planner.hardware import find_gpu
+from modelyard.planner.training import DEVICE_BYTES, estimate_training
 from modelyard.tokens import Sequences, TokenWriter
 
 LENGTH, TARGET, WARM = 4096, 0.55, 4
+PRECISION: Any = "bf16"
 
 Measured = tuple[list[float], list[float]]
 """Seconds and losses of every step."""
@@ -67,7 +70,10 @@ def ours(
     built = build_on_meta(build_config(ModelOptions(config=shape), shape["vocab_size"]))
     materialise(built, world.device)
     initialise(built, 0)
-    options = TrainOptions(steps=steps, global_batch=batch, micro_batch=micro, learning_rate=1e-4, compile=True)
+    options = TrainOptions(
+        steps=steps, global_batch=batch, micro_batch=micro, learning_rate=1e-4, compile=True, precision=PRECISION,
+        schedule="constant", warmup=0,
+    )  # fmt: skip
     model = parallelize(built, options, world).model
     seconds: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -96,13 +102,12 @@ def plain(
     with torch.device("cuda"):
         model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    random = np.random.default_rng(1)
     seconds, losses = [], []
-    for _ in range(steps):
+    for step in range(steps):
         began = time.perf_counter()
         total = 0.0
-        for _ in range(batch // micro):
-            ids = torch.from_numpy(rows[random.integers(0, len(rows), micro)]).cuda()
+        for start in range(step * batch, (step + 1) * batch, micro):
+            ids = torch.from_numpy(rows[start : start + micro]).cuda()
             with torch.autocast("cuda", torch.bfloat16):
                 logits = model(input_ids=ids, use_cache=False).logits
                 loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
@@ -115,6 +120,17 @@ def plain(
         seconds.append(time.perf_counter() - began)
         losses.append(total)
     return seconds, losses
+
+
+def predicted(shape: dict[str, Any], batch: int, micro: int) -> dict[str, float] | None:
+    """What the planner says of our side on this card: seconds a step and peak GiB; None for a card it does not know."""
+    card = find_gpu(torch.cuda.get_device_name())
+    if card is None:
+        return None
+    estimate = estimate_training(
+        shape, batch * LENGTH, LENGTH, batch, hardware=card, micro_batch=micro, precision_name="mixed", fused_loss=True
+    )
+    return {"step_s": estimate.seconds, "peak_gib": (estimate.memory_bytes - DEVICE_BYTES) / 2**30}
 
 
 def fitting(side: Any, shape: dict[str, Any], rows: np.ndarray, batch: int, micro: int, steps: int) -> Any:
@@ -140,15 +156,20 @@ def main() -> None:
     parser.add_argument("--micro", type=int, default=4)
     parser.add_argument("--global-batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--precision", choices=["bf16", "fp8"], default="bf16")
+    parser.add_argument("--no-peer", action="store_true")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("train_gpu needs a CUDA GPU")
     shape = PRESETS[args.preset].config()
-    rows = np.random.default_rng(0).integers(0, shape["vocab_size"], (64, LENGTH))
+    global PRECISION
+    PRECISION = args.precision
+    # As many as are trained on: no row is seen twice, so that both sides' losses can be compared.
+    rows = np.random.default_rng(0).integers(0, shape["vocab_size"], (args.steps * args.global_batch, LENGTH))
     peak = matmul_tflops()
     say(f"{torch.cuda.get_device_name()}: {peak:.0f} TFLOP/s of bf16 products")
     rate, found = {}, {}
-    for name, side in (("ours", ours), ("plain", plain)):
+    for name, side in (("ours", ours), ("plain", plain))[: 1 if args.no_peer else 2]:
         seconds, losses, micro, memory = fitting(side, shape, rows, args.global_batch, args.micro, args.steps)
         median = statistics.median(seconds[WARM:])
         rate[name] = args.global_batch * LENGTH / median
@@ -166,9 +187,11 @@ def main() -> None:
         target=1.0,
         mfu=mfu["ours_full"],
         mfu_causal=mfu["ours_causal"],
-        mfu_plain=mfu["plain_full"],
+        mfu_plain=mfu.get("plain_full"),
         matmul_tflops=peak,
-        ratio_plain=rate["ours"] / rate["plain"],
+        ratio_plain=rate["ours"] / rate["plain"] if "plain" in rate else None,
+        predicted=predicted(shape, args.global_batch, found["ours"]["micro"]),
+        precision=PRECISION,
         tokens_per_second=rate,
         sides=found,
         device=torch.cuda.get_device_name(),

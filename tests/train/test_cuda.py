@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,26 @@ def test_optimizers_step_as_on_a_cpu(tokens: Path, tmp_path: Path, optimizer: st
     on_cpu, on_gpu = (pretrain(pretraining(tokens, tmp_path / w.device.type, **given), w) for w in (CPU, GPU))
     # Muon's Newton-Schulz runs in bfloat16 on a GPU.
     assert losses(on_gpu) == pytest.approx(losses(on_cpu), abs=5e-2 if optimizer == "muon" else 2e-3)
+
+
+def test_fp8_learns_alike(tokens: Path, tmp_path: Path, exact: Outcome) -> None:
+    pytest.importorskip("torchao")
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no fp8 units")
+    outcome = pretrain(pretraining(tokens, tmp_path, precision="fp8", compile=True), GPU)
+    assert losses(outcome) == pytest.approx(losses(exact), abs=0.1)
+
+
+def test_one_worker_of_a_process_group(tokens: Path, tmp_path: Path, exact: Outcome) -> None:
+    job = pretraining(tokens, tmp_path, precision="fp32")
+    (tmp_path / "job.json").write_text(json.dumps({"pretrain": job.model_dump(mode="json")}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "--master-port", "29511"]
+    done = subprocess.run(
+        [*command, "-m", "modelyard.train", str(tmp_path / "job.json")], capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [row["loss"] for row in rows] == pytest.approx(losses(exact), abs=2e-4)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -25,7 +25,7 @@ class Chunk:
     start: int
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Span:
     """Rows `first .. last-1` of the wanted results belong to this piece."""
 
@@ -57,6 +57,8 @@ class StepBatch:
 
 def lay_out(pieces: list[Piece]) -> StepBatch:
     """The flat form of a step."""
+    if all(p.count == 1 and p.last and not p.sequence.measured for p in pieces):
+        return _singles(pieces)
     ordered = sorted(pieces, key=lambda p: p.count > SHORT)
     tokens: list[int] = []
     positions: list[int] = []
@@ -95,8 +97,28 @@ def lay_out(pieces: list[Piece]) -> StepBatch:
     )
 
 
+def _singles(pieces: list[Piece]) -> StepBatch:
+    """The usual step: one token of every sequence, and every result is wanted."""
+    starts = [p.start for p in pieces]
+    adapters = _groups([p.sequence.adapter for p in pieces])
+    return StepBatch(
+        tokens=torch.tensor([p.sequence.tokens[p.start] for p in pieces]),
+        positions=np.array(starts, dtype=np.int64),
+        slots=np.array([p.sequence.slot for p in pieces], dtype=np.int64),
+        wanted=None,
+        spans=tuple(Span(p, i, i + 1) for i, p in enumerate(pieces)),
+        short=len(pieces),
+        chunks=(),
+        adapters=adapters,
+        adapters_wanted=adapters,
+        pieces=tuple(pieces),
+    )
+
+
 def _wanted(piece: Piece) -> int:
     """How many of the piece's last rows somebody needs."""
+    if not piece.sequence.measured:
+        return 1 + piece.guessed if piece.last else 0
     request = piece.sequence.request
     if request.task == "embed" and request.pooling == "mean":
         return piece.count

@@ -23,7 +23,10 @@ from modelyard.planner.machine import free_memory
 
 @dataclass(frozen=True)
 class Parts:
-    """What `EngineCore` is made of. `blocks` of key/value blocks in all."""
+    """What `EngineCore` is made of.
+
+    `blocks`: key/value blocks in all. `step_tokens`: budget of a step where the options give none.
+    """
 
     config: DecoderConfig | Facts
     max_length: int
@@ -32,6 +35,7 @@ class Parts:
     cache: BlockStore
     guesser: Guesser | None
     blocks: int
+    step_tokens: int = 256
 
 
 def build(folder: Path, options: EngineOptions) -> Parts:
@@ -44,7 +48,7 @@ def build(folder: Path, options: EngineOptions) -> Parts:
     check_folder(folder)
     if options.backend == "transformers":
         return _any(folder, options)
-    if options.device == "cuda":
+    if on_gpu(options):
         return _paged(folder, options)
     config = read_config(folder)
     length = config.length(options.max_length)
@@ -59,6 +63,14 @@ def build(folder: Path, options: EngineOptions) -> Parts:
     if gated:
         pack_int8(weights, decoder, tokenizer, options.max_loss_increase)
     return Parts(config, length, tokenizer, decoder, cache, _guesser(config, length, options), blocks)
+
+
+def on_gpu(options: EngineOptions) -> bool:
+    """Whether these options mean a GPU: asked for, or there and able to do what is asked."""
+    if options.backend != "native" or options.device != "auto":
+        return options.device == "cuda"
+    drafts = options.speculation is not None and options.speculation.method == "draft_model"
+    return torch.cuda.is_available() and options.precision != "int8" and not drafts
 
 
 def _any(folder: Path, options: EngineOptions) -> Parts:
@@ -82,7 +94,7 @@ def _paged(folder: Path, options: EngineOptions) -> Parts:
     decoder = PagedDecoder(weights, blocks, options.block_tokens, length)
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").exists() else None
     guesser = PromptLookup(options.speculation) if options.speculation else None
-    return Parts(config, length, tokenizer, decoder, NoStore(), guesser, blocks)
+    return Parts(config, length, tokenizer, decoder, NoStore(), guesser, blocks, step_tokens=8192)
 
 
 def _check_gpu(options: EngineOptions) -> None:

@@ -62,7 +62,7 @@ class EngineCore:
         blocks = Blocks(parts.blocks, o.block_tokens)
         native = o.backend == "native"
         # Another backend takes prompts whole and keeps keys and values its own way.
-        budget = o.budget if native else o.max_sequences * self.max_length
+        budget = (o.step_tokens or parts.step_tokens) if native else o.max_sequences * self.max_length
         self.scheduler = Scheduler(o.max_sequences, budget, blocks, prefix_cache=native and o.prefix_cache)
         self._cache = parts.cache
         self.version = 0
@@ -184,7 +184,7 @@ class EngineCore:
             return
         for s in running:
             s.draft = ()
-        able = [s for s in running if s.missing == 1 and s.matcher is None and not s.request.sampling.penalized]
+        able = [s for s in running if s.missing == 1 and s.matcher is None and not s.penalized]
         if not able or len(running) > options.max_running:
             return
         for sequence, draft in zip(able, self.guesser.guess(able), strict=True):
@@ -224,6 +224,8 @@ class EngineCore:
         """Log-probabilities of prompt tokens and sums of prompt vectors, kept with their sequences."""
         for span in batch.spans:
             sequence = span.piece.sequence
+            if not sequence.measured:
+                continue
             if sequence.request.task == "embed":
                 self._pool(span, self.decoder.vectors(hidden[span.first : span.last]))
             elif sequence.request.prompt_logprobs is not None:
@@ -265,8 +267,11 @@ class EngineCore:
 
     def _accept(self, sequence: Sequence, choices: list[Choice]) -> StepOutput:
         """Takes chosen tokens as far as the guesses they follow were right."""
-        draft, sequence.draft = sequence.draft, ()
         output = self._advance(sequence, choices[0])
+        if len(choices) == 1:
+            sequence.draft = ()
+            return output
+        draft, sequence.draft = sequence.draft, ()
         self._totals.drafted += len(choices) - 1
         for guess, before, choice in zip(draft, choices, choices[1:], strict=False):
             if output.finish is not None or before.token != guess:
@@ -284,7 +289,8 @@ class EngineCore:
             return StepOutput((), finish="error", weights=self.version, error=error)
         token, first = choice.token, sequence.generated == 0
         sequence.tokens.append(token)
-        sequence.output_counts[token] = sequence.output_counts.get(token, 0) + 1
+        if sequence.penalized:
+            sequence.output_counts[token] = sequence.output_counts.get(token, 0) + 1
         self._totals.output += 1
         text, finish = self._read(sequence, token)
         if finish is not None:

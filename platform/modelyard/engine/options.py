@@ -45,7 +45,10 @@ class EngineOptions(Options):
     backend: Literal["native", "transformers"] = Field(
         "native", description="native, or transformers for an architecture the native decoder does not know (slower)"
     )
-    device: Literal["cpu", "cuda"] = runtime("cpu", "where the native backend computes; cuda has paged keys and values")
+    device: Literal["auto", "cpu", "cuda"] = runtime(
+        "auto",
+        "where the native backend computes; auto = on a GPU where this process has one, with paged keys and values",
+    )
     precision: Precision = Field(
         "float16_packed",
         description="float16_packed: weights in half precision, sums in float32 (half the memory, relative error 2e-4; "
@@ -66,8 +69,3 @@ class EngineOptions(Options):
     cache_bytes: Bytes | None = Field(
         None, description="bound on the key/value cache in bytes; null = 60 % of the memory available at start"
     )
-
-    @property
-    def budget(self) -> int:
-        """Token budget of a step."""
-        return self.step_tokens or (8192 if self.device == "cuda" else 256)

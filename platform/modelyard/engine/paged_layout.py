@@ -96,18 +96,20 @@ class Staging:
         lengths[:] = ends
         owners[:] = np.repeat(np.arange(many), tiles)
         firsts[:] = np.concatenate([np.arange(n) for n in tiles]) * tile if most > 1 else 0
-        at = 0
         for index, piece in enumerate(pieces):
-            blocks, p = piece.sequence.blocks[: -(-ends[index] // size)], piece.start
+            blocks = piece.sequence.blocks[: -(-ends[index] // size)]
             tables[index, : len(blocks)] = blocks
-            if piece.count == 1:
-                tokens[at], positions[at] = piece.tokens[0], p
-                mapping[at] = blocks[p // size] * size + p % size
-            else:
-                here, places = slice(at, at + piece.count), np.arange(p, ends[index])
-                tokens[here], positions[here] = piece.tokens, places
-                mapping[here] = tables[index, places // size] * size + places % size
-            at += piece.count
+        if most == 1:
+            places = [p.start for p in pieces]
+            n = len(places)
+            tokens[:n], positions[:n] = [p.sequence.tokens[p.start] for p in pieces], places
+            mapping[:n] = [p.sequence.blocks[p.start // size] * size + p.start % size for p in pieces]
+        else:
+            tokens[:] = [token for p in pieces for token in p.tokens]
+            for index, p in enumerate(pieces):
+                here, at = slice(starts[index], starts[index + 1]), np.arange(p.start, ends[index])
+                positions[here] = at
+                mapping[here] = tables[index, at // size] * size + at % size
         there = fixed.held.copy_(buffer, non_blocking=True) if fixed else buffer.to(self._device, non_blocking=True)
         if self._sent is not None:
             self._sent.record()

@@ -22,7 +22,7 @@ SHORTLIST = 256
 _MASK = (1 << 64) - 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Choice:
     """A chosen token. `token` is -1 when the logits are not finite."""
 
@@ -44,7 +44,7 @@ def sample(logits: Tensor, sequences: list[Sequence], ahead: list[int] | None = 
     """
     reports = _Reports(logits, sequences)
     for row, sequence in enumerate(sequences):
-        if sequence.request.sampling.penalized:
+        if sequence.penalized:
             _penalize(logits[row], sequence)
         if sequence.matcher is not None:
             sequence.matcher.restrict(logits[row])
@@ -54,7 +54,7 @@ def sample(logits: Tensor, sequences: list[Sequence], ahead: list[int] | None = 
     highest, most_likely = torch.stack([best.double(), tokens.double()]).tolist()
     chosen = [int(token) for token in most_likely]
     finite = [math.isfinite(value) for value in highest]
-    rows = [i for i, s in enumerate(sequences) if finite[i] and not s.request.sampling.greedy]
+    rows = [i for i, s in enumerate(sequences) if finite[i] and not s.greedy]
     if rows:
         places = [len(sequences[i].tokens) + ahead[i] for i in rows]
         wanted = logits if len(rows) == len(logits) else logits[rows]

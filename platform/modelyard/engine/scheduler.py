@@ -28,7 +28,8 @@ class Sequence:
     `arrived` is on the monotonic clock; `waited` is the time from then to the first step, in seconds.
     `draft` are guessed tokens after `tokens`, `blocks` the block table, `digests` name the contents of full blocks,
     the first `published` of which can be found by others. `scored`, `pooled` and `pool` gather what `score` and
-    `embed` return; `matcher` and `adapter` belong to the grammar and the LoRA adapter.
+    `embed` return; `matcher` and `adapter` belong to the grammar and the LoRA adapter. `greedy`, `penalized` and
+    `measured` (prompt results are wanted) are asked in every step and follow from the request.
     """
 
     request: Request
@@ -52,10 +53,16 @@ class Sequence:
     pool: Any = None
     matcher: Any = None
     adapter: Any = None
+    prompt_length: int = field(init=False)
+    greedy: bool = field(init=False)
+    penalized: bool = field(init=False)
+    measured: bool = field(init=False)
 
-    @property
-    def prompt_length(self) -> int:
-        return len(self.request.prompt)
+    def __post_init__(self) -> None:
+        request = self.request
+        self.prompt_length = len(request.prompt)
+        self.greedy, self.penalized = request.sampling.greedy, request.sampling.penalized
+        self.measured = request.task != "generate" or request.prompt_logprobs is not None
 
     @property
     def generated(self) -> int:
@@ -86,7 +93,7 @@ class Sequence:
         self.digests = []
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Piece:
     """`count` tokens of a sequence from position `start`; the last `guessed` of them are its draft's."""
 
@@ -112,6 +119,10 @@ class Step:
 
     pieces: list[Piece]
     loads: list[tuple[int, list[int]]]
+
+
+def _one_first(sequence: Sequence) -> tuple[bool, tuple[int, int]]:
+    return sequence.missing > 1, sequence.order
 
 
 class Scheduler:
@@ -150,7 +161,8 @@ class Scheduler:
         pieces: dict[int, Piece] = {}
         left, before = self.budget, self.preempted
         # Sequences in the middle of their answer need one token each and must not wait for long prompts.
-        for sequence in sorted(self.running, key=lambda s: (s.missing > 1, s.order)):
+        several = any(s.missing > 1 for s in self.running)
+        for sequence in sorted(self.running, key=_one_first) if several else list(self.running):
             if left == 0:
                 break
             if sequence.slot < 0:  # preempted for the sake of an earlier one

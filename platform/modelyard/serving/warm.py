@@ -20,7 +20,7 @@ CHUNK = 64
 
 def requests(engine: Engine, options: EngineOptions) -> list[Request]:
     """Two rounds' worth of small requests: a long and short prompts, greedy and sampled, with log-probabilities."""
-    room = min(CHUNK, options.budget, engine.max_length - 4)
+    room = min(CHUNK, options.step_tokens or CHUNK, engine.max_length - 4)
     prompt = tuple(i % engine.vocabulary for i in range(max(1, room)))
     sampled = Sampling(max_tokens=3, temperature=0.7, top_p=0.9, top_k=8, seed=1, ignore_eos=True)
     plain = Sampling(max_tokens=3, temperature=0.0, ignore_eos=True)

@@ -1,6 +1,6 @@
 """Products in fp8, by torchao's float8 training (Micikevicius et al. 2022, arXiv 2209.05433). Needs extra `torchao`.
 
-Untested here: it runs on a GPU with fp8 units only.
+It runs on a GPU with fp8 units only; `tests/train/test_cuda.py` tests it there.
 """
 
 from __future__ import annotations
