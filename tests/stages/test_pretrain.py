@@ -198,6 +198,7 @@ def test_more_workers_than_cpus_is_refused(tokens: Path, tmp_path: Path) -> None
             "an elastic number of workers leaves the degrees of the mesh open",
         ),
         ({"global_batch": 1}, ResourceError, "cannot feed 2 workers"),
+        ({"attention": "flex"}, ResourceError, "flex attention trains on CUDA only"),
         ({"model": {"preset": "llama-8m", "max_position_embeddings": 16}}, RecipeError, "longer than the model's 16"),
         ({"model": {"preset": "llama-8m", "vocab_size": 299}}, DataError, "vocabulary of 300"),
         ({"model": {"preset": "llama-8m", "hidden_size": 250}}, RecipeError, "do not divide hidden_size 250"),

@@ -96,12 +96,19 @@ def check_training(
     """Refuses what cannot work, as far as it is known.
 
     Raises:
-        ResourceError: the mesh or the global batch does not fit the number of workers, or all of a range.
+        ResourceError: the mesh or the global batch does not fit the number of workers, or all of a range; or flex
+            attention is asked for without a GPU.
         RecipeError: heads do not divide the width, sequences are longer than the model's, or the layout does not
             divide heads, layers, experts or sequences.
         DataError: the tokens' vocabulary does not fit the model.
     """
     _check_elastic(options)
+    if options.attention == "flex" and not options.resources.gpus_per_worker:
+        raise ResourceError(
+            "flex attention trains on CUDA only, and the workers ask for no GPU",
+            place="attention",
+            mend="set resources.gpus_per_worker, or use attention: sdpa",
+        )
     check_layout(options, options.resources.workers)
     if config is None:
         return

@@ -130,6 +130,9 @@ class TrainOptions(Options):
         "none", "activations of a block computed again in backward; selective keeps products of matrices and attention"
     )
     compile: bool = runtime(False, "compile each block with torch.compile")
+    attention: Literal["sdpa", "flex"] = runtime(
+        "sdpa", "flex: FlexAttention, which skips what masks of packed documents leave empty; CUDA only"
+    )
     checkpoint_every: int = runtime(100, "steps between checkpoints", ge=1)
     keep_checkpoints: int = runtime(2, "newest checkpoints kept", ge=1)
     keep_best: int = runtime(0, "checkpoints kept besides, of the lowest held-out loss (needs evaluate_every)", ge=0)

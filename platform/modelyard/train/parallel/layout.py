@@ -143,6 +143,12 @@ def check_layout(
             place="compress",
             mend=f"use parallel: {{data: {workers}}}, or leave compress out",
         )
+    if options.attention == "flex" and sizes["context"] > 1:
+        raise RecipeError(
+            "context parallelism brings an attention of its own",
+            place="attention",
+            mend="use attention: sdpa, or parallel: {context: 1}",
+        )
     if options.samples is not None and sizes["pipeline"] * sizes["context"] > 1:
         raise RecipeError(
             "text is sampled with a whole model on every worker",

@@ -22,6 +22,7 @@ from modelyard.train.parallel.blocks import blocks
 from modelyard.train.parallel.compress import Compression
 from modelyard.train.parallel.context import split_context
 from modelyard.train.parallel.experts import expert_layers, split_experts
+from modelyard.train.parallel.flex import use_flex
 from modelyard.train.parallel.layout import check_layout, degrees, sequence_parallel
 from modelyard.train.parallel.mesh import Topology, build_topology
 from modelyard.train.parallel.pipeline import Pipeline, cut_stages
@@ -47,10 +48,13 @@ def parallelize(model: nn.Module, options: TrainOptions, world: World) -> Strate
     Weights stay fp32 and gradients are reduced in fp32 whatever the compute dtype.
 
     Raises:
-        ResourceError: the mesh degrees do not multiply to the number of workers, or there are no fp8 units.
+        ResourceError: the mesh degrees do not multiply to the number of workers, or the device cannot do what the
+            options ask for (fp8, flex attention).
         RecipeError: the model cannot be cut that way.
     """
     sizes = degrees(options.parallel, world.size)
+    if options.attention == "flex":
+        use_flex(model, world.device)
     if options.precision == "fp8":
         _check_fp8(model)
         to_fp8(blocks(model), world.device)
