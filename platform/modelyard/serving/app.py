@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from ray import serve
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.schema import TaskProcessorConfig
 from ray.serve.task_consumer import task_consumer
 
@@ -20,6 +21,12 @@ from modelyard.serving.names import INGRESS, engine_name
 from modelyard.serving.options import ServeOptions
 from modelyard.serving.replicas import EngineReplica
 from modelyard.serving.traffic import Variant
+
+LOAD_EVERY_S = 0.5
+"""Seconds between two reports of queues and engines' load to the autoscaler. At Serve's 10 s the first request at zero
+replicas waits up to 10 s until it is seen."""
+LOOK_BACK_S = 4.0
+"""Seconds of load the autoscaler averages; its delays come on top."""
 
 
 def build(
@@ -118,7 +125,7 @@ def _engine(variant: Variant, options: ServeOptions, ongoing: int) -> Any:
     return replicas.bind(variant.model, engine, options.adapters, options.max_adapters, warm=options.warm_up)
 
 
-def _autoscaling(options: ServeOptions) -> dict[str, Any]:
+def _autoscaling(options: ServeOptions) -> AutoscalingConfig:
     a, sequences = options.autoscaling, options.engine.max_sequences
     config: dict[str, Any] = {
         "min_replicas": a.min_replicas,
@@ -126,9 +133,14 @@ def _autoscaling(options: ServeOptions) -> dict[str, Any]:
         "upscale_delay_s": a.upscale_delay_s,
         "downscale_delay_s": a.downscale_delay_s,
         "target_ongoing_requests": a.target_requests or max(1.0, 0.75 * sequences),
-        "look_back_period_s": 10.5,  # Serve wants more than its 10 s; a longer mean answers a rush too late
+        "metrics_interval_s": LOAD_EVERY_S,
+        "look_back_period_s": LOOK_BACK_S,
     }
     if a.target_requests is None:
         kwargs = {"kv_target": a.target_kv, "tokens_target": a.target_waiting_tokens, "sequences": sequences}
         config["policy"] = {"policy_function": "modelyard.serving.scaling:EngineLoad", "policy_kwargs": kwargs}
-    return config
+    with warnings.catch_warnings():
+        # Serve 2.60 calls metrics_interval_s deprecated, but reads the environment variables that are to replace it
+        # nowhere.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return AutoscalingConfig(**config)

@@ -34,9 +34,6 @@ ENVIRONMENT = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_FREEZE_GC_ON_STARTUP": "1",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
-    # How often queue lengths reach the autoscaler; at Serve's 10 s a first request at zero replicas waits 13 s.
-    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
-    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
 }
 # HAProxy instead of Serve's Python proxy, straight to the ingress replicas: 2,538 chunks/s, first token 43 ms.
 HAPROXY_ENVIRONMENT = {
