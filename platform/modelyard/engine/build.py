@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from modelyard.engine import kernels
 from modelyard.engine.any_architecture import AnyArchitecture, Facts
 from modelyard.engine.cache import BlockStore, Cache, NoStore
 from modelyard.engine.calibrate import pack_int8
@@ -53,10 +55,14 @@ def build(folder: Path, options: EngineOptions) -> Parts:
     config = read_config(folder)
     length = config.length(options.max_length)
     blocks = _blocks(config, length, options)
-    tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").exists() else None
     gated = options.precision == "int8"
     weights = Weights(config, "float32" if gated else _precision(options.precision))
-    weights.load(read_tensors(folder), str(folder))
+    # Reading and packing the weights is C++ without Python's lock: what is Python only stands beside it, not behind it.
+    with ThreadPoolExecutor(1, "build") as beside:
+        kernels_ready, read = beside.submit(kernels.initialize), beside.submit(_tokenizer, folder)
+        weights.load(read_tensors(folder), str(folder))
+        kernels_ready.result()
+        tokenizer = read.result()
     stored = blocks if options.prefix_cache else 0
     cache = Cache(config, options.max_sequences, length, stored, options.block_tokens)
     decoder = Decoder(weights, cache, length, torch.get_num_threads())
@@ -73,10 +79,14 @@ def on_gpu(options: EngineOptions) -> bool:
     return torch.cuda.is_available() and options.precision != "int8" and not drafts
 
 
+def _tokenizer(folder: Path) -> Tokenizer | None:
+    return Tokenizer(folder) if (folder / "tokenizer.json").exists() else None
+
+
 def _any(folder: Path, options: EngineOptions) -> Parts:
     decoder = AnyArchitecture(folder)
     length = decoder.facts.length(options.max_length)
-    tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").exists() else None
+    tokenizer = _tokenizer(folder)
     blocks = (-(-length // options.block_tokens) + 1) * options.max_sequences
     return Parts(decoder.facts, length, tokenizer, decoder, NoStore(), None, blocks)
 
@@ -92,7 +102,7 @@ def _paged(folder: Path, options: EngineOptions) -> Parts:
     blocks = _paged_blocks(config, length, options, device, dtype)
     weights.load(read_tensors(folder), str(folder))
     decoder = PagedDecoder(weights, blocks, options.block_tokens, length)
-    tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").exists() else None
+    tokenizer = _tokenizer(folder)
     guesser = PromptLookup(options.speculation) if options.speculation else None
     return Parts(config, length, tokenizer, decoder, NoStore(), guesser, blocks, step_tokens=8192)
 

@@ -278,8 +278,10 @@ class Weights:
             # Scores rounded to bfloat16 would tie, and greedy choices with them.
             linear.pack("float16_packed" if precision == "bfloat16" and linear is self.head else precision)
 
+        # The largest, the head, first: last it would keep one core busy alone.
+        largest_first = sorted(self._linears(), key=lambda linear: -linear.rows * linear.columns)
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            list(pool.map(one, self._linears()))
+            list(pool.map(one, largest_first))
 
     def _ignorable(self, name: str) -> bool:
         # Old checkpoints store RoPE tables and causal masks, and some a copy of the tied head.
