@@ -1,6 +1,6 @@
 """What Ray Serve costs: the same application and engine under Serve and under bare uvicorn, 16 streams at once.
 
-    python tests/benchmarks/serve_overhead.py [--requests 96] [--repeats 3]
+    python tests/benchmarks/serve_overhead.py [--requests 96] [--repeats 3] [--haproxy]
 
 Both sides serve one random Llama of 32 M parameters with one torch thread to the same client process. Headline: tokens
 a second streamed; `cpu_us_a_chunk` is what a streamed chunk costs in CPU beyond bare uvicorn, over the process tree.
@@ -26,6 +26,7 @@ from serve_models import LLAMA_32M, save_random_llama
 
 from modelyard.engine import EngineOptions
 from modelyard.serving import ServeOptions, launch
+from modelyard.serving.keys import add_key
 from modelyard.serving.server import free_port
 from modelyard.stages import session
 
@@ -57,7 +58,7 @@ def bare(folder: str, port: int) -> None:
     uvicorn.run(build_app(service, keys=None, max_body=1_000_000), port=port, log_level="error")
 
 
-async def load(url: str, requests: int) -> dict[str, float]:
+async def load(url: str, requests: int, headers: dict[str, str]) -> dict[str, float]:
     """Streams `requests` answers, STREAMS at a time; tokens/s, and p50 and p99 of the first token in ms."""
     gate, firsts, chunks = asyncio.Semaphore(STREAMS), [], 0
     body = {"model": "m", "prompt": "a short text " * 8, "max_tokens": TOKENS, "temperature": 0, "stream": True}
@@ -75,7 +76,8 @@ async def load(url: str, requests: int) -> dict[str, float]:
             firsts.append(first)
 
     started = time.perf_counter()
-    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=STREAMS)) as client:
+    limits = httpx.Limits(max_connections=STREAMS)
+    async with httpx.AsyncClient(timeout=120, limits=limits, headers=headers) as client:
         await asyncio.gather(*(one(client) for _ in range(requests)))
     seconds = time.perf_counter() - started
     firsts.sort()
@@ -88,13 +90,15 @@ async def load(url: str, requests: int) -> dict[str, float]:
     }
 
 
-def rounds(name: str, url: str, requests: int, repeats: int) -> list[dict[str, float]]:
+def rounds(
+    name: str, url: str, requests: int, repeats: int, headers: dict[str, str] | None = None
+) -> list[dict[str, float]]:
     """Repeated loads after a warm-up, with the CPU seconds of the process tree."""
-    asyncio.run(load(url, STREAMS))
+    asyncio.run(load(url, STREAMS, headers or {}))
     found = []
     for _ in range(repeats):
         with clock() as spent:
-            result = asyncio.run(load(url, requests))
+            result = asyncio.run(load(url, requests, headers or {}))
         found.append(result | {"cpu": spent.cpu})
         say(f"  {name}: {result['tokens_per_second']:.0f} tokens/s, {spent.cpu:.1f} CPU s, "
             f"first token p50 {result['first_p50_ms']:.0f} ms")  # fmt: skip
@@ -120,13 +124,17 @@ def on_uvicorn(folder: str, run: Callable[[str], Any]) -> Any:
         process.join()
 
 
-def on_serve(folder: str, run: Callable[[str], Any]) -> Any:
-    """Runs `run(url)` against the application on Ray Serve."""
+def on_serve(folder: str, run: Callable[[str, dict[str, str]], Any], *, haproxy: bool) -> Any:
+    """Runs `run(url, headers)` against the application on Ray Serve."""
     session.start(2)
-    handle = launch(folder, "m", ServeOptions(port=0, engine=ENGINE))
+    keys = None
+    if haproxy:
+        keys = str(Path(folder) / "keys.txt")
+        add_key(Path(keys), "benchmark")
+    handle = launch(folder, "m", ServeOptions(port=0, engine=ENGINE, haproxy=haproxy, api_keys=keys))
     say(f"  serve answers after {handle.seconds:.1f} s")
     try:
-        return run(handle.url)
+        return run(handle.url, handle.headers)
     finally:
         handle.shutdown()
         session.stop()
@@ -138,13 +146,18 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--haproxy", action="store_true", help="HAProxy in front, as beyond loopback (with a key)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         maker = multiprocessing.get_context("spawn").Process(target=save_random_llama, args=(folder, LLAMA_32M))
         maker.start()
         maker.join()
         peer = on_uvicorn(folder, lambda url: rounds("uvicorn", url, args.requests, args.repeats))
-        ours = on_serve(folder, lambda url: rounds("serve", url, args.requests, args.repeats))
+        ours = on_serve(
+            folder,
+            lambda url, headers: rounds("serve", url, args.requests, args.repeats, headers),
+            haproxy=args.haproxy,
+        )
 
     def median(side: list[dict[str, float]], key: str) -> float:
         return statistics.median(r[key] for r in side)
@@ -158,6 +171,7 @@ def main() -> None:
         peer_name="bare uvicorn, engine in process",
         target=0.85,
         streams=STREAMS,
+        haproxy=args.haproxy,
         requests_per_second=median(ours, "requests_per_second"),
         cpu_us_a_chunk=(median(ours, "cpu") - median(peer, "cpu")) / chunks * 1e6,
         cpu_ratio=median(ours, "cpu") / median(peer, "cpu"),

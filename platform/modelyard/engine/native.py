@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelyard.engine.core import EngineCore
-from modelyard.engine.grammar import Matcher
+from modelyard.engine.mailbox import Mailbox
 from modelyard.engine.options import EngineOptions
 from modelyard.engine.request import EngineStats, EngineStopped, Pooling, Request, Scored, StepOutput
 from modelyard.engine.tasks import embed_all, score_all
@@ -22,26 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-
-class _Mailbox:
-    """Outputs of one request for one reader. What piles up is merged, so a slow reader gets fewer, larger ones."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self._ready = asyncio.Event()
-        self._merged: StepOutput | None = None
-
-    def put(self, output: StepOutput) -> None:
-        """Runs in the reader's loop."""
-        self._merged = output if self._merged is None else self._merged + output
-        self._ready.set()
-
-    async def get(self) -> StepOutput:
-        await self._ready.wait()
-        self._ready.clear()
-        output, self._merged = self._merged, None
-        assert output is not None, "the event is set only after an output is stored"
-        return output
+Put = Callable[[StepOutput], None]
 
 
 class NativeEngine:
@@ -56,7 +37,7 @@ class NativeEngine:
         self._core = EngineCore(folder, options)
         self._wake = threading.Condition()
         self._commands: list[Callable[[], None]] = []
-        self._readers: dict[str, _Mailbox] = {}
+        self._readers: dict[str, tuple[asyncio.AbstractEventLoop, Put]] = {}
         self._closed = False
         self._failure = ""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -84,16 +65,8 @@ class NativeEngine:
 
     async def submit(self, request: Request) -> AsyncGenerator[StepOutput, None]:
         """See `protocol.Engine.submit`."""
-        box = _Mailbox(asyncio.get_running_loop())
-        # A grammar may take a second to compile, in which the other requests would stand still.
-        matcher = await asyncio.to_thread(self._core.compile, request) if request.sampling.grammar else None
-        adding = self._call(lambda: self._add(request, box, matcher))
-        try:
-            await asyncio.wrap_future(adding)
-        except asyncio.CancelledError:
-            self.abort(request.id)  # it may have been taken in already
-            raise
-        finished = False
+        box, finished = Mailbox(), False
+        await self.start(request, box.put)
         try:
             while not finished:
                 output = await box.get()
@@ -103,9 +76,24 @@ class NativeEngine:
             if not finished:
                 self.abort(request.id)
 
-    def _add(self, request: Request, box: _Mailbox, matcher: Matcher | None) -> None:
-        self._core.add(request, matcher)
-        self._readers[request.id] = box
+    async def start(self, request: Request, put: Put) -> None:
+        """Queues a request whose outputs go to `put`, one call a step in this event loop, the last with `finish`.
+
+        For a reader of many requests: those that a step advanced are told one after the other. Raises as `submit`.
+        """
+        loop = asyncio.get_running_loop()
+        # A grammar may take a second to compile, in which the other requests would stand still.
+        matcher = await asyncio.to_thread(self._core.compile, request) if request.sampling.grammar else None
+
+        def add() -> None:
+            self._core.add(request, matcher)
+            self._readers[request.id] = loop, put
+
+        try:
+            await asyncio.wrap_future(self._call(add))
+        except asyncio.CancelledError:
+            self.abort(request.id)  # it may have been taken in already
+            raise
 
     def abort(self, request_id: str) -> None:
         """See `protocol.Engine.abort`."""
@@ -231,16 +219,16 @@ class NativeEngine:
 
     def _deliver(self, outputs: Iterable[tuple[str, StepOutput]]) -> None:
         """One wake-up of each listening loop a step, whatever the number of requests."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Mailbox, StepOutput]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Put, StepOutput]]] = {}
         for name, output in outputs:
-            box = self._readers.pop(name, None) if output.finish is not None else self._readers.get(name)
-            if box is not None:
-                by_loop.setdefault(box.loop, []).append((box, output))
+            reader = self._readers.pop(name, None) if output.finish is not None else self._readers.get(name)
+            if reader is not None:
+                by_loop.setdefault(reader[0], []).append((reader[1], output))
         for loop, items in by_loop.items():
             if not loop.is_closed():
                 loop.call_soon_threadsafe(_put_all, items)
 
 
-def _put_all(items: list[tuple[_Mailbox, StepOutput]]) -> None:
-    for box, output in items:
-        box.put(output)
+def _put_all(items: list[tuple[Put, StepOutput]]) -> None:
+    for put, output in items:
+        put(output)

@@ -7,6 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -176,10 +177,9 @@ async def _respond(
     # The first message is awaited before the status line is sent, so that a refusal can still be a 4xx.
     outputs = service.merged(jobs)
     first = await _unless_disconnected(request, _first(outputs))
-    events = service.events(
-        jobs, form, _chain(first, outputs), include_usage=include_usage,
-        spent=lambda tokens: _charge(service, request, tokens),
-    )  # fmt: skip
+    limiter, holder = service.limiter, holder_of(request)
+    spent = None if limiter is None or not limiter.counts(holder) else partial(limiter.used, holder)
+    events = service.events(jobs, form, _chain(first, outputs), include_usage=include_usage, spent=spent)
     headers = named | {"cache-control": "no-cache", "x-accel-buffering": "no"}
     return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 

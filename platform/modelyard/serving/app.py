@@ -25,6 +25,8 @@ from modelyard.serving.traffic import Variant
 LOAD_EVERY_S = 0.5
 """Seconds between two reports of queues and engines' load to the autoscaler. At Serve's 10 s the first request at zero
 replicas waits up to 10 s until it is seen."""
+WIRES = 2
+"""Calls to a replica that are no requests: a wire from the ingress and one from the consumer of asynchronous ones."""
 LOOK_BACK_S = 4.0
 """Seconds of load the autoscaler averages; its delays come on top."""
 
@@ -106,7 +108,7 @@ def _engine(variant: Variant, options: ServeOptions, ongoing: int) -> Any:
         EngineReplica
     ).options(  # type: ignore[attr-defined]
         name=engine_name(variant.version),
-        max_ongoing_requests=ongoing,
+        max_ongoing_requests=ongoing + WIRES,
         max_queued_requests=options.max_queued,
         max_constructor_retry_count=3,  # a version that cannot start is given up soon, the one before goes on
         health_check_period_s=5,

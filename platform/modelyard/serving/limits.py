@@ -55,6 +55,10 @@ class Limiter:
             )  # fmt: skip
         self._take(buckets, 1, tokens)
 
+    def counts(self, holder: str) -> bool:
+        """Whether a holder's tokens are limited: if not, nobody needs to tell of them."""
+        return self._limits.of(holder).tokens_per_minute is not None
+
     def used(self, holder: str, tokens: int) -> None:
         """Takes tokens that were generated; the holder's next request waits for them."""
         self._take(self._of(holder), 0, tokens)
@@ -68,7 +72,7 @@ class Limiter:
         now = self._clock()
         found = self._buckets.pop(holder, None)
         if found is None:
-            limit = self._limits.keys.get(holder, self._limits)
+            limit = self._limits.of(holder)
             found = _bucket(limit.requests_per_minute, now), _bucket(limit.tokens_per_minute, now)
             if len(self._buckets) >= MOST_HOLDERS:
                 del self._buckets[next(iter(self._buckets))]

@@ -78,6 +78,10 @@ class Limits(Limit):
 
     keys: dict[str, Limit] = Field({}, description="holder's name -> its own limit")
 
+    def of(self, holder: str) -> Limit:
+        """The limit of one key's holder."""
+        return self.keys.get(holder, self)
+
 
 class Canary(Options):
     """Another version that answers some of the requests; at 50 percent, an A/B test."""

@@ -1,30 +1,41 @@
 """Engine replicas of Ray Serve, and how the ingress asks them.
 
-A replica sends one message a step a request. One that dies before a request's first token costs nothing but time:
-the ingress asks another.
+A replica sends one message a step to each ingress, for all of its requests (`wire`). One that dies before a request's
+first token costs nothing but time: the ingress asks another.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import uuid
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
 from typing import Any
 
+from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from modelyard.engine.mailbox import Mailbox
 from modelyard.engine.request import EngineStats, Request, StepOutput
 from modelyard.serving import scaling
 from modelyard.serving.errors import overloaded, unavailable
 from modelyard.serving.folders import local_folder
 from modelyard.serving.shelf import Shelf
+from modelyard.serving.wire import Dial, Message, Receiver, Sender, WireLost
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 4
 """Replicas asked in turn until one sends a first token."""
+
+LATE_SECONDS = 5.0
+"""How much later than the end of its call an answer's last outputs may come over the wire."""
+
+DIAL_SECONDS = 10.0
+"""Until a wire that does not open is given up; outputs come through their calls meanwhile."""
 
 
 class EngineReplica:
@@ -48,12 +59,56 @@ class EngineReplica:
         if warm:
             log.warning("warmed up in %.1f s", warm_up(self._engine, chosen))
         self._shelf = Shelf(self._engine, adapters or {}, most, lambda place: local_folder(place, weights=True))
+        self._name = serve.get_replica_context().replica_id.unique_id
+        self._wires: dict[str, Sender] = {}
 
-    async def stream(self, request: Request) -> AsyncGenerator[StepOutput, None]:
-        """Outputs of one request; what piled up since the last message comes as one."""
-        async with self._shelf.lent(request.adapter), aclosing(self._engine.submit(request)) as outputs:
-            async for output in outputs:
-                yield output
+    async def stream(self, request: Request, caller: str = "") -> AsyncGenerator[StepOutput | str, None]:
+        """Outputs of one request, unless they go over the caller's wire; what piles up meanwhile comes as one.
+
+        Without a wire to the caller the first thing is this replica's name, so that the caller can open one.
+        """
+        box, over = Mailbox(), False
+        carrier: Sender | Mailbox | None = None
+
+        def put(output: StepOutput) -> None:
+            nonlocal carrier
+            if carrier is None:  # all outputs of a request take one way, or they might overtake each other
+                carrier = self._wire(caller) or box
+            if isinstance(carrier, Sender):
+                carrier.put(request.id, output, box)
+            else:
+                box.put(output)
+
+        async with self._shelf.lent(request.adapter):
+            if caller and self._wire(caller) is None:
+                yield self._name
+            await self._engine.start(request, put)
+            try:
+                while not over:
+                    output = await box.get()
+                    over = output.finish is not None
+                    if carrier is box:
+                        yield output
+            finally:
+                if isinstance(carrier, Sender):
+                    carrier.drop(request.id)
+                if not over:
+                    self._engine.abort(request.id)
+
+    async def wire(self, dial: Dial) -> AsyncGenerator[Message, None]:
+        """Outputs of the caller's requests, all of a step in one message. Ends when idle."""
+        sender = self._wires[dial.caller] = Sender()
+        try:
+            async with aclosing(sender.messages()) as messages:
+                async for message in messages:
+                    yield message
+        finally:
+            if self._wires.get(dial.caller) is sender:
+                del self._wires[dial.caller]
+
+    def _wire(self, caller: str) -> Sender | None:
+        found = self._wires.get(caller)
+        return None if found is None or found.closed else found
 
     async def stats(self) -> EngineStats:
         """The engine's statistics."""
@@ -81,30 +136,75 @@ class ServeBackend:
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle.options(method_name="stream", stream=True)
-        self._all = handle
+        self._line = handle.options(method_name="wire", stream=True, response_serialization="pickle")
+        self._all, self._caller = handle, uuid.uuid4().hex
+        self._receiver = Receiver(self._dial)
+        self._followers: set[asyncio.Task[None]] = set()
 
     async def stream(self, request: Request) -> AsyncGenerator[StepOutput, None]:
         """See `Backend.stream`. Before the first token another replica takes over from one that died."""
         for attempt in range(ATTEMPTS):
             started = over = False
-            responses: Any = self._handle.remote(request)
+            responses: Any = self._handle.remote(request, self._caller)
+            box = self._receiver.expect(request.id)
+            follower = asyncio.create_task(self._follow(responses, box))
+            self._followers.add(follower)
+            follower.add_done_callback(self._followers.discard)
             try:
-                async for output in responses:
-                    started = True
+                while not over:
+                    output = await box.get()
+                    started, over = True, output.finish is not None
                     yield output
-                over = True
                 return
             except BackPressureError:
                 over = True
                 raise overloaded() from None
-            except (RayActorError, DeploymentUnavailableError) as error:
-                over = True
+            except (RayActorError, DeploymentUnavailableError, WireLost) as error:
+                over = not isinstance(error, WireLost)
                 log.warning("replica lost at attempt %d, answer begun: %s", attempt + 1, started)
                 if started or attempt + 1 == ATTEMPTS:
                     raise unavailable("the replica was lost; try again") from error
             finally:
+                self._receiver.forget(request.id)
                 if not over:  # cancelling a call that failed raises its error once more
+                    follower.cancel()
                     responses.cancel()
+
+    async def _follow(self, responses: Any, box: Mailbox) -> None:
+        """Reads a request's own call to its end: outputs that no wire carries, errors, and where to open a wire."""
+        try:
+            async for message in responses:
+                if isinstance(message, str):
+                    self._receiver.connect(message)
+                else:
+                    box.put(message)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            box.fail(WireLost())  # the replica gave the call up
+        except Exception as error:  # handed to who waits for the answer, whatever it is
+            box.fail(error)
+        else:
+            if not box.complete:  # the wire may be slower than the call
+                asyncio.get_running_loop().call_later(LATE_SECONDS, box.fail, WireLost())
+
+    async def _dial(self, replica: str) -> AsyncGenerator[Message, None]:
+        """Messages of a new wire to a replica."""
+        messages: Any = self._line.remote(Dial(self._caller, replica))
+        over = False
+        try:
+            async with asyncio.timeout(DIAL_SECONDS):
+                yield await anext(messages)
+            async for message in messages:
+                yield message
+            over = True
+        except (RayActorError, DeploymentUnavailableError):
+            over = True
+            raise
+        finally:
+            if not over:
+                messages.cancel()
 
     async def stats(self) -> list[EngineStats]:
         """See `Backend.stats`."""

@@ -359,5 +359,9 @@ def _seeded(sampling: Sampling, copy: int) -> Sampling:
     return sampling if sampling.seed is None or copy == 0 else replace(sampling, seed=sampling.seed + copy)
 
 
+# Made once: json.dumps with options makes an encoder a call, which costs as much as a chunk.
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def _event(value: dict[str, object]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _encode(value).encode() + b"\n\n"
