@@ -22,6 +22,8 @@ from modelyard.serving.options import ServeOptions
 from modelyard.serving.replicas import EngineReplica
 from modelyard.serving.traffic import Variant
 
+HEAD_NODE = "node:__internal_head__"
+"""The resource by which Ray names its head node."""
 LOAD_EVERY_S = 0.5
 """Seconds between two reports of queues and engines' load to the autoscaler. At Serve's 10 s the first request at zero
 replicas waits up to 10 s until it is seen."""
@@ -60,12 +62,15 @@ def build(
         check_adapter(local_folder(place, weights=False))
     # The engine queues what exceeds its slots, so that a freed slot is filled in the next step, not a round trip later.
     ongoing = options.engine.max_sequences * 2
-    ingress = serve.deployment(serve.ingress()(Ingress)).options(  # type: ignore[attr-defined]
+    # An ingress that listens itself does so on the head, where the loopback address of the person is.
+    entrance = Ingress if options.listens else serve.ingress()(Ingress)
+    head = {"resources": {HEAD_NODE: 0.001}} if options.listens else {}
+    ingress = serve.deployment(entrance).options(  # type: ignore[attr-defined]
         name=INGRESS,
         # Room for two versions' replicas whatever runs: a changed bound would make Serve announce the ingress anew.
         max_ongoing_requests=2 * ongoing * options.autoscaling.max_replicas + options.max_queued + 64,
         graceful_shutdown_timeout_s=20,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, **head},
         user_config={"variants": [asdict(v) for v in variants]},
         version="1",
         _internal=True,

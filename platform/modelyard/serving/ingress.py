@@ -26,6 +26,7 @@ from modelyard.serving.feedback import FeedbackStore
 from modelyard.serving.folders import local_folder
 from modelyard.serving.limits import Limiter
 from modelyard.serving.lines import append_row
+from modelyard.serving.listener import Listener
 from modelyard.serving.metrics import Exposition, Metrics
 from modelyard.serving.names import APPLICATION, engine_name
 from modelyard.serving.options import ServeOptions
@@ -49,6 +50,7 @@ class Ingress:
     """
 
     _feedback: FeedbackStore | None = None
+    _listener: Listener | None = None
 
     def __init__(
         self, name: str, options: Mapping[str, Any], keys: Mapping[str, str] | None, *replicas: DeploymentHandle[Any]
@@ -76,6 +78,8 @@ class Ingress:
         self._services = {v.version: self._services[v.version] for v in variants}
         for version in self._metrics.keys() - self._services.keys():
             self._metrics[version].observe([])  # its engines are ending: no gauge keeps its last value
+        if self._options.listens and self._listener is None:
+            self._listener = await Listener.start(self.__serve_build_asgi_app__(), self._options)
 
     async def versions(self) -> list[str]:
         """Versions requests are sent to now, the stable one first."""
@@ -119,8 +123,10 @@ class Ingress:
                 self._metrics[version].observe(await service.backend.stats())
         return self._exposition.render()
 
-    def __del__(self) -> None:
+    async def __del__(self) -> None:
         """Serve's hook at a graceful stop."""
+        if self._listener is not None:
+            await self._listener.stop()
         if self._feedback is not None:
             self._feedback.close()
 

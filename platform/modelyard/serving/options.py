@@ -154,3 +154,8 @@ class ServeOptions(Options):
     def use_haproxy(self) -> bool:
         """Whether HAProxy mode is on after defaults."""
         return (not self.loopback and self.tls is None) if self.haproxy is None else self.haproxy
+
+    @property
+    def listens(self) -> bool:
+        """Whether the ingress itself takes connections, on this machine only: no proxy in front."""
+        return self.loopback and not self.use_haproxy

@@ -106,6 +106,7 @@ def launch(
     port = o.port or free_port(o.host)
     import ray
 
+    o = o.model_copy(update={"port": port})
     rollout = Rollout(name, o, keys, (Variant(version, model), *others))
     application = rollout.application(rollout.variants)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its import set it to INFO
@@ -113,9 +114,9 @@ def launch(
         # "local": never a cluster that merely happens to run on this machine.
         ray.init(os.environ.get("RAY_ADDRESS") or "local", include_dashboard=False, log_to_driver=False)
     _check_cluster(o, 1 + len(others))
-    _start(o, port)
+    _start(o)
     rollout.deploy(application)
-    url = _url(o, port)
+    url = _url(o)
     verify = tls.client_context(o.tls.certificate) if o.tls is not None else True
     try:
         _wait(url, verify, started + o.ready_timeout_s)
@@ -125,9 +126,9 @@ def launch(
     return ServerHandle(name, url, time.monotonic() - started, key, rollout, verify)
 
 
-def _url(options: ServeOptions, port: int) -> str:
+def _url(options: ServeOptions) -> str:
     host = "127.0.0.1" if options.host in ANYWHERE else options.host
-    return f"{'https' if options.tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"{'https' if options.tls else 'http'}://{f'[{host}]' if ':' in host else host}:{options.port}"
 
 
 def check(options: ServeOptions) -> Mapping[str, str] | None:
@@ -227,19 +228,23 @@ def _check_cluster(options: ServeOptions, versions: int) -> None:
         )
 
 
-def _start(options: ServeOptions, port: int) -> None:
+def _start(options: ServeOptions) -> None:
     from ray import serve
     from ray.serve.config import ControllerOptions, HTTPOptions, ProxyLocation
 
+    # The ingress listens itself, or a proxy does: on this machine only, or on every node.
+    place = ProxyLocation.HeadOnly if options.loopback else ProxyLocation.EveryNode
+    if options.listens:
+        place = ProxyLocation.Disabled
     # For Serve's processes alone: in this one a handle must go on working without an event loop.
     chosen = {k: v for k, v in os.environ.items() if k.startswith("RAY_SERVE_")}
     environment = ENVIRONMENT | (HAPROXY_ENVIRONMENT if options.use_haproxy else {}) | chosen
     certificate, key = options.tls.absolute() if options.tls is not None else (None, None)
     serve.start(
-        proxy_location=ProxyLocation.HeadOnly if options.loopback else ProxyLocation.EveryNode,
+        proxy_location=place,
         http_options=HTTPOptions(
             host=options.host,
-            port=port,
+            port=options.port,
             request_timeout_s=options.request_timeout_s,
             ssl_keyfile=key,
             ssl_certfile=certificate,

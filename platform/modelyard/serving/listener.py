@@ -1,0 +1,57 @@
+"""HTTP straight from the ingress' process, where one process on one machine is all there is to reach.
+
+Serve's Python proxy in front of it would cost every streamed chunk a gRPC message and two event loops more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from modelyard.serving.options import ServeOptions
+
+DRAIN_SECONDS = 20
+"""How long answers in progress may take once the listener stops."""
+KEEP_ALIVE_SECONDS = 90
+"""How long a connection may stay idle: Serve's own value for its proxy."""
+
+
+class Listener:
+    """A running uvicorn server in this event loop."""
+
+    def __init__(self, server: uvicorn.Server, task: asyncio.Task[None]) -> None:
+        self._server, self._task = server, task
+
+    @classmethod
+    async def start(cls, app: ASGIApp, options: ServeOptions) -> Listener:
+        """Listens where the options say and returns when it does. Raises OSError when it cannot."""
+        files = options.tls.absolute() if options.tls is not None else (None, None)
+        config = uvicorn.Config(
+            app, ssl_certfile=files[0], ssl_keyfile=files[1], lifespan="off", access_log=False, log_config=None,
+            server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=DRAIN_SECONDS,
+        )  # fmt: skip
+        server = uvicorn.Server(config)
+        task = asyncio.create_task(server.serve([_bound(options.host, options.port)]))
+        while not server.started:
+            if task.done():
+                task.result()
+                raise OSError(f"the server on {options.host}:{options.port} ended as it started")
+            await asyncio.sleep(0.01)
+        return cls(server, task)
+
+    async def stop(self) -> None:
+        """Takes no more requests, and returns when those in progress have ended."""
+        self._server.should_exit = True
+        await self._task
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that another ingress may share: the one that takes over binds while the one before still ends."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    bound.bind((host, port))
+    return bound
