@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 from modelyard.engine import EngineOptions, NativeEngine
 from modelyard.engine.request import Request
-from modelyard.serving.affinity import HOLDERS, Affinity
+from modelyard.serving.affinity import HOLDERS, Affinity, most_urgent
 from modelyard.serving.scaling import KV_USED, WAITING_TOKENS, EngineLoad, desired_replicas
 from modelyard.serving.warm import requests, warm_up
 
@@ -34,6 +34,12 @@ def test_an_adapter_is_a_beginning_of_its_own() -> None:
     memory.remember(memory.keys(request(1, 2, adapter="german")), "a")
     assert memory.holders(memory.keys(request(8, 8, adapter="german")), ("a", "b")) == ("a",)
     assert memory.holders(memory.keys(request(1, 2)), ("a", "b")) == ()
+
+
+def test_the_first_of_the_most_urgent_goes_next() -> None:
+    assert most_urgent([0, None, -2, 5, -2]) == 2
+    assert most_urgent([None, 7]) == 1
+    assert most_urgent([None]) is None and most_urgent([]) is None
 
 
 def test_memory_is_bounded() -> None:

@@ -96,6 +96,17 @@ class AffinityRouter(RequestRouter):
             return [anyone]
         return [preferred, anyone]
 
+    def _get_next_pending_request_to_route(self) -> PendingRequest | None:
+        """Of the requests that wait while every replica is full the most urgent goes first; Serve takes the oldest."""
+        waiting = self._pending_requests_to_route
+        urgent = most_urgent([None if p.future.done() else _priority(p) for p in waiting])
+        if urgent is None:
+            waiting.clear()
+            return None
+        pending: PendingRequest = waiting[urgent]
+        del waiting[urgent]
+        return pending
+
     def _shortest(self, replicas: list[RunningReplica]) -> int:
         return min(self.replica_queue_len_cache.get(r.replica_id) or 0 for r in replicas)
 
@@ -104,6 +115,17 @@ class AffinityRouter(RequestRouter):
         request = _engine_request(pending_request)
         if request is not None:
             self._affinity.remember(self._affinity.keys(request), replica_id.unique_id)
+
+
+def most_urgent(priorities: Sequence[int | None]) -> int | None:
+    """Where the first of the smallest numbers stands; None when there is no number."""
+    found = [(priority, at) for at, priority in enumerate(priorities) if priority is not None]
+    return min(found)[1] if found else None
+
+
+def _priority(pending: PendingRequest) -> int:
+    request = _engine_request(pending)
+    return 0 if request is None else request.priority
 
 
 def _engine_request(pending: PendingRequest | None) -> Request | None:

@@ -93,6 +93,9 @@ def routes(app: FastAPI, service: Service, background: Background | None) -> Non
         if getattr(body, "stream", False):
             raise ApiError(400, "an asynchronous answer cannot be streamed", param="stream")
         await _jobs(service, body, holder)  # whatever is wrong with it is said now, and its tokens counted
+        body = body.model_copy(
+            update={"priority": service.priority(body.priority, holder)}
+        )  # the worker knows no limits
         task = new_task(endpoint, holder, body.model_dump_json(exclude_unset=True, by_alias=True), webhook or "")
         await there.submit(task)
         return JSONResponse(task.public(), 202)

@@ -55,6 +55,17 @@ class Limiter:
             )  # fmt: skip
         self._take(buckets, 1, tokens)
 
+    def priority(self, holder: str, wanted: int) -> int:
+        """The priority a holder's request gets. Raises ApiError 403 when it asks for a more urgent one than it may.
+
+        A key below the usual 0 lowers requests that name no priority: 0 is then not theirs.
+        """
+        least = self._limits.of(holder).priority
+        if wanted < least and wanted != 0:
+            message = f"this key's requests may have a priority of {least} or more, not {wanted}"
+            raise ApiError(403, message, kind="permission_error", param="priority", code="priority_not_allowed")
+        return max(wanted, least)
+
     def counts(self, holder: str) -> bool:
         """Whether a holder's tokens are limited: if not, nobody needs to tell of them."""
         return self._limits.of(holder).tokens_per_minute is not None

@@ -11,6 +11,8 @@ from modelyard.recipe.schema import Bytes, Options
 from modelyard.serving.tls import Tls
 
 AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+MAX_PRIORITY = 1000
+"""Priorities of requests go from minus this to this; smaller runs first, as in vLLM."""
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
@@ -71,6 +73,10 @@ class Limit(Options):
     tokens_per_minute: float | None = Field(
         None, gt=0, description="tokens of prompts and answers a minute; null = no limit"
     )
+    priority: int = Field(
+        0, ge=-MAX_PRIORITY, le=MAX_PRIORITY,
+        description="the smallest, most urgent priority a request may ask for; requests that name none have 0 or this",
+    )  # fmt: skip
 
 
 class Limits(Limit):

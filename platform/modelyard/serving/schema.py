@@ -12,10 +12,19 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
 
 from modelyard.engine.request import MAX_LOGPROBS, MAX_STOP_CHARACTERS, MAX_STOPS, Grammar, Sampling
+from modelyard.serving.options import MAX_PRIORITY
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
 TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1)]
+
+Priority = Annotated[
+    StrictInt,
+    Field(
+        ge=-MAX_PRIORITY, le=MAX_PRIORITY,
+        description="smaller runs first, 0 is usual; how small it may be is the API key's affair (extension)",
+    ),
+]  # fmt: skip
 
 
 class StreamOptions(BaseModel):
@@ -87,6 +96,7 @@ class _Common(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=1024)
+    priority: Priority = 0
     response_format: ResponseFormat | None = None
     regex: str | None = Field(None, min_length=1, max_length=4096, description="the answer matches it (extension)")
 
@@ -183,6 +193,7 @@ class EmbeddingRequest(BaseModel):
     dimensions: None = Field(None, description="not offered")
     pooling: Literal["mean", "last"] = Field("mean", description="one vector from the tokens' (extension)")
     user: str | None = Field(None, max_length=1024)
+    priority: Priority = 0
 
     def inputs(self) -> list[str | list[int]]:
         """Every input, as text or as token ids."""

@@ -134,12 +134,14 @@ class Service:
         if len(prompts) * body.n > self.max_choices:
             raise ApiError(400, f"at most {self.max_choices} answers a request", param="n")
         jobs: list[Job] = []
+        priority = self.priority(body.priority, holder)
         for tokens in prompts:
             sampling = body.sampling(self._room(tokens, field))
             self._check(sampling)
             prompt = tuple(tokens)
             for copy in range(body.n):
-                request = Request(f"{form.id}-{len(jobs)}", prompt, _seeded(sampling, copy), adapter=adapter)
+                name, chosen = f"{form.id}-{len(jobs)}", _seeded(sampling, copy)
+                request = Request(name, prompt, chosen, priority, adapter=adapter)
                 jobs.append(Job(len(jobs), request, self._key(request, holder)))
         return self._admitted(jobs, holder)
 
@@ -147,14 +149,19 @@ class Service:
         """One job an input. Raises ApiError as above."""
         adapter = self.check_model(body.model)
         inputs = [p if isinstance(p, list) else await self._encode(p, special=True) for p in body.inputs()]
-        jobs = []
+        jobs, priority = [], self.priority(body.priority, holder)
         for i, tokens in enumerate(inputs):
             self._room(tokens, "input")
             request = Request(
-                f"{name}-{i}", tuple(tokens), task="embed", pooling=body.pooling, detokenize=False, adapter=adapter
-            )
+                f"{name}-{i}", tuple(tokens), priority=priority, detokenize=False, adapter=adapter, task="embed",
+                pooling=body.pooling,
+            )  # fmt: skip
             jobs.append(Job(i, request))
         return self._admitted(jobs, holder)
+
+    def priority(self, wanted: int, holder: str) -> int:
+        """The priority a holder's request gets. Raises ApiError when it may not have it."""
+        return wanted if self.limiter is None else self.limiter.priority(holder, wanted)
 
     def _admitted(self, jobs: list[Job], holder: str) -> list[Job]:
         """The jobs, taken from what their holder may use. Raises ApiError when that is used up."""
