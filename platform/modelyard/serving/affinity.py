@@ -66,13 +66,14 @@ class AffinityRouter(RequestRouter):
     """Prefers replicas that hold the prompt's beginning or the adapter; else the shorter of two queues.
 
     Options of `RequestRouterConfig.request_router_kwargs`: `block` tokens a key covers; `imbalance`, the requests by
-    which a preferred replica's queue may exceed the shortest before it is passed over; `remembered` keys.
+    which a preferred replica's queue may exceed the shortest before it is passed over; `remembered` keys; `prefer`, 0
+    to prefer nobody.
     """
 
     def initialize_state(self, **options: int) -> None:
         """Serve's hook, called once with the options."""
         self._affinity = Affinity(options.get("block", 32), options.get("remembered", 50_000))
-        self._imbalance = options.get("imbalance", 4)
+        self._imbalance, self._prefer = options.get("imbalance", 4), bool(options.get("prefer", True))
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -87,7 +88,7 @@ class AffinityRouter(RequestRouter):
             return [[r for r in candidate_replicas if r.replica_id.unique_id == dial.replica]]
         anyone = random.sample(candidate_replicas, min(2, len(candidate_replicas)))
         request = _engine_request(pending_request)
-        if request is None or len(candidate_replicas) == 1:
+        if request is None or len(candidate_replicas) == 1 or not self._prefer:
             return [anyone]
         alive = {r.replica_id.unique_id: r for r in candidate_replicas}
         held = self._affinity.holders(self._affinity.keys(request), alive)
@@ -113,7 +114,7 @@ class AffinityRouter(RequestRouter):
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Serve's hook: the replica took the request."""
         request = _engine_request(pending_request)
-        if request is not None:
+        if request is not None and self._prefer:
             self._affinity.remember(self._affinity.keys(request), replica_id.unique_id)
 
 

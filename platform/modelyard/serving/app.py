@@ -123,7 +123,10 @@ def _engine(variant: Variant, options: ServeOptions, ongoing: int) -> Any:
         request_router_config=RequestRouterConfig.model_validate(
             {
                 "request_router_class": "modelyard.serving.affinity.AffinityRouter",
-                "request_router_kwargs": {"imbalance": max(2, options.engine.max_sequences // 2)},
+                "request_router_kwargs": {
+                    "imbalance": max(2, options.engine.max_sequences // 2),
+                    "prefer": options.affinity,
+                },
             }
         ),
         version=hashlib.sha256(decides).hexdigest()[:16],

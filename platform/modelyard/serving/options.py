@@ -130,6 +130,10 @@ class ServeOptions(Options):
         {}, description="LoRA adapters by their model name in the API: folder or URI, loaded when first asked for"
     )
     max_adapters: int = Field(8, ge=1, description="adapters a replica keeps in memory; the least recently used go")
+    affinity: bool = Field(
+        True,
+        description="prefer the replica that holds a prompt's beginning or its adapter; false = shortest queue only",
+    )
     cpus_per_replica: float = Field(1.0, gt=0, description="CPU cores Ray reserves for an engine replica")
     gpus_per_replica: float = Field(0.0, ge=0, description="GPUs Ray reserves for an engine replica")
     api_keys: str | None = Field(None, description="file of hashed API keys (modelyard.serving.keys); null = open")
