@@ -45,7 +45,12 @@ class Listener:
     async def stop(self) -> None:
         """Takes no more requests, and returns when those in progress have ended."""
         self._server.should_exit = True
-        await self._task
+        await asyncio.wait({self._task}, timeout=0.5)
+        while not self._task.done():
+            if not self._server.server_state.tasks:
+                # Only idle connections are left. Over TLS a client that is not reading never answers our goodbye.
+                self._task.cancel()
+            await asyncio.wait({self._task}, timeout=0.1)
 
 
 def _bound(host: str, port: int) -> socket.socket:

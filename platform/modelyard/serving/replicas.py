@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
 from typing import Any
 
+from grpc import RpcError
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 4
 """Replicas asked in turn until one sends a first token."""
+
+LOST = (RayActorError, DeploymentUnavailableError, RpcError, RuntimeError, WireLost)
+"""How a replica that is gone or going shows. Serve says RuntimeError when a call ends before the replica took it."""
 
 LATE_SECONDS = 5.0
 """How much later than the end of its call an answer's last outputs may come over the wire."""
@@ -159,7 +163,7 @@ class ServeBackend:
             except BackPressureError:
                 over = True
                 raise overloaded() from None
-            except (RayActorError, DeploymentUnavailableError, WireLost) as error:
+            except LOST as error:
                 over = not isinstance(error, WireLost)
                 log.warning("replica lost at attempt %d, answer begun: %s", attempt + 1, started)
                 if started or attempt + 1 == ATTEMPTS:
@@ -199,7 +203,7 @@ class ServeBackend:
             async for message in messages:
                 yield message
             over = True
-        except (RayActorError, DeploymentUnavailableError):
+        except LOST:
             over = True
             raise
         finally:

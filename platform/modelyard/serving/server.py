@@ -190,7 +190,12 @@ def shutdown() -> None:
         return
     from ray import serve
     from ray.exceptions import GetTimeoutError, RayActorError
+    from ray.serve.context import _get_global_client
 
+    # This process' handles report to the controller for ever, and would start a Ray of their own after this one.
+    client = _get_global_client()
+    if client is not None:
+        client.shutdown_cached_handles()
     # serve.shutdown() alone leaves an alarming message: the controller ends in the midst of a call that Ray
     # would like to retry. Asked without retries first, it goes quietly.
     controller = ray.get_actor(_CONTROLLER, namespace="serve")
