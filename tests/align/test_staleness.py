@@ -63,7 +63,7 @@ def test_engines_apart_in_step_with_training_change_nothing(model_folder: Path, 
         return pools[0]
 
     apart = reinforce(job(tmp_path / "b", model_folder, words, **changes), ALONE, pools=make)
-    for name in ("reward", "loss", "answer_tokens"):
+    for name in ("reward", "loss", "answer_tokens", "grad_norm"):
         assert [r[name] for r in apart.history] == pytest.approx([r[name] for r in whole.history], abs=1e-5)
     assert apart.figures == pytest.approx(whole.figures, abs=1e-5)
     assert {row["staleness_max"] for row in apart.history} == {0.0}

@@ -22,7 +22,7 @@ from contract import report, say
 
 from modelyard.stages import api
 
-STEPS, ROUNDS, TARGET = 8, 3, 1.0
+STEPS, ROUNDS, TARGET = 6, 3, 1.0
 PHASES = ("sync", "generate", "reward", "score", "train")
 
 

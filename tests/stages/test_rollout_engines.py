@@ -85,7 +85,7 @@ def test_an_engine_that_is_killed_changes_nothing(tmp_path: Path) -> None:
             return made[0]
 
         outcome = reinforce(apart.model_copy(update={"train": train}), ALONE, pools=pool)
-    for name in ("reward", "loss", "answer_tokens"):
+    for name in ("reward", "loss", "answer_tokens", "grad_norm"):
         assert [r[name] for r in outcome.history] == pytest.approx([r[name] for r in whole.history], abs=1e-5)
     assert outcome.figures == pytest.approx(whole.figures, abs=1e-5)
     assert len(made[0].at_death) == 2
