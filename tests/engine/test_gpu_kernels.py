@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 pytest tests/engine/test_gpu_kernels.py      # needs `pip ins
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -37,6 +38,11 @@ def pieces(shape: list[tuple[int, int]]) -> list[Piece]:
     return found
 
 
+def laid_out(step: list[Piece], tile_rows: Callable[[int], int]) -> reference.Layout:
+    staging = reference.Staging(DEVICE, SIZE, BLOCKS, 0, tile_rows)
+    return staging.place(staging.pack(step))
+
+
 def close(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, wanted, **({"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else
                                                {"rtol": 2e-2, "atol": 2e-2}))  # fmt: skip
@@ -58,7 +64,7 @@ STEPS = {
 def test_attention(name: str, window: int, heads: int, kv_heads: int, width: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     step = pieces(STEPS[name])
-    layout = reference.Staging(DEVICE, SIZE, lambda most: kernels.tile_rows(heads // kv_heads, most)).layout(step)
+    layout = laid_out(step, lambda most: kernels.tile_rows(heads // kv_heads, most))
     q = torch.randn(sum(p.count for p in step), heads, width, device=DEVICE, dtype=dtype)
     keys, values = torch.randn(2, BLOCKS * SIZE, kv_heads, width, device=DEVICE, dtype=dtype)
     wanted = reference.gathered(q.float(), keys.float(), values.float(), layout, SIZE, window)
@@ -76,7 +82,7 @@ def test_few_tiles_are_split_over_their_keys() -> None:
 @pytest.mark.parametrize("width", [64, 24])
 def test_rotating_and_storing(width: int, normed: bool, rotated: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    layout = reference.Staging(DEVICE, SIZE, lambda most: most).layout(pieces(STEPS["mixed"]))
+    layout = laid_out(pieces(STEPS["mixed"]), lambda most: most)
     rows, heads, kv_heads = len(layout.tokens), 6, 2
     qkv = torch.randn(rows, heads + 2 * kv_heads, width, device=DEVICE, dtype=dtype)
     angles = torch.rand(256, width // 2, device=DEVICE) * 6

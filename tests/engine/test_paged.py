@@ -13,14 +13,14 @@ from tiny import save_model
 
 from modelyard.engine import EngineCore, EngineOptions, Request, Sampling, generate
 from modelyard.engine import build as build
-from modelyard.engine.build import dense_weights
 from modelyard.engine.cache import NoStore
 from modelyard.engine.checkpoint import read_tensors
 from modelyard.engine.options import Speculation
 from modelyard.engine.paged import PagedDecoder
 from modelyard.engine.paged_layout import Staging, gathered
 from modelyard.engine.scheduler import Piece, Sequence
-from modelyard.errors import ResourceError
+from modelyard.engine.weights import dense_weights
+from modelyard.errors import RecipeError, ResourceError
 
 OPTIONS = EngineOptions(max_sequences=3, step_tokens=17, threads=1, precision="float32", block_tokens=4)
 
@@ -67,7 +67,8 @@ def two_pieces() -> list[Piece]:
 
 
 def test_a_layout_says_where_tokens_lie() -> None:
-    layout = Staging(torch.device("cpu"), 4, lambda most: 4).layout(two_pieces())
+    staging = Staging(torch.device("cpu"), 4, 5, 36, lambda most: 4)
+    layout = staging.place(staging.pack(two_pieces()))
     assert layout.tokens.tolist() == [5, 3, 4, 5, 6, 7, 8]
     assert layout.positions.tolist() == [5, 3, 4, 5, 6, 7, 8]
     assert layout.mapping.tolist() == [9, 3, 28, 29, 30, 31, 12]
@@ -78,10 +79,11 @@ def test_a_layout_says_where_tokens_lie() -> None:
 
 
 def test_a_fixed_layout_fills_up_with_spare_tokens() -> None:
-    staging = Staging(torch.device("cpu"), 4, lambda most: 1)
-    fixed, held = staging.fixed(3, 5, 36)
-    assert held.mapping.tolist() == [36] * 3
-    staging.layout(two_pieces()[:1], fixed)  # what the graph reads changes in place
+    staging = Staging(torch.device("cpu"), 4, 5, 36, lambda most: 1)
+    packed = staging.pack(two_pieces()[:1], 3)
+    place = torch.full_like(packed.buffer, -1)
+    held = staging.place(packed, place)
+    assert held.tokens.data_ptr() == place.data_ptr(), "a graph reads it where it was captured"
     assert (held.tokens.tolist(), held.positions.tolist(), held.mapping.tolist()) == ([5, 0, 0], [5, 0, 0], [9, 36, 36])
     assert held.tables.tolist() == [[5, 2, 9, 9, 9], [9] * 5, [9] * 5]
     assert (held.lengths.tolist(), held.starts.tolist()) == ([6, 1, 1], [0, 1, 2, 3])
@@ -92,7 +94,8 @@ def test_a_fixed_layout_fills_up_with_spare_tokens() -> None:
 def test_gathered_attention_is_attention(window: int) -> None:
     torch.manual_seed(0)
     pieces = two_pieces()
-    layout = Staging(torch.device("cpu"), 4, lambda most: most).layout(pieces)
+    staging = Staging(torch.device("cpu"), 4, 5, 36, lambda most: most)
+    layout = staging.place(staging.pack(pieces))
     q, keys, values = torch.randn(7, 4, 8), torch.randn(32, 2, 8), torch.randn(32, 2, 8)
     got = gathered(q, keys, values, layout, 4, window)
     row = 0
@@ -128,3 +131,11 @@ def test_what_a_gpu_cannot_do_is_refused(
     monkeypatch.setattr(build, "gpu", lambda: torch.device("cpu"))
     with pytest.raises(ResourceError, match=says):
         EngineCore(tiny_model, OPTIONS.model_copy(update={"device": "cuda", **changes}))
+
+
+def test_a_process_uses_the_gpus_it_was_given() -> None:
+    options = EngineOptions()
+    assert (options.placed(0).device, options.placed(1).device) == ("cpu", "cuda")
+    assert EngineOptions(device="cpu").placed(1).device == "cpu"
+    with pytest.raises(RecipeError, match="cut over 4 GPUs, the replica has 2"):
+        EngineOptions(tensor_parallel=4).placed(2)

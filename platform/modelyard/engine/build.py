@@ -18,7 +18,7 @@ from modelyard.engine.options import EngineOptions, Precision
 from modelyard.engine.paged import PagedDecoder
 from modelyard.engine.speculate import DraftModel, Guesser, PromptLookup
 from modelyard.engine.tokenizer import Tokenizer
-from modelyard.engine.weights import Weights
+from modelyard.engine.weights import Weights, dense_weights
 from modelyard.errors import ResourceError
 from modelyard.planner.machine import free_memory
 
@@ -50,7 +50,7 @@ def build(folder: Path, options: EngineOptions) -> Parts:
     check_folder(folder)
     if options.backend == "transformers":
         return _any(folder, options)
-    if on_gpu(options):
+    if on_gpu(options) or options.tensor_parallel > 1:
         return _paged(folder, options)
     config = read_config(folder)
     length = config.length(options.max_length)
@@ -92,19 +92,43 @@ def _any(folder: Path, options: EngineOptions) -> Parts:
 
 
 def _paged(folder: Path, options: EngineOptions) -> Parts:
-    """One pool of blocks on a GPU: what memory allows after the weights, no slots."""
-    device = gpu()
+    """One pool of blocks on a GPU: what memory allows after the weights, no slots. On several, a slice of each."""
+    device = gpu() if on_gpu(options) else torch.device("cpu")
     config = read_config(folder)
     length = config.length(options.max_length)
-    dtype = torch.float32 if options.precision == "float32" else torch.bfloat16
+    exact = options.precision == "float32" or device.type == "cpu"
+    dtype = torch.float32 if exact else torch.bfloat16
     _check_gpu(options)
-    weights = dense_weights(config, device, dtype)
-    blocks = _paged_blocks(config, length, options, device, dtype)
-    weights.load(read_tensors(folder), str(folder))
-    decoder = PagedDecoder(weights, blocks, options.block_tokens, length)
+    decoder: PagedDecoder
+    if options.tensor_parallel > 1:
+        decoder, blocks = _split(folder, config, length, options, device, dtype)
+    else:
+        weights = dense_weights(config, device, dtype)
+        blocks = _paged_blocks(config, length, options, device, dtype)
+        weights.load(read_tensors(folder), str(folder))
+        decoder = PagedDecoder(weights, blocks, options.block_tokens, length)
     tokenizer = _tokenizer(folder)
     guesser = PromptLookup(options.speculation) if options.speculation else None
     return Parts(config, length, tokenizer, decoder, NoStore(), guesser, blocks, step_tokens=8192)
+
+
+def _split(
+    folder: Path, config: DecoderConfig, length: int, options: EngineOptions, device: torch.device, dtype: torch.dtype
+) -> tuple[PagedDecoder, int]:
+    """The decoder whose slices lie on several devices, and the blocks of each."""
+    from modelyard.engine.tensor_parallel import Leader, local_config
+
+    workers = options.tensor_parallel
+    local = local_config(config, workers)
+    if device.type == "cuda" and torch.cuda.device_count() < workers:
+        raise ResourceError(
+            f"{workers} slices need as many GPUs, this process sees {torch.cuda.device_count()}",
+            place="engine.tensor_parallel",
+            mend="lower it, or give the replica more GPUs (gpus_per_worker)",
+        )
+    held = sum(file.stat().st_size for file in folder.glob("*.safetensors"))  # a slice's weights are less
+    blocks = _paged_blocks(local, length, options, device, dtype, held)
+    return Leader(folder, config, workers, blocks, options.block_tokens, length, device, dtype), blocks
 
 
 def _check_gpu(options: EngineOptions) -> None:
@@ -118,13 +142,21 @@ def _check_gpu(options: EngineOptions) -> None:
 
 
 def _paged_blocks(
-    config: DecoderConfig, length: int, options: EngineOptions, device: torch.device, dtype: torch.dtype
+    config: DecoderConfig,
+    length: int,
+    options: EngineOptions,
+    device: torch.device,
+    dtype: torch.dtype,
+    held: int = 0,
 ) -> int:
-    """Blocks of the pool: as many as wanted, else as all sequences may need, else as the GPU's free memory holds."""
+    """Blocks of the pool: as many as wanted, else as all sequences may need, else as the GPU's free memory holds.
+
+    `held`: bytes that are about to be taken by weights.
+    """
     size = options.block_tokens
     one = -(-length // size) + 1
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-    bound = options.cache_bytes or int(0.85 * free)
+    bound = options.cache_bytes or max(0, int(0.85 * (free - held)))
     fitting = bound // (size * config.cache_bytes_per_token * dtype.itemsize // 4)
     if fitting < one:
         raise ResourceError(
@@ -141,17 +173,6 @@ def gpu() -> torch.device:
     if not torch.cuda.is_available():
         raise ResourceError("there is no CUDA device", place="engine.device", mend="use device: cpu")
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def dense_weights(config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> Weights:
-    """Empty weights in plain tensors on a device, in the type it computes in."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            return Weights(config, None)
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _precision(wanted: Precision) -> Precision:

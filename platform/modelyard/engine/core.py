@@ -20,6 +20,7 @@ from modelyard.engine.build import build
 from modelyard.engine.detokenize import Detokenizer
 from modelyard.engine.grammar import Grammars, Matcher
 from modelyard.engine.options import EngineOptions
+from modelyard.engine.paged import PagedDecoder
 from modelyard.engine.request import UNSATISFIED, EngineStats, Finish, Request, StepOutput
 from modelyard.engine.sampler import Choice, prompt_logprobs, sample
 from modelyard.engine.scheduler import Scheduler, Sequence
@@ -341,6 +342,9 @@ class EngineCore:
 
     def read_adapter(self, name: str, folder: str | Path) -> Adapter:
         """An adapter of this model, not loaded yet. Any thread may call it. Raises as `Engine.load_adapter`."""
+        if self.options.tensor_parallel > 1:
+            raise ResourceError("adapters are not cut over devices", place="engine.tensor_parallel",
+                                mend="merge the adapter into its base")  # fmt: skip
         salt = f"{next(self._adapters_read)}:{name}".encode()
         return read_adapter(name, Path(folder), self.decoder.weights.modules, salt)
 
@@ -358,6 +362,11 @@ class EngineCore:
         """See `protocol.Engine.unload_adapter`."""
         if self.adapters.pop(name, None) is None:
             raise DataError(f"adapter {name!r} is not loaded", place="adapter", mend="load it first")
+
+    def close(self) -> None:
+        """Ends what the decoder started; the engine can do nothing afterwards."""
+        if isinstance(self.decoder, PagedDecoder):
+            self.decoder.close()
 
     def stats(self) -> EngineStats:
         """A snapshot; safe to call from another thread."""

@@ -216,6 +216,7 @@ class NativeEngine:
             StepOutput((), finish="error", error=self._failure) if self._failure else StepOutput((), finish="abort")
         )
         self._deliver([(name, finish) for name in list(self._readers)])
+        self._core.close()
 
     def _deliver(self, outputs: Iterable[tuple[str, StepOutput]]) -> None:
         """One wake-up of each listening loop a step, whatever the number of requests."""

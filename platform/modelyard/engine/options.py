@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field
 
+from modelyard.errors import RecipeError
 from modelyard.recipe.schema import Bytes, Options, runtime
 
 Precision = Literal["float32", "float16_packed", "bfloat16", "int8"]
@@ -49,6 +50,9 @@ class EngineOptions(Options):
         "auto",
         "where the native backend computes; auto = on a GPU where this process has one, with paged keys and values",
     )
+    tensor_parallel: int = runtime(
+        1, "devices of one machine that a model is cut over; on CPUs it is for tests only", ge=1
+    )
     precision: Precision = Field(
         "float16_packed",
         description="float16_packed: weights in half precision, sums in float32 (half the memory, relative error 2e-4; "
@@ -69,3 +73,18 @@ class EngineOptions(Options):
     cache_bytes: Bytes | None = Field(
         None, description="bound on the key/value cache in bytes; null = 60 % of the memory available at start"
     )
+
+    def placed(self, gpus: float) -> Self:
+        """The same for a process that has been given so many GPUs: `auto` means them, or a CPU where there are none.
+
+        Raises RecipeError where the model is to be cut over more of them.
+        """
+        if self.device != "cpu" and 0 < gpus < self.tensor_parallel:
+            raise RecipeError(
+                f"the model is to be cut over {self.tensor_parallel} GPUs, the replica has {gpus:g}",
+                place="engine.tensor_parallel",
+                mend=f"give resources.gpus_per_worker: {self.tensor_parallel}",
+            )
+        if self.device != "auto":
+            return self
+        return self.model_copy(update={"device": "cuda" if gpus else "cpu"})

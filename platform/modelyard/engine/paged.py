@@ -8,7 +8,7 @@ the tests run on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from modelyard.engine.batch import StepBatch
 from modelyard.engine.checkpoint import DecoderConfig
 from modelyard.engine.experts import mix
 from modelyard.engine.linear import Linear
-from modelyard.engine.paged_layout import Fixed, Layout, Staging, operations
+from modelyard.engine.paged_layout import Layout, Packed, Staging, operations
 from modelyard.engine.rope import rotations
 from modelyard.engine.weights import Layer, Mixture, Mlp, Norm, Weights
 
@@ -33,10 +33,10 @@ Groups = tuple[tuple[Adapter, Tensor | None], ...]
 
 @dataclass(frozen=True)
 class _Graph:
-    """A captured decode step: replaying it reads `inputs` and leaves its result in `hidden` [rows, hidden]."""
+    """A captured decode step: a replay reads the layout in `held` and leaves its result in `hidden` [rows, hidden]."""
 
     graph: Any
-    inputs: Fixed
+    held: Tensor
     hidden: Tensor
 
 
@@ -48,9 +48,12 @@ class PagedDecoder:
         blocks: key/value blocks of the pool.
         size: tokens of a block.
         length: positions covered.
+        total: sums a tensor over the workers that hold slices of the model, in place; None = it is whole.
     """
 
-    def __init__(self, weights: Weights, blocks: int, size: int, length: int) -> None:
+    def __init__(
+        self, weights: Weights, blocks: int, size: int, length: int, total: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         c: DecoderConfig = weights.config
         self.weights, self.config, self._size = weights, c, size
         self.device, self.dtype = weights.embed.device, weights.embed.dtype
@@ -62,22 +65,41 @@ class PagedDecoder:
         # One more block than the scheduler knows: graph padding writes there.
         shape = (c.layers, 2, (blocks + 1) * size, c.kv_heads, c.head_dim)
         self._pool = torch.zeros(shape, device=self.device, dtype=self.dtype)
-        self._spare, self._width = blocks * size, -(-length // size)
+        self._total = total
         group = c.heads // c.kv_heads
-        self._staging = Staging(self.device, size, lambda most: self._do.tile_rows(group, most))
+        self._staging = Staging(
+            self.device, size, -(-length // size), blocks * size, lambda most: self._do.tile_rows(group, most)
+        )
         # Experts wait for the host to know how many tokens each has: no graph can hold that.
         self._graphs: dict[int, _Graph] | None = {} if self.device.type == "cuda" and c.experts is None else None
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> Tensor:
         """Normed results of the last layer for the wanted rows, [wanted, hidden]."""
-        pieces = batch.pieces
+        pieces, rows = batch.pieces, 0
         single = all(p.count == 1 for p in pieces) and not batch.adapters
         if self._graphs is not None and single and len(pieces) <= GRAPH_SIZES[-1]:
-            hidden = self._replay(pieces)
-        else:
-            hidden = self._run(self._staging.layout(pieces), self._placed(batch.adapters))
+            rows = next(s for s in GRAPH_SIZES if s >= len(pieces))
+        packed = self._staging.pack(pieces, rows)
+        self.send(packed)
+        hidden = self.compute(packed, self._placed(batch.adapters))[: batch.positions.size]
         return hidden if batch.wanted is None else hidden[batch.wanted.to(self.device)]
+
+    def send(self, packed: Packed) -> None:
+        """Tells the workers of other slices of a step; here there are none."""
+
+    @torch.inference_mode()
+    def compute(self, packed: Packed, groups: Groups = ()) -> Tensor:
+        """Normed results of the last layer for all tokens of a step, [tokens, hidden]."""
+        if not packed.rows:
+            return self._run(self._staging.place(packed), groups)
+        assert self._graphs is not None
+        if packed.rows not in self._graphs:
+            self._graphs[packed.rows] = self._capture(packed)
+        held = self._graphs[packed.rows]
+        self._staging.place(packed, held.held)
+        held.graph.replay()
+        return held.hidden
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -96,6 +118,9 @@ class PagedDecoder:
     def vectors(self, hidden: Tensor) -> Tensor:
         """What embeddings are made of."""
         return hidden.float().cpu()
+
+    def close(self) -> None:
+        """Ends what the decoder started; here there is nothing."""
 
     def _placed(self, groups: Groups) -> Groups:
         """Adapters and their rows on the device."""
@@ -133,14 +158,17 @@ class PagedDecoder:
             (layer.q_norm.weight, layer.k_norm.weight) if c.qk_norm else None, c.norm_epsilon, keys, values,
         )  # fmt: skip
         mixed = self._do.attend(q, keys, values, layout, self._size, c.windows[i])
-        return _product(layer.out, (i, "out"), mixed.view(len(h), -1), groups)
+        return self._whole(_product(layer.out, (i, "out"), mixed.view(len(h), -1), groups))
+
+    def _whole(self, part: Tensor) -> Tensor:
+        return part if self._total is None else self._total(part)
 
     def _feed_forward(self, i: int, layer: Layer, h: Tensor, groups: Groups) -> Tensor:
         if isinstance(layer.mlp, Mixture):
             assert self.config.experts is not None
-            return mix(layer.mlp, self.config.experts, h, self._mlp)
+            return self._whole(mix(layer.mlp, self.config.experts, h, self._mlp))
         up = _product(layer.mlp.up, (i, "up"), h, groups)
-        return _product(layer.mlp.down, (i, "down"), self._activate(up), groups)
+        return self._whole(_product(layer.mlp.down, (i, "down"), self._activate(up), groups))
 
     def _mlp(self, mlp: Mlp, h: Tensor) -> Tensor:
         return mlp.down(self._activate(mlp.up(h)))
@@ -151,19 +179,9 @@ class PagedDecoder:
         active: Tensor = self._do.gated_silu(up)
         return active
 
-    def _replay(self, pieces: tuple[Any, ...]) -> Tensor:
-        """A decode step by a captured graph."""
-        assert self._graphs is not None
-        size = next(s for s in GRAPH_SIZES if s >= len(pieces))
-        if size not in self._graphs:
-            self._graphs[size] = self._capture(size)
-        held = self._graphs[size]
-        self._staging.layout(pieces, held.inputs)
-        held.graph.replay()
-        return held.hidden[: len(pieces)]
-
-    def _capture(self, size: int) -> _Graph:
-        inputs, layout = self._staging.fixed(size, self._width, self._spare)
+    def _capture(self, packed: Packed) -> _Graph:
+        held = torch.empty(packed.buffer.shape, dtype=torch.int32, device=self.device)
+        layout = self._staging.place(packed, held)
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries and kernels must have set themselves up before the capture
@@ -172,7 +190,7 @@ class PagedDecoder:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             hidden = self._run(layout)
-        return _Graph(graph, inputs, hidden)
+        return _Graph(graph, held, hidden)
 
 
 def _product(linear: Linear, key: tuple[int, str], x: Tensor, groups: Groups) -> Tensor:

@@ -6,7 +6,7 @@ The functions here are the reference of `gpu_kernels` and run on any device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,56 +41,83 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Fixed:
-    """A layout of one token a sequence whose tensors stay where they are: what a CUDA graph reads.
+class Packed:
+    """A layout on the host, in one buffer: int32, the tensors of `Layout` one after the other.
 
-    `rows` sequences and tables of `width` blocks; sequences that a step has not get one token, at place `spare`.
+    `rows` above 0: one token a sequence, filled up to so many sequences, for a CUDA graph.
     """
 
+    buffer: Tensor
     rows: int
+    tokens: int
+    sequences: int
+    tiles: int
     width: int
-    spare: int
-    held: Tensor
+    longest: int
+    most: int
+    tile: int
+
+    @property
+    def numbers(self) -> list[int]:
+        """All but the buffer, for `empty`."""
+        return [self.rows, self.tokens, self.sequences, self.tiles, self.width, self.longest, self.most, self.tile]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Lengths of the buffer's parts."""
+        n, t, s = self.tokens, self.tiles, self.sequences
+        return [n, n, n, s + 1, s, t, t, s * self.width]
+
+    @staticmethod
+    def empty(numbers: Sequence[int]) -> Packed:
+        """A layout of the same shape as one whose `numbers` these are, to be filled."""
+        shape = Packed(torch.empty(0), *numbers)
+        return Packed(torch.empty(sum(shape.sizes), dtype=torch.int32), *numbers)
+
+    def on(self, there: Tensor) -> Layout:
+        """The layout whose buffer lies in `there`."""
+        t = torch.split(there, self.sizes)
+        tables = t[7].view(self.sequences, self.width)
+        return Layout(t[0], t[1], t[2], t[3], t[4], t[5], t[6], tables, self.longest, self.most, self.tile)
 
 
 class Staging:
-    """One buffer on the host for everything a step sends, so that it travels in one copy.
+    """Lays steps out on the host, and sends each in one copy.
 
     Args:
         device: where layouts go.
         size: tokens of a block.
+        width: blocks of the longest sequence.
+        spare: a place in the pool that belongs to no sequence.
         tile_rows: queries of an attention tile, from the most tokens a sequence has in a step.
     """
 
-    def __init__(self, device: torch.device, size: int, tile_rows: Callable[[int], int]) -> None:
-        self._device, self._size, self._tile_rows = device, size, tile_rows
+    def __init__(
+        self, device: torch.device, size: int, width: int, spare: int, tile_rows: Callable[[int], int]
+    ) -> None:
+        self._device, self._size, self._width, self._spare = device, size, width, spare
+        self._tile_rows = tile_rows
         self._host = torch.empty(0, dtype=torch.int32)
         self._sent = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    def fixed(self, rows: int, width: int, spare: int) -> tuple[Fixed, Layout]:
-        """A place for steps of up to `rows` sequences, filled with none, and its layout."""
-        held = torch.empty(sum(_sizes(rows, rows, rows, rows * width)), dtype=torch.int32, device=self._device)
-        fixed = Fixed(rows, width, spare, held)
-        return fixed, self.layout((), fixed)
-
-    def layout(self, pieces: Sequence[Piece], fixed: Fixed | None = None) -> Layout:
-        """The layout of a scheduled step, in the order of `pieces`, on the device."""
+    def pack(self, pieces: Sequence[Piece], rows: int = 0) -> Packed:
+        """The layout of a scheduled step, in the order of `pieces`; with `rows` filled up with spare sequences."""
         size = self._size
-        counts = [p.count for p in pieces] + [1] * (fixed.rows - len(pieces) if fixed else 0)
-        ends = [p.start + p.count for p in pieces] + [1] * (len(counts) - len(pieces))
-        most, longest = max(counts), fixed.width * size if fixed else max(ends)
+        counts = [p.count for p in pieces] + [1] * (rows - len(pieces))
+        ends = [p.start + p.count for p in pieces] + [1] * (rows - len(pieces))
+        most, longest = max(counts), self._width * size if rows else max(ends)
         tile = self._tile_rows(most)
         tiles = [-(-count // tile) for count in counts]
         many, width = len(counts), -(-longest // size)
-        sizes = _sizes(sum(counts), many, sum(tiles), many * width)
-        buffer = self._reserve(sum(sizes))
-        parts = np.split(buffer.numpy(), np.cumsum(sizes)[:-1])
+        shape = Packed(self._host, rows, sum(counts), many, sum(tiles), width, longest, most, tile)
+        buffer = self._reserve(sum(shape.sizes))
+        parts = np.split(buffer.numpy(), np.cumsum(shape.sizes)[:-1])
         tokens, positions, mapping, starts, lengths, owners, firsts = parts[:-1]
         tables = parts[-1].reshape(many, width)
-        if fixed:
+        if rows:
             buffer.zero_()
-            mapping.fill(fixed.spare)
-        tables.fill(fixed.spare // size if fixed else 0)
+            mapping.fill(self._spare)
+        tables.fill(self._spare // size if rows else 0)
         starts[0] = 0
         np.cumsum(counts, out=starts[1:])
         lengths[:] = ends
@@ -110,11 +137,15 @@ class Staging:
                 here, at = slice(starts[index], starts[index + 1]), np.arange(p.start, ends[index])
                 positions[here] = at
                 mapping[here] = tables[index, at // size] * size + at % size
-        there = fixed.held.copy_(buffer, non_blocking=True) if fixed else buffer.to(self._device, non_blocking=True)
+        return replace(shape, buffer=buffer)
+
+    def place(self, packed: Packed, held: Tensor | None = None) -> Layout:
+        """A packed layout on the device; with `held` in that tensor, which a graph reads."""
+        buffer = packed.buffer
+        there = buffer.to(self._device, non_blocking=True) if held is None else held.copy_(buffer, non_blocking=True)
         if self._sent is not None:
             self._sent.record()
-        t = torch.split(there, sizes)
-        return Layout(t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7].view(many, width), longest, most, tile)
+        return packed.on(there)
 
     def _reserve(self, length: int) -> Tensor:
         """A buffer on the host that the last step's copy has left."""
@@ -124,11 +155,6 @@ class Staging:
         if len(self._host) < length:
             self._host = torch.empty(2 * length, dtype=torch.int32, pin_memory=True)
         return self._host[:length]
-
-
-def _sizes(tokens: int, sequences: int, tiles: int, blocks: int) -> list[int]:
-    """Lengths of a layout's tensors, in their order."""
-    return [tokens, tokens, tokens, sequences + 1, sequences, tiles, tiles, blocks]
 
 
 def gathered(q: Tensor, keys: Tensor, values: Tensor, layout: Layout, size: int, window: int) -> Tensor:

@@ -298,6 +298,17 @@ class Weights:
         yield self.head
 
 
+def dense_weights(config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> Weights:
+    """Empty weights in plain tensors on a device, in the type it computes in."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return Weights(config, None)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _tensor(target: Tensor) -> _Place:
     return _Place(tuple(target.shape), lambda value: (target.copy_(value), None)[1])
 

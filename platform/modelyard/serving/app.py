@@ -107,7 +107,7 @@ def _consumer(name: str, options: ServeOptions, variants: Sequence[Variant]) -> 
 def _engine(variant: Variant, options: ServeOptions, ongoing: int) -> Any:
     """The engine replicas of one version."""
     resources: dict[str, Any] = {"num_cpus": options.cpus_per_replica, "num_gpus": options.gpus_per_replica}
-    engine = options.engine.model_dump()
+    engine = options.engine.placed(options.gpus_per_replica).model_dump()
     decides = repr((variant.model, engine, options.adapters, options.max_adapters, options.warm_up)).encode()
     replicas = serve.deployment(
         EngineReplica

@@ -136,6 +136,7 @@ def check(options: ServeOptions) -> Mapping[str, str] | None:
 
     Raises RecipeError, DataError or ResourceError.
     """
+    options.engine.placed(options.gpus_per_replica)
     keys = read_keys(Path(options.api_keys)) if options.api_keys else None
     if keys is None and not options.loopback:
         raise RecipeError(

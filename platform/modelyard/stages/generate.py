@@ -79,6 +79,7 @@ class GenerateStage(Stage[GenerateOptions]):
         no rows or no model."""
         if ctx.options.prompt == ctx.options.messages:
             raise RecipeError("prompt and messages name the same field", place="messages", mend="name two fields")
+        ctx.options.engine.placed(ctx.options.resources.gpus_per_worker)
         check_best_of(ctx)
         if (rows := ctx.inputs.get("rows")) is not None:
             parquet = [uri for uri in _uris(rows) if uri.endswith(".parquet")]
@@ -162,7 +163,8 @@ def _run(ctx: StageContext[GenerateOptions], units: list[Unit]) -> Any:
     if not units:
         return
     o, r = ctx.options, ctx.options.resources
-    engine = o.engine if o.engine.threads else o.engine.model_copy(update={"threads": max(1, int(r.cpus_per_worker))})
+    engine = o.engine.placed(r.gpus_per_worker)
+    engine = engine if engine.threads else engine.model_copy(update={"threads": max(1, int(r.cpus_per_worker))})
     how = o.model_dump(include={"prompt", "messages", "system", "chat", "output", "sampling"})
     best = (model_uri(ctx.inputs["reward"]), o.best_of.answers) if o.best_of is not None else None
     arguments = (model_uri(ctx.inputs["model"]), engine.model_dump(), how, join(ctx.output, "data"),

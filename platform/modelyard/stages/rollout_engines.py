@@ -40,7 +40,7 @@ def reinforce(job: ApartJob, world: World, sink: Sink, say: Say, hooks: Hooks | 
         from modelyard.stages.rollout_pool import RayPool
 
         group = job.rollouts.engines
-        apart = settings.model_copy(update={"threads": max(1, int(group.cpus))})
+        apart = settings.placed(group.gpus).model_copy(update={"threads": max(1, int(group.cpus))})
         return RayPool([ray.get_actor(name) for name in job.actors], apart, telling, group, say)
 
     with plain_errors():
