@@ -29,22 +29,23 @@ def connected() -> tuple[Sender, Receiver, list[Message]]:
 def test_a_step_of_many_requests_is_one_message() -> None:
     async def use() -> None:
         sender, receiver, seen = connected()
-        boxes = {name: receiver.expect(name) for name in "abc"}
+        boxes = dict(receiver.expect() for _ in "abc")
+        a, b, _ = boxes
         receiver.connect("r1")
         await asyncio.sleep(0)
         rich = StepOutput((7,), "é", (TokenLogprob(7, -0.5, ((7, -0.5),)),), None, 3, 0.25, "", 2, (), (), 16)
-        for name in boxes:
-            sender.put(name, rich, Mailbox())
+        for call in boxes:
+            sender.put(call, rich, Mailbox())
         assert [await box.get() for box in boxes.values()] == [rich] * 3
         assert [len(message) for message in seen] == [0, 3]  # the greeting, and all three
         # What piles up before a reader comes is one output; who is not waited for any more hurts nobody.
         calls = Mailbox()
-        receiver.forget("b")
+        receiver.forget(b)
         for text, finish in (("x", None), ("y", "length")):
-            sender.put("a", StepOutput((1,), text, finish=finish), calls)
-            sender.put("b", StepOutput((1,), text), Mailbox())
+            sender.put(a, StepOutput((1,), text, finish=finish), calls)
+            sender.put(b, StepOutput((1,), text), Mailbox())
         await asyncio.sleep(0.01)
-        assert (await boxes["a"].get()).text == "xy" and boxes["a"].complete
+        assert (await boxes[a].get()).text == "xy" and boxes[a].complete
         assert (await calls.get()).finish == "length"  # its call knows that it may end
 
     asyncio.run(use())
@@ -58,24 +59,41 @@ def test_an_idle_wire_ends_and_a_broken_one_fails_what_it_carries(monkeypatch: p
         receiver.connect("r1")
         await asyncio.sleep(0.02)
         call = Mailbox()
-        sender.put("a", StepOutput((1,), "x"), call)
+        sender.put(1, StepOutput((1,), "x"), call)
         await asyncio.sleep(0.2)
         assert not sender.closed  # a request is on it, however slow
-        sender.drop("a")
+        sender.drop(1)
         await asyncio.sleep(0.2)
         assert sender.closed
-        sender.put("b", StepOutput((1,), "x"), call)
+        sender.put(2, StepOutput((1,), "x"), call)
         with pytest.raises(WireLost):
             await call.get()
 
         other, late = Sender(), Mailbox()
         messages = other.messages()
         await anext(messages)
-        other.put("c", StepOutput((1,), "x"), late)
+        other.put(3, StepOutput((1,), "x"), late)
         await anext(messages)
         await messages.aclose()  # the caller is gone
         with pytest.raises(WireLost):
             await late.get()
+
+    asyncio.run(use())
+
+
+def test_what_a_lost_replica_had_said_does_not_reach_the_next_attempt() -> None:
+    async def use() -> None:
+        lost, receiver, _ = connected()
+        first, box = receiver.expect()
+        receiver.connect("r1")
+        await asyncio.sleep(0)
+        lost.put(first, StepOutput((1,), "old"), Mailbox())
+        box.fail(WireLost())  # its call has ended, its wire is still to be read
+        receiver.forget(first)
+        _, again = receiver.expect()
+        await asyncio.sleep(0.01)
+        again.put(StepOutput((2,), "new"))
+        assert (await again.get()).text == "new"
 
     asyncio.run(use())
 

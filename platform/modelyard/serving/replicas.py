@@ -66,10 +66,11 @@ class EngineReplica:
         self._name = serve.get_replica_context().replica_id.unique_id
         self._wires: dict[str, Sender] = {}
 
-    async def stream(self, request: Request, caller: str = "") -> AsyncGenerator[StepOutput | str, None]:
+    async def stream(self, request: Request, caller: str = "", call: int = 0) -> AsyncGenerator[StepOutput | str, None]:
         """Outputs of one request, unless they go over the caller's wire; what piles up meanwhile comes as one.
 
-        Without a wire to the caller the first thing is this replica's name, so that the caller can open one.
+        Without a wire to the caller the first thing is this replica's name, so that the caller can open one. `call` is
+        the caller's number of this call.
         """
         box, over = Mailbox(), False
         carrier: Sender | Mailbox | None = None
@@ -79,7 +80,7 @@ class EngineReplica:
             if carrier is None:  # all outputs of a request take one way, or they might overtake each other
                 carrier = self._wire(caller) or box
             if isinstance(carrier, Sender):
-                carrier.put(request.id, output, box)
+                carrier.put(call, output, box)
             else:
                 box.put(output)
 
@@ -95,7 +96,7 @@ class EngineReplica:
                         yield output
             finally:
                 if isinstance(carrier, Sender):
-                    carrier.drop(request.id)
+                    carrier.drop(call)
                 if not over:
                     self._engine.abort(request.id)
 
@@ -149,8 +150,8 @@ class ServeBackend:
         """See `Backend.stream`. Before the first token another replica takes over from one that died."""
         for attempt in range(ATTEMPTS):
             started = over = False
-            responses: Any = self._handle.remote(request, self._caller)
-            box = self._receiver.expect(request.id)
+            call, box = self._receiver.expect()
+            responses: Any = self._handle.remote(request, self._caller, call)
             follower = asyncio.create_task(self._follow(responses, box))
             self._followers.add(follower)
             follower.add_done_callback(self._followers.discard)
@@ -169,7 +170,7 @@ class ServeBackend:
                 if started or attempt + 1 == ATTEMPTS:
                     raise unavailable("the replica was lost; try again") from error
             finally:
-                self._receiver.forget(request.id)
+                self._receiver.forget(call)
                 if not over:  # cancelling a call that failed raises its error once more
                     follower.cancel()
                     responses.cancel()

@@ -10,6 +10,7 @@ outputs come through the request's own call.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, fields
@@ -21,8 +22,12 @@ from modelyard.engine.request import StepOutput
 
 log = logging.getLogger(__name__)
 
-Message = list[tuple[str, tuple[Any, ...]]]
-"""Request ids and the fields of their outputs: tuples pickle in an eighth of a dataclass' time. Empty = a greeting."""
+Message = list[tuple[int, tuple[Any, ...]]]
+"""Calls and the fields of their outputs: tuples pickle in an eighth of a dataclass' time. Empty = a greeting.
+
+A call has a number of its own, because a request may be asked for again while the wire of a replica that died still
+holds what it had said.
+"""
 
 IDLE_SECONDS = 2.0
 """A wire without requests ends after this time; a replica that drains waits for it."""
@@ -48,24 +53,24 @@ class Sender:
     def __init__(self) -> None:
         self._parts: Message = []
         self._ready = asyncio.Event()
-        self._carried: dict[str, Mailbox] = {}
+        self._carried: dict[int, Mailbox] = {}
         self.closed = False
 
-    def put(self, name: str, output: StepOutput, box: Mailbox) -> None:
-        """Sends an output of a request; `box`, where its call waits, is told of its end or of the wire's."""
+    def put(self, call: int, output: StepOutput, box: Mailbox) -> None:
+        """Sends an output of a call; `box`, where the call waits, is told of its end or of the wire's."""
         if self.closed:
             box.fail(WireLost())
             return
-        self._carried[name] = box
-        self._parts.append((name, _fields(output)))
+        self._carried[call] = box
+        self._parts.append((call, _fields(output)))
         self._ready.set()
         if output.finish is not None:
-            del self._carried[name]
+            del self._carried[call]
             box.put(output)
 
-    def drop(self, name: str) -> None:
-        """The request's call is over, whatever still comes."""
-        self._carried.pop(name, None)
+    def drop(self, call: int) -> None:
+        """A call is over, whatever still comes."""
+        self._carried.pop(call, None)
 
     async def messages(self) -> AsyncGenerator[Message, None]:
         """What to send, until the wire has been idle for a while. Closing it early fails what it carries."""
@@ -102,17 +107,19 @@ class Receiver:
 
     def __init__(self, dial: Callable[[str], AsyncIterator[Message]]) -> None:
         self._dial = dial
-        self._boxes: dict[str, Mailbox] = {}
+        self._boxes: dict[int, Mailbox] = {}
         self._wires: dict[str, asyncio.Task[None]] = {}
+        self._numbers = itertools.count(1)
 
-    def expect(self, name: str) -> Mailbox:
-        """Where the outputs of a request will be."""
-        box = self._boxes[name] = Mailbox()
-        return box
+    def expect(self) -> tuple[int, Mailbox]:
+        """The number of a new call, and where its outputs will be."""
+        call, box = next(self._numbers), Mailbox()
+        self._boxes[call] = box
+        return call, box
 
-    def forget(self, name: str) -> None:
-        """The request is over."""
-        self._boxes.pop(name, None)
+    def forget(self, call: int) -> None:
+        """A call is over."""
+        self._boxes.pop(call, None)
 
     def connect(self, replica: str) -> None:
         """Opens a wire to a replica unless there is one."""
@@ -123,8 +130,8 @@ class Receiver:
     async def _read(self, replica: str) -> None:
         try:
             async for message in self._dial(replica):
-                for name, values in message:
-                    box = self._boxes.get(name)
+                for call, values in message:
+                    box = self._boxes.get(call)
                     if box is not None:
                         box.put(StepOutput(*values))
         except Exception as error:  # whatever ends a wire, the requests' own calls say what it means for them
