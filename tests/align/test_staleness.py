@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from test_reinforce import ALONE, job
 
-from modelyard.align.options import RolloutEngine, RolloutOptions
+from modelyard.align.options import PpoOptions, RolloutEngine, RolloutOptions
 from modelyard.align.policy import PolicyObjective
 from modelyard.align.pool import Answers, Ask, LocalPool
+from modelyard.align.ppo import PpoObjective, ValueHead
 from modelyard.align.reinforce import reinforce
 from modelyard.align.samples import Prompt, Sample, pack
 from modelyard.align.supply import Supply
@@ -195,6 +197,27 @@ def test_importance_weights_by_hand(model_folder: Path, variant: Any) -> None:
     wanted = [p.grad for p in model.parameters() if p.grad is not None]
     for a, b in zip([p.grad for p in single.parameters() if p.grad is not None], wanted, strict=True):
         assert torch.allclose(a.double(), b, atol=1e-4, rtol=1e-4)
+
+
+def test_ppo_weighs_its_policy_loss_alone(model_folder: Path) -> None:
+    """With every token twice as likely to the policy as to what drew it, a cap of 1.5 counts the policy loss 1.5 times,
+    and the value loss once."""
+    model = load_model(model_folder)
+    model.value_head = ValueHead(model.config.hidden_size)
+    prompt = Prompt((1, 20, 21, 2), "p", {}, "x")
+    samples = [Sample(prompt, tokens, tuple(-1.0 for _ in tokens), "", True, 0) for tokens in ((30, 31, 0), (32, 0))]
+    losses = {}
+    for staleness, weight in ((0, 0.1), (0, 0.0), (1, 0.1)):
+        options = RolloutOptions(group=1, rows=16, staleness=staleness, importance_cap=1.5)
+        batch = {n: torch.from_numpy(a) for n, a in pack(samples, np.ones(2), options, 1).items()}
+        batch["old"] = batch["engine"] + math.log(2) * batch["loss_mask"]
+        batch |= {name: batch["loss_mask"].float() * n for name, n in (("gain", 0.7), ("returns", 2.0), ("value", 0.0))}
+        loss, metrics = PpoObjective(options, PpoOptions(value_weight=weight))(model, batch)
+        losses[staleness, weight] = loss.item()
+    value = losses[0, 0.1] - losses[0, 0.0]
+    assert losses[1, 0.1] == pytest.approx(1.5 * losses[0, 0.0] + value, rel=1e-5)
+    assert float(metrics["importance_weight_mean"] / metrics["weight"]) == pytest.approx(1.5)
+    assert float(metrics["importance_clipped"] / metrics["weight"]) == 1
 
 
 def test_a_killed_run_asks_again_for_what_was_in_flight(model_folder: Path, words: Any, tmp_path: Path) -> None:

@@ -248,4 +248,5 @@ class RayPool:
         room = ray.cluster_resources().get("object_store_memory", 0.0)
         if self._version < 0 and size > 0.8 * room:
             self._say(f"the weights have {size / 2**20:,.0f} MiB, Ray's object store {room / 2**20:,.0f}: they will go "
-                      "through a disk; give ray start a larger --object-store-memory")  # fmt: skip
+                      "through a disk; set MODELYARD_OBJECT_STORE (2GiB, say), or on a cluster give ray start a larger "
+                      "--object-store-memory")  # fmt: skip

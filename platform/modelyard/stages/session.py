@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from modelyard.errors import ResourceError
+from modelyard.recipe.schema import parse_bytes
 from modelyard.storage.uri import ENDPOINTS
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # Half a gigabyte holds the blocks in flight of a laptop run; Ray spills the rest to disk.
 LOCAL_OBJECT_STORE = 512 * 1024 * 1024
+OBJECT_STORE = "MODELYARD_OBJECT_STORE"
+"""Environment variable: another size of a local Ray's object store, such as 2GiB."""
 # By default Ray ends workers beyond one a CPU after a second without work, and the next task pays for a new process and
 # its imports (2 to 5 CPU seconds): a test of fifty small shuffles took 43 workers with it, 6 with this.
 IDLE_WORKERS = {"RAY_idle_worker_killing_time_threshold_ms": "30000"}
@@ -59,6 +62,7 @@ def start(cpus_needed: float, address: str | None = None) -> bool:
 def _start_local(cpus: int, tries: int = 2) -> None:
     import ray
 
+    store = _object_store()
     # Ray's processes inherit our environment: workers run our interpreter, but without our sys.path.
     paths = [str(PACKAGE.parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
@@ -70,7 +74,7 @@ def _start_local(cpus: int, tries: int = 2) -> None:
             address="local",
             num_cpus=cpus,
             include_dashboard=False,
-            object_store_memory=LOCAL_OBJECT_STORE,
+            object_store_memory=store,
             logging_level=logging.WARNING,
             log_to_driver=False,
         )
@@ -84,6 +88,13 @@ def _start_local(cpus: int, tries: int = 2) -> None:
             place="ray.init",
             mend="the machine is too busy: try again when its load is lower (uptime)",
         ) from error
+
+
+def _object_store() -> int:
+    try:
+        return int(parse_bytes(os.environ.get(OBJECT_STORE, LOCAL_OBJECT_STORE)))
+    except ValueError as error:
+        raise ResourceError(str(error), place=OBJECT_STORE, mend="write bytes, or 2GiB") from error
 
 
 def runtime_environment() -> dict[str, Any]:
