@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from training_parts import kill_at, launch, pretraining, trained
 
 from modelyard.models import AdapterOptions, LoraOptions, load_model
-from modelyard.models.adapters import add_adapter, load_adapter
+from modelyard.models.adapters import load_adapter
 from modelyard.train.pairs import PackedPairs, Pair, encode
 from modelyard.train.programs import FinetuneJob, finetune, pretrain
 from modelyard.train.world import World
@@ -99,14 +99,17 @@ def test_finetuning_shards_the_adapter_and_merges_it(
     assert AutoTokenizer.from_pretrained(tmp_path / "tuned2" / "model").chat_template
 
 
-def test_matrices_in_four_bits_are_sharded_and_resumed(tokens: Path, tmp_path: Path) -> None:
+def test_four_bits_and_rows_of_new_tokens_are_sharded_and_resumed(tokens: Path, tmp_path: Path) -> None:
     """QLoRA on two workers, killed and resumed, is QLoRA on one; the merged model is what was trained."""
     from transformers import AutoTokenizer
 
     here(pretrain, pretraining(tokens, tmp_path / "base", steps=2))
-    tokenizer = AutoTokenizer.from_pretrained(tokens / "tokenizer")
-    pairs = [Pair(({"role": "user", "content": f"{i} + 1"},), str(i + 1), "here") for i in range(60)]
-    packed = PackedPairs.pack(encode(pairs, tokenizer, 32)[0], 32, 0, pad_id=4)
+    words = AutoTokenizer.from_pretrained(tokens / "tokenizer")
+    rows = range(len(words), len(words) + 1)
+    words.add_tokens(["<sum>"], special_tokens=True)
+    words.save_pretrained(tmp_path / "pairs" / "tokenizer")
+    pairs = [Pair(({"role": "user", "content": f"{i} + 1"},), f"<sum>{i + 1}", "here") for i in range(60)]
+    packed = PackedPairs.pack(encode(pairs, words, 32)[0], 32, 0, pad_id=4)
     for name in ("train", "heldout"):
         packed.save(tmp_path / "pairs" / f"{name}.npz")
     jobs = [
@@ -116,6 +119,7 @@ def test_matrices_in_four_bits_are_sharded_and_resumed(tokens: Path, tmp_path: P
             output=str(tmp_path / f"tuned{workers}"),
             train=pretraining(tokens, tmp_path).train,
             adapter=AdapterOptions(lora=LoraOptions(r=4, quantize="nf4")),
+            new_tokens=(rows.start, rows.stop),
             checkpoints=str(tmp_path / f"work{workers}"),
         )
         for workers in (1, 2)
@@ -123,13 +127,15 @@ def test_matrices_in_four_bits_are_sharded_and_resumed(tokens: Path, tmp_path: P
     one, out = here(finetune, jobs[0]), tmp_path / "out.json"
     kill_at(launch(jobs[1], 2, out, "finetune", pause=0.05), 1, out, 6)
     two = trained(jobs[1], 2, out, "finetune")
-    assert two["said"][0].startswith("resumed from step-00000004")
+    assert any(text.startswith("resumed from step-00000004") for text in two["said"])
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
     assert two["heldout"] < two["history"][0]["loss"] - 0.2
-    model = add_adapter(load_model(tmp_path / "base" / "model"), jobs[1].adapter, 0)
-    model.load_state_dict(
-        {k.replace(".weight", ".default.weight"): v for k, v in load_file(
-            tmp_path / "tuned2" / "adapter" / "adapter_model.safetensors").items()}, strict=False)  # fmt: skip
+    merged, other = (load_model(tmp_path / f"tuned{workers}" / "model") for workers in (2, 1))
     ids = torch.arange(30)[None]
-    merged = load_model(tmp_path / "tuned2" / "model")(input_ids=ids).logits
-    assert torch.allclose(merged, model(input_ids=ids).logits, atol=1e-5)
+    assert torch.allclose(merged(input_ids=ids).logits, other(input_ids=ids).logits, atol=1e-4)
+    adapter = tmp_path / "tuned2" / "adapter"
+    assert not [p for p in adapter.iterdir() if str(tmp_path).encode() in p.read_bytes()], "no path of this machine"
+    start = load_model(tmp_path / "base" / "model").get_input_embeddings().weight
+    found = merged.get_input_embeddings().weight
+    assert torch.equal(found[: rows.start], start[: rows.start])
+    assert (found[rows.start] - start[: rows.start].mean(0)).abs().max() > 1e-3

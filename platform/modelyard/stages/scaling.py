@@ -64,7 +64,7 @@ class ScalingStage(Stage[ScalingOptions]):
     """See the module."""
 
     kind = "scaling"
-    version = 2
+    version = 3
     Options = ScalingOptions
     inputs: ClassVar[Mapping[str, InputSpec]] = {"tokens": InputSpec(kinds=("tokenize",))}
 

@@ -374,7 +374,11 @@ def write_tuned(
 
 
 def forget_base(folder: Path) -> None:
-    """The base model's path is this machine's: a reader of the adapter elsewhere must not follow it."""
+    """The base model's path is this machine's: a reader of the adapter elsewhere must not follow it.
+
+    PEFT's README, an empty model card, names it too, and goes.
+    """
+    (folder / "README.md").unlink(missing_ok=True)
     settings = folder / "adapter_config.json"
     described: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
     described["base_model_name_or_path"] = None
