@@ -108,6 +108,11 @@ def take_turns(
     return sides, missing
 
 
+def by_turn(ours: list[float], theirs: list[float]) -> float:
+    """How much faster ours is, the median over turns: what slows the machine for a minute hits both of a turn."""
+    return statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+
+
 def main() -> None:
     """Prints the result as one JSON object."""
     with tempfile.TemporaryDirectory() as name:
@@ -116,8 +121,9 @@ def main() -> None:
     rate = {side.name: STEPS * BATCH * LENGTH / statistics.median(side.cpu[1:]) for side in sides}
     peak = {side.name: side.peak_mib for side in sides}
     others = [name for name in rate if name not in ("ours", "compiled")]
-    ratios = {f"ratio_{name}": rate["ours"] / rate[name] for name in others}
-    compiled = {f"compiled_ratio_{name}": rate["compiled"] / rate[name] for name in others if "compiled" in rate}
+    cpu = {side.name: side.cpu[1:] for side in sides}
+    ratios = {f"ratio_{name}": by_turn(cpu["ours"], cpu[name]) for name in others}
+    compiled = {f"compiled_ratio_{name}": by_turn(cpu["compiled"], cpu[name]) for name in others if "compiled" in cpu}
     report(
         "train_throughput",
         unit="tokens/CPU s",
@@ -127,7 +133,7 @@ def main() -> None:
         target=TARGET,
         **ratios,
         **compiled,
-        compile_speedup=rate["compiled"] / rate["ours"] if "compiled" in rate else None,
+        compile_speedup=by_turn(cpu["compiled"], cpu["ours"]) if "compiled" in cpu else None,
         compiled_pass=all(value >= COMPILED_TARGET for value in compiled.values()) if compiled else None,
         tokens_per_cpu_s=rate,
         peak_mib=peak,
