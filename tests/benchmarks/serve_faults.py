@@ -84,10 +84,10 @@ async def hammer(url: str, clients: int, seconds: float, known: dict[int, str], 
 
 async def assassinate(url: str, every: float, seconds: float, replicas: int) -> list[float]:
     """Kills a replica every so often; seconds until all replicas answered again, a kill."""
-    recovered, until = [], time.monotonic() + seconds - every / 2
+    recovered, started = [], time.monotonic()
     async with httpx.AsyncClient(base_url=url, timeout=30) as client:
-        while time.monotonic() + every < until:
-            await asyncio.sleep(every)
+        for due in range(1, int(seconds / every)):  # none so late that its effect would not be seen
+            await asyncio.sleep(started + due * every - time.monotonic())
             victims = engines()
             random.choice(victims).kill()
             killed = time.monotonic()
