@@ -63,12 +63,11 @@ async def load(url: str, bodies: list[Body]) -> list[float]:
             started = time.perf_counter()
             async with client.stream("POST", f"{url}/v1/completions", json={**body, **fixed}) as response:
                 response.raise_for_status()
+                first = 0.0
                 async for line in response.aiter_lines():
                     if line.startswith("data: {"):
-                        firsts.append(time.perf_counter() - started)
-                        break
-                async for _ in response.aiter_lines():
-                    pass
+                        first = first or time.perf_counter() - started
+            firsts.append(first)
 
     async with httpx.AsyncClient(timeout=120) as client:
         await asyncio.gather(*(one(client, body) for body in bodies))
