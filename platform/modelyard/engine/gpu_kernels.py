@@ -5,28 +5,35 @@ One kernel serves prompts and single tokens: a tile holds consecutive queries of
 share a key-value head, and runs over its keys with an online softmax (FlashAttention, arXiv:2205.14135). Where a step
 has too few tiles for the GPU, each is split over its keys and joined afterwards (Flash-Decoding, Dao et al. 2023).
 
-Importing this needs Triton, which comes with PyTorch for CUDA.
+Triton comes with PyTorch for CUDA; `BUILT` says whether it is there.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU build of PyTorch
+    BUILT = False
+else:
+    BUILT = True
 
 if TYPE_CHECKING:
     from modelyard.engine.paged_layout import Layout
 
+jit: Any = triton.jit if BUILT else lambda kernel: kernel
 LOG2_E = 1.4426950408889634
 MOST_SPLITS = 16
 TILE = 64
 """Rows of an attention tile for prompts: queries times the heads that share keys."""
 
 
-@triton.jit
+@jit
 def _attend(
     q, keys, values, out, part, tops, sums, tables, lengths, starts, owners, firsts,
     scale, table_stride, window,
@@ -87,7 +94,7 @@ def _attend(
         tl.store(sums + piece, total, mask=ok)
 
 
-@triton.jit
+@jit
 def _join(part, tops, sums, out, WIDTH: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     s, d = tl.arange(0, SPLITS), tl.arange(0, WIDE)
@@ -99,7 +106,7 @@ def _join(part, tops, sums, out, WIDTH: tl.constexpr, WIDE: tl.constexpr, SPLITS
     tl.store(out + row * WIDTH + d, result.to(out.dtype.element_ty), mask=wide)
 
 
-@triton.jit
+@jit
 def _rotate_and_store(
     qkv, positions, mapping, cos, sin, q_norm, k_norm, out, keys, values, epsilon,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr, ROTATED: tl.constexpr,
@@ -136,7 +143,7 @@ def _rotate_and_store(
     tl.store(target + HALF + d, b.to(kind), mask=wide)
 
 
-@triton.jit
+@jit
 def _add_norm(x, delta, weight, out, epsilon, WIDTH: tl.constexpr, WIDE: tl.constexpr, ADDS: tl.constexpr):
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, WIDE)
     wide = d < WIDTH
@@ -152,7 +159,7 @@ def _add_norm(x, delta, weight, out, epsilon, WIDTH: tl.constexpr, WIDE: tl.cons
     tl.store(out + row * WIDTH + d, normed.to(kind), mask=wide)
 
 
-@triton.jit
+@jit
 def _gated_silu(up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = block * BLOCK + tl.arange(0, BLOCK)

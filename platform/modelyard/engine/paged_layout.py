@@ -5,6 +5,7 @@ The functions here are the reference of `gpu_kernels` and run on any device.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -249,15 +250,9 @@ attend = gathered
 
 def operations(device: torch.device) -> Any:
     """The module of functions for a device: `gpu_kernels` where there is CUDA with Triton, else this one."""
-    import importlib
-    import sys
+    from modelyard.engine import gpu_kernels
 
-    if device.type == "cuda":
-        try:
-            return importlib.import_module("modelyard.engine.gpu_kernels")
-        except ImportError:  # PyTorch for CUDA brings Triton, except on Windows
-            pass
-    return sys.modules[__name__]
+    return gpu_kernels if device.type == "cuda" and gpu_kernels.BUILT else sys.modules[__name__]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
