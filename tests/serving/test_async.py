@@ -145,7 +145,9 @@ def test_only_who_asked_sees_and_cancels(ask: Ask, server: LocalServer, redis_ur
 
     stop = in_thread(work())
     try:
+        deadline = time.monotonic() + 60
         while server.engine.stats().running == 0:
+            assert time.monotonic() < deadline
             time.sleep(0.005)
         assert ask("POST", f"/v1/async/{names[1]}/cancel").json()["status"] == "cancelled"
         assert end(ask, names[1])["response"] is None
@@ -172,8 +174,9 @@ def test_a_lost_task_goes_to_another_worker_but_not_for_ever(redis_url: str, mon
             read_secret(Path("/nowhere"))
         for task in (kept := new_task("/v1/completions", "", "{}"), doomed := new_task("/v1/completions", "", "{}")):
             await store.submit(task)
-        while (taken := await store.take("gone", 0.01)) is None:
-            pass  # the first call makes the group
+        deadline = time.monotonic() + 60
+        while (taken := await store.take("gone", 0.01)) is None:  # the first call makes the group
+            assert time.monotonic() < deadline
         assert taken[1] == kept.id  # and its worker is never heard of again
 
         async def answer(task: Task) -> tuple[str, str]:
