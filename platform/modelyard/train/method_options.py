@@ -76,12 +76,15 @@ class RoutingOptions(Options):
 class CompressOptions(Options):
     """Gradients of replicas (`parallel.data`, without shards) exchanged with fewer bytes."""
 
-    kind: Literal["bf16", "fp16", "powersgd"] = Field(
-        description="bf16, fp16: half the bytes; powersgd: low-rank factors of every matrix (arXiv 1905.13727)"
+    kind: Literal["bf16", "fp16", "powersgd", "sign"] = Field(
+        description="bf16, fp16: half the bytes; powersgd: low-rank factors of every matrix (arXiv 1905.13727); "
+        "sign: one bit a value with error feedback (arXiv 1901.09847), an experiment"
     )
     rank: int = Field(4, ge=1, description="rank of PowerSGD's factors (paper: 1 to 4)")
     after: int = Field(
-        10, ge=2, description="steps before PowerSGD begins; after a restart they count anew, so resuming is not exact"
+        10,
+        ge=2,
+        description="steps before powersgd or sign begins; after a restart they count anew, so resuming is not exact",
     )
 
 
