@@ -11,7 +11,10 @@ from __future__ import annotations
 import datetime
 import json
 import multiprocessing
+import os
+import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -214,14 +217,28 @@ def _follow(
     rank: int, workers: int, port: int, folder: str, blocks: int, size: int, length: int, kind: str, dtype: str
 ) -> None:
     """A worker's process: runs every step it is told of, until it is told to stop or the engine's process is gone."""
+    code = 1
+    try:
+        _serve(rank, workers, port, Path(folder), blocks, size, length, kind, dtype)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)  # the groups' threads do not outlive an interpreter that takes itself apart: it would abort
+
+
+def _serve(
+    rank: int, workers: int, port: int, folder: Path, blocks: int, size: int, length: int, kind: str, dtype: str
+) -> None:
     torch.set_num_threads(1)
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
     store = dist.TCPStore("127.0.0.1", port, workers, is_master=False)
     try:
-        config = read_config(Path(folder))
-        weights = _load(Path(folder), config, rank, workers, device, getattr(torch, dtype))
+        config = read_config(folder)
+        weights = _load(folder, config, rank, workers, device, getattr(torch, dtype))
     except (ModelyardError, RuntimeError) as error:
         store.set(f"ready/{rank}", str(error))
         return
