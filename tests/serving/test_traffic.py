@@ -56,6 +56,29 @@ def test_shares_hold_and_a_caller_stays_while_they_grow() -> None:
     assert 0.15 < anonymous["two"] / 2000 < 0.25
 
 
+def test_requests_are_counted_until_their_answer_is_sent_also_of_versions_that_left() -> None:
+    async def run() -> None:
+        state, sent, failing = Traffic(), asyncio.Event(), False
+
+        async def slow(*_: object) -> None:
+            await sent.wait()
+            if failing:
+                raise RuntimeError
+
+        state.adopt([Route(Variant("one", ""), slow)], None)
+        asked = asyncio.create_task(Door(nobody, state)({"type": "http", **scope()}, nobody, nobody))  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        state.adopt([Route(Variant("two", ""), slow)], None)
+        assert (state.busy["one"], state.busy["two"]) == (1, 0)
+        failing = True
+        sent.set()
+        with pytest.raises(RuntimeError):
+            await asked
+        assert state.busy["one"] == 0
+
+    asyncio.run(run())
+
+
 def test_a_named_version_answers_and_other_paths_belong_to_the_stable_one() -> None:
     routes = traffic(one=0.0, two=0.01)
     assert routes.choose(scope(x_modelyard_version="two")).variant.version == "two"

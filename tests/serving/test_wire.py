@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
 from modelyard.engine.mailbox import Mailbox
 from modelyard.engine.request import StepOutput, TokenLogprob
 from modelyard.serving import wire
+from modelyard.serving.replicas import ServeBackend
 from modelyard.serving.wire import Message, Receiver, Sender, WireLost
 
 
@@ -107,5 +109,26 @@ def test_a_mailbox_gives_what_came_before_the_error() -> None:
         for _ in range(2):
             with pytest.raises(WireLost):
                 await box.get()
+
+    asyncio.run(use())
+
+
+def test_a_call_over_before_serve_looked_is_no_lost_replica() -> None:
+    """Ray Serve 2.60 raises this for a call that ended well without a message: its answer comes over the wire."""
+
+    async def responses(code: str) -> AsyncIterator[str]:
+        raise RuntimeError(f"Unexpected error (StatusCode.{code}): .")
+        yield ""
+
+    async def use() -> None:
+        backend: Any = ServeBackend.__new__(ServeBackend)
+        box, lost = Mailbox(), Mailbox()
+        box.put(StepOutput((1,), "a"))
+        await backend._follow(responses("OK"), box)
+        box.put(StepOutput((2,), "b", finish="length"))
+        assert (await box.get()).text == "ab" and box.complete
+        await backend._follow(responses("UNAVAILABLE"), lost)
+        with pytest.raises(RuntimeError, match="UNAVAILABLE"):
+            await lost.get()
 
     asyncio.run(use())

@@ -85,6 +85,10 @@ class Ingress:
         """Versions requests are sent to now, the stable one first."""
         return [route.variant.version for route in self._routes.values()]
 
+    async def busy(self) -> dict[str, int]:
+        """Requests in progress by version, from their arrival until their answer has been sent."""
+        return dict(self._traffic.busy)
+
     async def _route(self, variant: Variant) -> Route:
         o, version = self._options, variant.version
         metrics = Metrics() if variant.shadow else self._metrics_of(version)

@@ -112,16 +112,19 @@ class Rollout:
         raise StageError(f"the ingress stays at {seen}", place=str(goal), mend="see Ray's serve logs")
 
     def _drain(self, version: str) -> None:
-        """Waits until a version's engines have nothing to do, twice in a row, at most `drain_s`."""
+        """Waits until no ingress has a request of a version and its engines have nothing to do, twice in a row, at most
+        `drain_s`. An engine is done before the ingress has heard and sent all of it."""
         deadline, quiet_looks = time.monotonic() + self._options.traffic.drain_s, 0
         while quiet_looks < 2 and time.monotonic() < deadline:
             time.sleep(0.3)
             try:
+                answering = sum(busy.get(version, 0) for busy in calls(INGRESS, "busy", APPLICATION))
                 stats = calls(engine_name(version), "stats", APPLICATION)
             except Exception as error:  # none of its replicas is left
                 log.info("version %s: %s", version, error)
                 return
-            quiet_looks = quiet_looks + 1 if all(s.running == s.waiting == 0 for s in stats) else 0
+            idle = not answering and all(s.running == s.waiting == 0 for s in stats)
+            quiet_looks = quiet_looks + 1 if idle else 0
 
 
 def checked(variants: Sequence[Variant]) -> tuple[Variant, ...]:

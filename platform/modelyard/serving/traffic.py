@@ -13,6 +13,7 @@ import logging
 import random
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -80,11 +81,15 @@ class Door:
         except ApiError as error:
             await refuse(error, send)
             return
-        mirror = self._state.mirror
-        if mirror is not None and scope["path"] in MIRRORED and mirror.wants():
-            await mirror.answer(route, scope, receive, send)
-        else:
-            await route.app(scope, receive, send)
+        mirror, busy, version = self._state.mirror, self._state.busy, route.variant.version
+        busy[version] += 1
+        try:
+            if mirror is not None and scope["path"] in MIRRORED and mirror.wants():
+                await mirror.answer(route, scope, receive, send)
+            else:
+                await route.app(scope, receive, send)
+        finally:
+            busy[version] -= 1
 
 
 class Traffic:
@@ -98,6 +103,8 @@ class Traffic:
         self._sticky = sticky
         self.routes: tuple[Route, ...] = ()
         self.mirror: Mirror | None = None
+        self.busy: Counter[str] = Counter()
+        """Requests in progress by version, those of versions that have left included."""
 
     def adopt(self, routes: Sequence[Route], mirror: Mirror | None) -> None:
         """New requests follow these routes; those in progress end where they are. The first is the stable one."""
