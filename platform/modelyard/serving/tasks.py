@@ -208,6 +208,7 @@ class Worker:
         beat = asyncio.create_task(self._beat())
         try:
             while True:
+                _heed_cancellation()
                 try:
                     await self._next()
                 except (RedisError, OSError) as error:
@@ -256,6 +257,7 @@ class Worker:
         from redis.exceptions import RedisError
 
         while True:
+            _heed_cancellation()
             await asyncio.sleep(min(BEAT_SECONDS, self._store.lease / 3))
             with suppress(RedisError, OSError):
                 if self._running:
@@ -264,3 +266,13 @@ class Worker:
                     found = await self._store.get(name)
                     if found is not None and found.status == "cancelled":
                         work.cancel()
+
+
+def _heed_cancellation() -> None:
+    """Raises what a call to Redis may have swallowed.
+
+    On Python 3.11 waiting with a time limit loses a cancellation that comes as the answer does.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
