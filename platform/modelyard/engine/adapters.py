@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from modelyard.engine.checkpoint import check_adapter, read_tensors
+from modelyard.engine.linear import Linear
 from modelyard.engine.weights import Module
 from modelyard.errors import DataError
 
@@ -52,6 +53,18 @@ class Adapter:
             y.addmm_((x @ delta.down.T), delta.up.T)
         else:
             y.index_add_(0, rows, (x[rows] @ delta.down.T) @ delta.up.T)
+
+
+Groups = tuple[tuple[Adapter, Tensor | None], ...]
+"""The adapters of a step with the rows that ask for each; None = all rows."""
+
+
+def product(linear: Linear, key: tuple[int, str], x: Tensor, groups: Groups) -> Tensor:
+    """A product of the base with what adapters add to it. x: [rows, in]."""
+    y = linear(x)
+    for adapter, rows in groups:
+        adapter.apply(key, x, y, rows)
+    return y
 
 
 def read_adapter(name: str, folder: Path, modules: Mapping[str, Module], salt: bytes) -> Adapter:

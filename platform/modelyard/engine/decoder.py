@@ -12,15 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modelyard.engine import kernels
-from modelyard.engine.adapters import Adapter
+from modelyard.engine.adapters import Groups, product
 from modelyard.engine.batch import Chunk, StepBatch
 from modelyard.engine.cache import EMPTY, Cache
 from modelyard.engine.experts import mix
-from modelyard.engine.linear import Linear
 from modelyard.engine.rope import rotations
 from modelyard.engine.weights import Layer, Mixture, Mlp, Norm, Weights
-
-Groups = tuple[tuple[Adapter, Tensor | None], ...]
 
 PARALLEL_WORK = 4096
 """Attended positions in a step from which several threads share its attention."""
@@ -93,7 +90,7 @@ class Decoder:
     def _attention(self, index: int, layer: Layer, h: Tensor, batch: StepBatch) -> np.ndarray:
         c = self.config
         count = len(batch.tokens)
-        qkv = _product(layer.qkv, (index, "qkv"), h, batch.adapters).view(count, -1, c.head_dim)
+        qkv = product(layer.qkv, (index, "qkv"), h, batch.adapters).view(count, -1, c.head_dim)
         keys, values = self.cache.arrays[index]
         q_norm, k_norm = layer.q_norm.arrays[0], layer.k_norm.arrays[0]
         cos, sin = (self._cos, self._sin) if c.rotated[index] else (EMPTY, EMPTY)
@@ -106,7 +103,7 @@ class Decoder:
             self._attend(array, batch, keys, values, c.windows[index], mixed.numpy())
         for chunk in batch.chunks:
             mixed[chunk.first : chunk.first + chunk.count] = self._chunk(qkv, index, chunk)
-        return _product(layer.out, (index, "out"), mixed.view(count, -1), batch.adapters).numpy()
+        return product(layer.out, (index, "out"), mixed.view(count, -1), batch.adapters).numpy()
 
     def _attend(
         self, qkv: np.ndarray, batch: StepBatch, keys: np.ndarray, values: np.ndarray, window: int, out: np.ndarray
@@ -142,8 +139,8 @@ class Decoder:
         if isinstance(layer.mlp, Mixture):
             assert self.config.experts is not None
             return mix(layer.mlp, self.config.experts, h, self._mlp).numpy()
-        up = _product(layer.mlp.up, (index, "up"), h, groups)
-        return _product(layer.mlp.down, (index, "down"), self._activate(up), groups).numpy()
+        up = product(layer.mlp.up, (index, "up"), h, groups)
+        return product(layer.mlp.down, (index, "down"), self._activate(up), groups).numpy()
 
     def _activate(self, up: Tensor) -> Tensor:
         if not self._gated:
@@ -154,13 +151,6 @@ class Decoder:
 
     def _mlp(self, mlp: Mlp, h: Tensor) -> Tensor:
         return mlp.down(self._activate(mlp.up(h)))
-
-
-def _product(linear: Linear, key: tuple[int, str], x: Tensor, groups: Groups) -> Tensor:
-    y = linear(x)
-    for adapter, rows in groups:
-        adapter.apply(key, x, y, rows)
-    return y
 
 
 def _mask(start: int, count: int, window: int) -> Tensor:

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from modelyard.engine.calls import carry_out
 from modelyard.engine.core import EngineCore
 from modelyard.engine.mailbox import Mailbox
 from modelyard.engine.options import EngineOptions
@@ -165,21 +166,10 @@ class NativeEngine:
     def _call(self, action: Callable[[], None]) -> Future[None]:
         """Runs `action` in the step thread, between two steps. Raises EngineStopped when the engine is closed."""
         future: Future[None] = Future()
-
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return  # the caller has gone: answering it would raise here and end the engine
-            try:
-                action()
-            except Exception as error:  # handed to the caller, whatever it is
-                future.set_exception(error)
-            else:
-                future.set_result(None)
-
         with self._wake:
             if self._closed or not self._thread.is_alive():
                 raise EngineStopped(self._failure or "the engine is closed", place="engine", mend="start a new one")
-            self._commands.append(run)
+            self._commands.append(lambda: carry_out(action, future))
             self._wake.notify()
         return future
 

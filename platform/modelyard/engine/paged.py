@@ -16,19 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modelyard.engine.adapters import Adapter
+from modelyard.engine.adapters import Groups, product
 from modelyard.engine.batch import StepBatch
 from modelyard.engine.checkpoint import DecoderConfig
 from modelyard.engine.experts import mix
-from modelyard.engine.linear import Linear
 from modelyard.engine.paged_layout import Layout, Packed, Staging, operations
 from modelyard.engine.rope import rotations
 from modelyard.engine.weights import Layer, Mixture, Mlp, Norm, Weights
 
 GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Batch sizes whose decode step is captured as a CUDA graph; a step is padded to the next one."""
-
-Groups = tuple[tuple[Adapter, Tensor | None], ...]
 
 
 @dataclass(frozen=True)
@@ -151,14 +148,14 @@ class PagedDecoder:
 
     def _attention(self, i: int, layer: Layer, h: Tensor, layout: Layout, groups: Groups) -> Tensor:
         c = self.config
-        qkv = _product(layer.qkv, (i, "qkv"), h, groups).view(len(h), -1, c.head_dim)
+        qkv = product(layer.qkv, (i, "qkv"), h, groups).view(len(h), -1, c.head_dim)
         keys, values = self._pool[i]
         q = self._do.rotate_and_store(
             qkv, layout, self._rotation if c.rotated[i] else None,
             (layer.q_norm.weight, layer.k_norm.weight) if c.qk_norm else None, c.norm_epsilon, keys, values,
         )  # fmt: skip
         mixed = self._do.attend(q, keys, values, layout, self._size, c.windows[i])
-        return self._whole(_product(layer.out, (i, "out"), mixed.view(len(h), -1), groups))
+        return self._whole(product(layer.out, (i, "out"), mixed.view(len(h), -1), groups))
 
     def _whole(self, part: Tensor) -> Tensor:
         return part if self._total is None else self._total(part)
@@ -167,8 +164,8 @@ class PagedDecoder:
         if isinstance(layer.mlp, Mixture):
             assert self.config.experts is not None
             return self._whole(mix(layer.mlp, self.config.experts, h, self._mlp))
-        up = _product(layer.mlp.up, (i, "up"), h, groups)
-        return self._whole(_product(layer.mlp.down, (i, "down"), self._activate(up), groups))
+        up = product(layer.mlp.up, (i, "up"), h, groups)
+        return self._whole(product(layer.mlp.down, (i, "down"), self._activate(up), groups))
 
     def _mlp(self, mlp: Mlp, h: Tensor) -> Tensor:
         return mlp.down(self._activate(mlp.up(h)))
@@ -191,10 +188,3 @@ class PagedDecoder:
         with torch.cuda.graph(graph):
             hidden = self._run(layout)
         return _Graph(graph, held, hidden)
-
-
-def _product(linear: Linear, key: tuple[int, str], x: Tensor, groups: Groups) -> Tensor:
-    y = linear(x)
-    for adapter, rows in groups:
-        adapter.apply(key, x, y, rows)
-    return y

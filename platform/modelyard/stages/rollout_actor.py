@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modelyard.engine.calls import carry_out
 from modelyard.errors import StageError
 from modelyard.stages.train_worker import Place, bring
 
@@ -127,16 +128,7 @@ class RolloutActor:
     async def _call(self, action: Callable[[], None]) -> None:
         """Runs `action` between two steps of the engine; raises what it raises."""
         future: Future[None] = Future()
-
-        def run() -> None:
-            try:
-                action()
-            except Exception as error:  # handed to the caller, whatever it is
-                future.set_exception(error)
-            else:
-                future.set_result(None)
-
-        self._calls.put(run)
+        self._calls.put(lambda: carry_out(action, future))
         await asyncio.wrap_future(future)
 
     def _run(self) -> None:
