@@ -97,7 +97,10 @@ def run_process(rank: int, world: int, port: int, program: str, job: str, out: s
     said: list[str] = []
 
     def sink(metrics: Any) -> None:
-        Path(out).with_suffix(".step").write_text(str(metrics.step))
+        # Renamed into place: a reader beside it never sees the file between emptied and written.
+        fresh = Path(out).with_suffix(f".step-{rank}")
+        fresh.write_text(str(metrics.step))
+        fresh.replace(Path(out).with_suffix(".step"))
         time.sleep(pause)
 
     with joined(timeout_s=60) as group:
@@ -136,7 +139,7 @@ def trained(job: Any, workers: int, out: Path, program: str = "pretrain") -> dic
 def kill_at(processes: list[BaseProcess], victim: int, out: Path, step: int) -> None:
     """Kills one process once `step` steps are done, and then those it leaves behind."""
     marker = out.with_suffix(".step")
-    wait_until(lambda: marker.exists() and marker.read_text().isdigit() and int(marker.read_text()) >= step)
+    wait_until(lambda: marker.exists() and int(marker.read_text()) >= step, 120)
     os.kill(processes[victim].pid or 0, signal.SIGKILL)
     for process in processes:
         # The others wait for the dead one; nothing more can come of them.
