@@ -14,7 +14,6 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from modelyard.engine.request import Request
-from modelyard.serving.wire import Dial
 
 HOLDERS = 4
 """Replicas remembered for one beginning, the latest first."""
@@ -83,9 +82,6 @@ class AffinityRouter(RequestRouter):
             pending_request.routing_context.should_backoff = True  # wait a little when every queue is full
         if not candidate_replicas:
             return []
-        dial = pending_request.args[0] if pending_request is not None and pending_request.args else None
-        if isinstance(dial, Dial):
-            return [[r for r in candidate_replicas if r.replica_id.unique_id == dial.replica]]
         anyone = random.sample(candidate_replicas, min(2, len(candidate_replicas)))
         request = _engine_request(pending_request)
         if request is None or len(candidate_replicas) == 1 or not self._prefer:

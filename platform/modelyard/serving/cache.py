@@ -15,8 +15,9 @@ from collections import OrderedDict
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from modelyard.engine.request import Request, StepOutput, TokenLogprob
+from modelyard.engine.request import Request, StepOutput
 from modelyard.serving.redis_client import redis_client
+from modelyard.serving.wire import line, pack, unpack
 
 log = logging.getLogger(__name__)
 
@@ -50,16 +51,13 @@ def _fields(request: Request) -> dict[str, Any]:
 
 def dump(output: StepOutput) -> bytes:
     """A whole answer as bytes."""
-    logprobs = [[e.token, e.logprob, list(e.top)] for e in output.logprobs]
-    return json.dumps([output.tokens, output.text, logprobs, output.finish, output.weights]).encode()
+    return line(pack(output))
 
 
 def parse(data: bytes) -> StepOutput | None:
     """From :func:`dump`; None for anything else."""
     try:
-        tokens, text, logprobs, finish, weights = json.loads(data)
-        entries = tuple(TokenLogprob(t, p, tuple((a, b) for a, b in top)) for t, p, top in logprobs)
-        return StepOutput(tuple(tokens), text, entries, finish, weights)
+        return unpack(json.loads(data))
     except (ValueError, TypeError):
         return None
 

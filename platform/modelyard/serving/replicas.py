@@ -10,7 +10,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from typing import Any
 
 from grpc import RpcError
@@ -18,6 +18,7 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
+from ray.util import get_node_ip_address
 
 from modelyard.engine.mailbox import Mailbox
 from modelyard.engine.request import EngineStats, Request, StepOutput
@@ -25,7 +26,7 @@ from modelyard.serving import scaling
 from modelyard.serving.errors import overloaded, unavailable
 from modelyard.serving.folders import local_folder
 from modelyard.serving.shelf import Shelf
-from modelyard.serving.wire import Dial, Message, Receiver, Sender, WireLost
+from modelyard.serving.wire import Address, Exchange, Receiver, Sender, WireLost
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +38,6 @@ LOST = (RayActorError, DeploymentUnavailableError, RpcError, RuntimeError, WireL
 
 LATE_SECONDS = 5.0
 """How much later than the end of its call an answer's last outputs may come over the wire."""
-
-DIAL_SECONDS = 10.0
-"""Until a wire that does not open is given up; outputs come through their calls meanwhile."""
 
 
 class EngineReplica:
@@ -64,13 +62,15 @@ class EngineReplica:
             log.warning("warmed up in %.1f s", warm_up(self._engine, chosen))
         self._shelf = Shelf(self._engine, adapters or {}, most, lambda place: local_folder(place, weights=True))
         self._name = serve.get_replica_context().replica_id.unique_id
-        self._wires: dict[str, Sender] = {}
+        self._exchange = Exchange()
+        self._address: asyncio.Task[Address | None] | None = None
 
-    async def stream(self, request: Request, caller: str = "", call: int = 0) -> AsyncGenerator[StepOutput | str, None]:
+    async def stream(
+        self, request: Request, caller: str = "", call: int = 0
+    ) -> AsyncGenerator[StepOutput | Address, None]:
         """Outputs of one request, unless they go over the caller's wire; what piles up meanwhile comes as one.
 
-        Without a wire to the caller the first thing is this replica's name, so that the caller can open one. `call` is
-        the caller's number of this call.
+        Without a wire to the caller the first thing is where to open one. `call` is the caller's number of this call.
         """
         box, over = Mailbox(), False
         carrier: Sender | Mailbox | None = None
@@ -78,15 +78,15 @@ class EngineReplica:
         def put(output: StepOutput) -> None:
             nonlocal carrier
             if carrier is None:  # all outputs of a request take one way, or they might overtake each other
-                carrier = self._wire(caller) or box
+                carrier = self._exchange.to(caller) or box
             if isinstance(carrier, Sender):
                 carrier.put(call, output, box)
             else:
                 box.put(output)
 
         async with self._shelf.lent(request.adapter):
-            if caller and self._wire(caller) is None:
-                yield self._name
+            if caller and self._exchange.to(caller) is None and (address := await self._listening()) is not None:
+                yield address
             await self._engine.start(request, put)
             try:
                 while not over:
@@ -100,20 +100,22 @@ class EngineReplica:
                 if not over:
                     self._engine.abort(request.id)
 
-    async def wire(self, dial: Dial) -> AsyncGenerator[Message, None]:
-        """Outputs of the caller's requests, all of a step in one message. Ends when idle."""
-        sender = self._wires[dial.caller] = Sender()
-        try:
-            async with aclosing(sender.messages()) as messages:
-                async for message in messages:
-                    yield message
-        finally:
-            if self._wires.get(dial.caller) is sender:
-                del self._wires[dial.caller]
+    async def _listening(self) -> Address | None:
+        """Where this replica listens for wires, from the first question on; None if it cannot."""
+        if self._address is None:  # a task: many may ask before the socket is there
+            self._address = asyncio.create_task(self._listen())
+        return await asyncio.shield(self._address)
 
-    def _wire(self, caller: str) -> Sender | None:
-        found = self._wires.get(caller)
-        return None if found is None or found.closed else found
+    async def _listen(self) -> Address | None:
+        try:
+            return await self._exchange.open(self._name, get_node_ip_address())
+        except OSError as error:
+            log.warning("no wires, outputs come one by one: %s", error)
+            return None
+
+    async def __del__(self) -> None:
+        """Serve's hook at a graceful stop, when no request is left."""
+        self._exchange.close()
 
     async def stats(self) -> EngineStats:
         """The engine's statistics."""
@@ -140,10 +142,12 @@ class ServeBackend:
     """Engine replicas behind a deployment handle."""
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        self._handle = handle.options(method_name="stream", stream=True)
-        self._line = handle.options(method_name="wire", stream=True, response_serialization="pickle")
+        # By Serve's default calls are pickled by cloudpickle: slower, and for functions, of which there are none here.
+        self._handle = handle.options(
+            method_name="stream", stream=True, request_serialization="pickle", response_serialization="pickle"
+        )
         self._all, self._caller = handle, uuid.uuid4().hex
-        self._receiver = Receiver(self._dial)
+        self._receiver = Receiver(self._caller)
         self._followers: set[asyncio.Task[None]] = set()
 
     async def stream(self, request: Request) -> AsyncGenerator[StepOutput, None]:
@@ -179,7 +183,7 @@ class ServeBackend:
         """Reads a request's own call to its end: outputs that no wire carries, errors, and where to open a wire."""
         try:
             async for message in responses:
-                if isinstance(message, str):
+                if isinstance(message, Address):
                     self._receiver.connect(message)
                 else:
                     box.put(message)
@@ -195,23 +199,6 @@ class ServeBackend:
                 return
         if not box.complete:  # the wire may be slower than the call
             asyncio.get_running_loop().call_later(LATE_SECONDS, box.fail, WireLost())
-
-    async def _dial(self, replica: str) -> AsyncGenerator[Message, None]:
-        """Messages of a new wire to a replica."""
-        messages: Any = self._line.remote(Dial(self._caller, replica))
-        over = False
-        try:
-            async with asyncio.timeout(DIAL_SECONDS):
-                yield await anext(messages)
-            async for message in messages:
-                yield message
-            over = True
-        except LOST:
-            over = True
-            raise
-        finally:
-            if not over:
-                messages.cancel()
 
     async def stats(self) -> list[EngineStats]:
         """See `Backend.stats`."""
