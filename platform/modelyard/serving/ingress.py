@@ -28,6 +28,7 @@ from modelyard.serving.limits import Limiter
 from modelyard.serving.lines import append_row
 from modelyard.serving.listener import Listener
 from modelyard.serving.metrics import Exposition, Metrics
+from modelyard.serving.middleware import RequestId
 from modelyard.serving.names import APPLICATION, engine_name
 from modelyard.serving.options import ServeOptions
 from modelyard.serving.replicas import ServeBackend
@@ -79,7 +80,7 @@ class Ingress:
         for version in self._metrics.keys() - self._services.keys():
             self._metrics[version].observe([])  # its engines are ending: no gauge keeps its last value
         if self._options.listens and self._listener is None:
-            self._listener = await Listener.start(self.__serve_build_asgi_app__(), self._options)
+            self._listener = await Listener.start(RequestId(Door(_empty(), self._traffic)), self._options)
 
     async def versions(self) -> list[str]:
         """Versions requests are sent to now, the stable one first."""
@@ -135,9 +136,16 @@ class Ingress:
             self._feedback.close()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+        app = _empty()
         app.add_middleware(Door, state=self._traffic)
+        if self._options.use_haproxy:
+            app.add_middleware(RequestId)  # of Serve's proxies only the one in Python does it
         return app
+
+
+def _empty() -> FastAPI:
+    """An application without a route."""
+    return FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
 
 
 async def _service(

@@ -1,12 +1,17 @@
-"""What happens to every request before the application sees it: keys, body limits, counting, last-resort errors."""
+"""What happens to every request before the application sees it: its name, key, body limits, counting, errors.
+
+A wrapped `send` hands on what the one below returns instead of awaiting it: a streamed chunk passes all of them.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 import traceback
-from collections.abc import Mapping
+import uuid
+from collections.abc import Awaitable, Mapping
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,11 +28,40 @@ ENDPOINTS = OPEN_PATHS | {
     "/v1/async",
 }  # fmt: skip
 BODY_SECONDS = 30.0
+REQUEST_ID = b"x-request-id"
+_PLAIN = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+"""What a client may call its request: it goes to the log."""
 
 
 def holder_of(request: Request) -> str:
     """Name of the API key's holder, as `Gate` found it; empty when no key is asked for."""
     return str(getattr(request.state, "key", ""))
+
+
+class RequestId:
+    """Gives every request a name, which its answer carries: the client's own `x-request-id` if it is a plain one.
+
+    Serve's Python proxy does the same; where it is not in between this does.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = next((value for key, value in scope["headers"] if key == REQUEST_ID), b"")
+        name = given if _PLAIN.fullmatch(given) else uuid.uuid4().hex.encode()
+        mine = (REQUEST_ID, name)
+
+        def named(message: Message) -> Awaitable[None]:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], mine]}
+            return send(message)
+
+        others = (pair for pair in scope["headers"] if pair[0] != REQUEST_ID)
+        await self._app({**scope, "headers": [*others, mine]}, receive, named)
 
 
 class Gate:
@@ -46,11 +80,11 @@ class Gate:
             return
         started, status = time.perf_counter(), 0
 
-        async def counted(message: Message) -> None:
+        def counted(message: Message) -> Awaitable[None]:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-            await send(message)
+            return send(message)
 
         try:
             await self._answer(scope, receive, counted)
@@ -59,7 +93,8 @@ class Gate:
         except Exception as error:
             # Where and what kind, never the message: it may quote the prompt.
             frames = "".join(traceback.format_tb(error.__traceback__))
-            log.error("a request failed with %s\n%s", type(error).__name__, frames)
+            name = next((value.decode("latin-1") for key, value in scope["headers"] if key == REQUEST_ID), "none")
+            log.error("a request failed with %s (x-request-id %s)\n%s", type(error).__name__, name, frames)
             if status == 0:
                 await self._refuse(ApiError(500, "internal error", kind="server_error"), counted)
         finally:
