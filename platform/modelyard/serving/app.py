@@ -27,8 +27,6 @@ HEAD_NODE = "node:__internal_head__"
 LOAD_EVERY_S = 0.5
 """Seconds between two reports of queues and engines' load to the autoscaler. At Serve's 10 s the first request at zero
 replicas waits up to 10 s until it is seen."""
-WIRES = 2
-"""Calls to a replica that are no requests: a wire from the ingress and one from the consumer of asynchronous ones."""
 LOOK_BACK_S = 4.0
 """Seconds of load the autoscaler averages; its delays come on top."""
 
@@ -113,8 +111,10 @@ def _engine(variant: Variant, options: ServeOptions, ongoing: int) -> Any:
         EngineReplica
     ).options(  # type: ignore[attr-defined]
         name=engine_name(variant.version),
-        max_ongoing_requests=ongoing + WIRES,
-        max_queued_requests=options.max_queued,
+        max_ongoing_requests=ongoing,
+        # Serve counts a request as queued also while it is handed to a replica with room for it: a burst that a replica
+        # can take at once is not refused.
+        max_queued_requests=options.max_queued + ongoing,
         max_constructor_retry_count=3,  # a version that cannot start is given up soon, the one before goes on
         health_check_period_s=5,
         graceful_shutdown_timeout_s=20,

@@ -139,7 +139,7 @@ class ServeOptions(Options):
     api_keys: str | None = Field(None, description="file of hashed API keys (modelyard.serving.keys); null = open")
     tls: Tls | None = Field(None, description="certificate and key for HTTPS; null = plain HTTP")
     max_body: Bytes = Field(2_000_000, description="largest request body in bytes; larger ones get 413")
-    max_queued: int = Field(256, ge=1, description="requests that wait for a replica; more get 429")
+    max_queued: int = Field(256, ge=1, description="requests that wait besides those a replica takes; more get 429")
     request_timeout_s: float = Field(600.0, gt=0, description="seconds until a request is given up with 504")
     max_choices: int = Field(16, ge=1, description="answers one request may ask for (n times prompts)")
     cache: CacheOptions | None = Field(None, description="response cache; null = every request is computed")
