@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from asking import MINUTES
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
 FLAGS = (
@@ -31,7 +32,7 @@ class Page:
         """What the browser answers to one command."""
         self._asked += 1
         await self._socket.send_json({"id": self._asked, "method": method, "params": parameters})
-        while (message := await self._socket.receive_json(timeout=60)).get("id") != self._asked:
+        while (message := await self._socket.receive_json(timeout=MINUTES)).get("id") != self._asked:
             pass
         assert "error" not in message, message
         result: dict[str, Any] = message["result"]
@@ -44,8 +45,8 @@ class Page:
         return found["result"].get("value")
 
     async def until(self, script: str) -> Any:
-        """The value of an expression once it is true; fails after a minute."""
-        for _ in range(600):
+        """The value of an expression once it is true; fails after some minutes."""
+        for _ in range(int(MINUTES * 10)):
             if value := await self.run(script):
                 return value
             await asyncio.sleep(0.1)
@@ -81,7 +82,7 @@ async def opened(url: str) -> AsyncIterator[Page]:
 
 
 async def _port(file: Path) -> int:
-    for _ in range(600):
+    for _ in range(int(MINUTES * 10)):
         with suppress(OSError, ValueError, IndexError):
             return int(file.read_text().splitlines()[0])
         await asyncio.sleep(0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from asking import wait_for
 
 from modelyard.engine import EngineOptions, NativeEngine, Tokenizer
 from modelyard.serving.api import build_app
@@ -16,7 +18,6 @@ from modelyard.serving.backend import LocalBackend
 from modelyard.serving.background import Background
 from modelyard.serving.feedback import FeedbackStore
 from modelyard.serving.metrics import Metrics
-from modelyard.serving.server import free_port
 from modelyard.serving.service import Service
 
 
@@ -50,22 +51,21 @@ class LocalServer:
             **service,
         )
         app = build_app(self.service, keys=keys, max_body=100_000, feedback=feedback, tasks=tasks)
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        self._server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        bound = socket.socket()
+        bound.bind(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        # A connection is never closed for its idleness, or a client might use it at that very moment.
+        config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=3600)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, args=([bound],), daemon=True)
         self._thread.start()
         while not self._server.started:
             time.sleep(0.01)
 
     def idle(self) -> bool:
-        """Waits up to 5 s until the engine has nothing to do; whether it got there with its books in order."""
-        for _ in range(500):
-            stats = self.engine.stats()
-            if stats.running == 0 and stats.waiting == 0:
-                return self.engine.invariants() == []
-            time.sleep(0.01)
-        return False
+        """Waits until the engine has nothing to do; whether its books are in order then."""
+        wait_for(lambda: (s := self.engine.stats()).running == s.waiting == 0, "an idle engine", every=0.01)
+        return self.engine.invariants() == []
 
     def stop(self) -> None:
         self._server.should_exit = True

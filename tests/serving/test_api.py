@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import socket
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -15,14 +14,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from asking import CHAT, ENDLESS, HTTP, MESSAGES, wait_for
 from local import LocalServer
 
 from modelyard.engine import EngineOptions
 from modelyard.serving.keys import add_key, read_keys
-
-# One client for all: each new one reads the certificates of the world, 40 ms.
-HTTP = httpx.Client(timeout=30, limits=httpx.Limits(max_connections=100))
-MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture
@@ -152,9 +148,6 @@ def test_concurrent_greedy_answers_are_identical(client: openai.OpenAI) -> None:
         assert len(set(pool.map(ask, range(12)))) == 1
 
 
-CHAT = {"model": "tiny", "messages": MESSAGES}
-
-
 @pytest.mark.parametrize(
     ("change", "param"),
     [
@@ -240,7 +233,7 @@ def test_large_bodies_are_413_without_being_read(local: LocalServer) -> None:
         for _ in range(1000):
             yield b"x" * 1000
 
-    response = HTTP.post(local.url + "/v1/chat/completions", content=endless(), timeout=30)
+    response = HTTP.post(local.url + "/v1/chat/completions", content=endless())
     refusal(response, 413)
     with connect(local) as raw:  # 100 MB, of which not a byte is sent: the answer comes at once
         raw.sendall(head(100_000_000))
@@ -263,11 +256,14 @@ def test_a_body_that_trickles_in_is_given_up(local: LocalServer, monkeypatch: py
 
 
 def test_a_full_queue_is_429_with_retry_after(local: LocalServer) -> None:
-    body = CHAT | {"max_tokens": 100, "temperature": 0, "logit_bias": {"1": -100}}
+    local.engine.pause()  # who has a place keeps it, however slowly the others come
     with ThreadPoolExecutor(40) as pool:
-        codes = list(pool.map(lambda _: post(local, body), range(40)))
+        asked = [pool.submit(post, local, CHAT | {"max_tokens": 4}) for _ in range(40)]
+        wait_for(lambda: sum(a.done() for a in asked) >= 28, "a refusal of all but twelve")
+        local.engine.resume()
+        codes = [a.result() for a in asked]
     refused = [r for r in codes if r.status_code == 429]
-    assert refused
+    assert len(refused) == 28
     assert all(r.headers["retry-after"] == "1" for r in refused)
     assert refusal(refused[0], 429)["type"] == "rate_limit_error"
     assert {r.status_code for r in codes} == {200, 429}
@@ -277,11 +273,10 @@ def test_a_full_queue_is_429_with_retry_after(local: LocalServer) -> None:
 def test_disconnects_abort_whole_and_streamed(local: LocalServer) -> None:
     before = local.engine.stats().aborted_total
     for stream in (False, True):
-        body = json.dumps(CHAT | {"max_tokens": 240, "stream": stream, "logit_bias": {"1": -100}}).encode()
+        body = json.dumps(CHAT | ENDLESS | {"max_tokens": 2000, "stream": stream}).encode()
         with connect(local) as raw:
             raw.sendall(head(len(body)) + body)
-            while local.engine.stats().running == 0:
-                time.sleep(0.001)
+            wait_for(lambda: local.engine.stats().running, "an answer in the making", every=0.001)
             if stream:
                 raw.recv(100)
         assert local.idle()
@@ -289,14 +284,22 @@ def test_disconnects_abort_whole_and_streamed(local: LocalServer) -> None:
 
 
 def test_timeouts_are_504_or_an_error_event(tiny_model: Path) -> None:
-    # Eight answers of 240 tokens one after the other take longer than the timeout, a first token does not.
-    server = LocalServer(tiny_model, EngineOptions(max_sequences=1, threads=1), timeout=0.5)
+    server = LocalServer(tiny_model, EngineOptions(max_sequences=1, threads=1), timeout=0.2)
     try:
-        body = CHAT | {"max_tokens": 240, "n": 8, "logit_bias": {"1": -100}}
+        body = CHAT | ENDLESS | {"max_tokens": 2000}
+        server.engine.pause()
         assert refusal(post(server, body), 504)["code"] == "timeout"
-        events = [e for e in post(server, body | {"stream": True}).text.split("\n\n") if e]
-        assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "timeout"
-        assert events[-1] == "data: [DONE]"
+        server.engine.resume()
+        server.service.timeout = 3.0
+        lines = []
+        with HTTP.stream("POST", server.url + "/v1/chat/completions", json=body | {"stream": True}) as response:
+            for line in response.iter_lines():
+                lines += [line] if line else []
+                if len(lines) == 1:
+                    server.engine.pause()
+        assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "timeout"
+        assert lines[-1] == "data: [DONE]"
+        server.engine.resume()
         assert server.idle()
     finally:
         server.stop()

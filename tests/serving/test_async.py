@@ -13,6 +13,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from asking import ENDLESS, HTTP, MINUTES, SECRET, wait_for
+from asking import SHORT as CHAT
 from listener import Listener
 from local import LocalServer
 
@@ -23,12 +25,7 @@ from modelyard.serving.keys import digest
 from modelyard.serving.tasks import Task, TaskStore, Worker, new_task
 from modelyard.serving.webhooks import Messenger, allowed, read_secret
 
-SECRET = "whsec_" + "A" * 43 + "="
-CHAT: dict[str, Any] = {
-    "model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "temperature": 0,
-}  # fmt: skip
-LONG = CHAT | {"max_tokens": 240, "logit_bias": {"1": -100}, "n": 8}
-HTTP = httpx.Client(timeout=60)
+LONG = CHAT | ENDLESS | {"max_tokens": 240, "n": 8}
 Ask = Callable[..., httpx.Response]
 
 
@@ -81,13 +78,13 @@ def worker(server: LocalServer, redis_url: str, tmp_path: Path) -> Iterator[None
 
 def end(ask: Ask, name: str) -> dict[str, Any]:
     """The task once it has ended."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
+
+    def ended() -> dict[str, Any] | None:
         found: dict[str, Any] = ask("GET", f"/v1/async/{name}").json()
-        if found["status"] in ("completed", "failed", "cancelled"):
-            return found
-        time.sleep(0.05)
-    raise AssertionError(f"the task did not end: {found}")
+        return found if found["status"] in ("completed", "failed", "cancelled") else None
+
+    task: dict[str, Any] = wait_for(ended, f"the end of {name}")
+    return task
 
 
 def test_every_endpoint_answers_later_as_it_would_at_once(ask: Ask, worker: None, server: LocalServer) -> None:
@@ -114,9 +111,7 @@ def test_a_webhook_is_signed_and_sent_again(
     monkeypatch.setattr("modelyard.serving.webhooks.DELAYS", (0.0, 0.05))
     name = ask("POST", "/v1/async/chat/completions", CHAT, x_webhook=f"{listener.url}/hooks/a").json()["id"]
     assert end(ask, name)["status"] == "completed"
-    deadline = time.monotonic() + 30
-    while len(listener.got) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for(lambda: len(listener.got) > 1, "two deliveries")
     (headers, payload), again = listener.got[0], listener.got[1][1]
     assert payload == again and json.loads(payload)["data"]["id"] == name
     client = openai.OpenAI(api_key="none", webhook_secret=SECRET)
@@ -145,10 +140,7 @@ def test_only_who_asked_sees_and_cancels(ask: Ask, server: LocalServer, redis_ur
 
     stop = in_thread(work())
     try:
-        deadline = time.monotonic() + 60
-        while server.engine.stats().running == 0:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        wait_for(lambda: server.engine.stats().running, "a task that runs", every=0.005)
         assert ask("POST", f"/v1/async/{names[1]}/cancel").json()["status"] == "cancelled"
         assert end(ask, names[1])["response"] is None
         assert ask("POST", f"/v1/async/{names[2]}/cancel").status_code == 200
@@ -166,29 +158,29 @@ def test_what_cannot_run_is_refused_when_it_is_submitted(ask: Ask, local: LocalS
 
 
 def test_a_lost_task_goes_to_another_worker_but_not_for_ever(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks_module, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(tasks_module, "BEAT_SECONDS", 0.1)
 
     async def use() -> None:
-        store = TaskStore(redis_url, "lost", 60, 0.2)
+        store = TaskStore(redis_url, "lost", 60, 1.0)
         with pytest.raises(DataError):
             read_secret(Path("/nowhere"))
         for task in (kept := new_task("/v1/completions", "", "{}"), doomed := new_task("/v1/completions", "", "{}")):
             await store.submit(task)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + MINUTES
         while (taken := await store.take("gone", 0.01)) is None:  # the first call makes the group
             assert time.monotonic() < deadline
         assert taken[1] == kept.id  # and its worker is never heard of again
 
         async def answer(task: Task) -> tuple[str, str]:
-            await asyncio.sleep(0.5)  # longer than a lease, which is renewed meanwhile
+            await asyncio.sleep(1.5)  # longer than a lease, which is renewed meanwhile
             return ("completed", "{}") if task.id == kept.id else await asyncio.Future()
 
         async def tell(_: Task) -> None: ...
 
         async def work_until(*statuses: str) -> None:
             """A worker that is stopped once the two tasks have these statuses."""
-            worker = asyncio.create_task(Worker(TaskStore(redis_url, "lost", 60, 0.2), answer, tell, 2).run())
-            deadline = time.monotonic() + 60
+            worker = asyncio.create_task(Worker(TaskStore(redis_url, "lost", 60, 1.0), answer, tell, 2).run())
+            deadline = time.monotonic() + MINUTES
             while time.monotonic() < deadline:
                 found = [await store.get(task.id) for task in (kept, doomed)]
                 if [task.status for task in found if task] == list(statuses):
@@ -199,7 +191,7 @@ def test_a_lost_task_goes_to_another_worker_but_not_for_ever(redis_url: str, mon
             assert [task.status for task in found if task] == list(statuses)
 
         await work_until("completed", "in_progress")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + MINUTES
         while (await store.get(doomed.id) or doomed).status != "failed" and time.monotonic() < deadline:
             await asyncio.sleep(0.25)  # a lease ends; the next worker that takes the task is lost, too
             if (lost := await store.take("gone", 0.01)) is not None:

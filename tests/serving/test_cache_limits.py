@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+from asking import CHAT, HTTP, MINUTES
 from local import LocalServer
 
 from modelyard.engine import EngineOptions, Request, Sampling
@@ -25,7 +26,6 @@ from modelyard.serving.keys import digest
 from modelyard.serving.limits import Limiter
 from modelyard.serving.options import Limit, Limits
 
-CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
 KEYS = {"alice-key": "alice", "bob-key": "bob"}
 
 
@@ -41,8 +41,8 @@ def served(tiny_model: Path) -> Iterator[LocalServer]:
 
 
 def ask(server: LocalServer, key: str = "alice-key", path: str = "/v1/chat/completions", **body: Any) -> httpx.Response:
-    given = body.pop("json", CHAT | body)
-    return httpx.post(server.url + path, json=given, headers={"authorization": f"Bearer {key}"}, timeout=60)
+    given = body.pop("json", CHAT | {"max_tokens": 8} | body)
+    return HTTP.post(server.url + path, json=given, headers={"authorization": f"Bearer {key}"})
 
 
 def steps(server: LocalServer) -> int:
@@ -71,7 +71,7 @@ def test_equal_greedy_requests_are_computed_once(served: LocalServer) -> None:
         before = steps(served)
         assert ask(served, key, **change).status_code == 200
         assert steps(served) > before, change
-    text = httpx.get(served.url + "/metrics", headers={"authorization": "Bearer alice-key"}).text
+    text = HTTP.get(served.url + "/metrics", headers={"authorization": "Bearer alice-key"}).text
     assert 'modelyard_response_cache_total{result="hit"} 3.0' in text
 
 
@@ -150,7 +150,7 @@ def test_redis_keeps_answers_and_its_absence_costs_nothing(tmp_path: Path) -> No
 
     async def use() -> None:
         cache, other = (RedisCache(f"redis://127.0.0.1:{port}/0", ttl=30) for _ in range(2))
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + MINUTES
         while await cache.get("k") is None and time.monotonic() < deadline:
             cache._away_until = 0.0  # it may still be starting
             await cache.put("k", b"answer")

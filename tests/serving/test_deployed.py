@@ -14,6 +14,8 @@ import httpx
 import openai
 import pyarrow.parquet as pq
 import pytest
+from asking import ENDLESS, MINUTES, SECRET, wait_for
+from asking import SHORT as CHAT
 from certificates import Authority
 from listener import Listener
 
@@ -22,11 +24,7 @@ from modelyard.serving import Autoscaling, ServeOptions, ServerHandle, launch
 from modelyard.serving.options import AsyncOptions
 from modelyard.serving.tls import Tls, client_context
 
-SECRET = "whsec_" + "A" * 43 + "="
-CHAT: dict[str, Any] = {
-    "model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "temperature": 0,
-}  # fmt: skip
-BUSY = CHAT | {"max_tokens": 200, "logit_bias": {"1": -100}}
+BUSY = CHAT | ENDLESS | {"max_tokens": 200}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +64,7 @@ def server(
 @pytest.fixture
 def http(server: ServerHandle, authority: Authority) -> Iterator[httpx.Client]:
     trusted = client_context(str(authority.certificate), hostname=True)
-    with httpx.Client(base_url=server.url, verify=trusted, timeout=120) as client:
+    with httpx.Client(base_url=server.url, verify=trusted, timeout=MINUTES) as client:
         yield client
 
 
@@ -78,7 +76,7 @@ def replicas() -> int:
     return int(sum(count for state, count in states.items() if str(state).endswith("RUNNING")))
 
 
-def until(goal: int, http: httpx.Client, seconds: float = 60) -> list[int]:
+def until(goal: int, http: httpx.Client, seconds: float = MINUTES) -> list[int]:
     """The replica counts seen until there are `goal`, while somebody reads the metrics as Prometheus does."""
     seen, deadline = [replicas()], time.monotonic() + seconds
     while seen[-1] != goal and time.monotonic() < deadline:
@@ -114,23 +112,24 @@ def test_answers_come_later_and_webhooks_tell(http: httpx.Client, listener: List
     hook = {"x-webhook": listener.url + "/told"}
     tasks = [http.post("/v1/async/chat/completions", json=CHAT, headers=hook) for _ in range(3)]
     assert {task.status_code for task in tasks} == {202}
-    names, deadline = {task.json()["id"] for task in tasks}, time.monotonic() + 60
-    found: dict[str, Any] = {}
-    while set(found) != names and time.monotonic() < deadline:
-        time.sleep(0.1)
+    names = {task.json()["id"] for task in tasks}
+
+    def ended() -> list[dict[str, Any]] | None:
         polled = [http.get(f"/v1/async/{name}").json() for name in names]
-        found = {task["id"]: task for task in polled if task["status"] == "completed"}
-    assert set(found) == names
-    assert {t["response"]["choices"][0]["message"]["content"] for t in found.values()} == {
+        return polled if all(task["status"] == "completed" for task in polled) else None
+
+    assert {t["response"]["choices"][0]["message"]["content"] for t in wait_for(ended, "three answers", 0.1)} == {
         now["choices"][0]["message"]["content"]
     }
     checker, told = openai.OpenAI(api_key="none", webhook_secret=SECRET), set[str]()
-    while told != names and time.monotonic() < deadline:
-        time.sleep(0.1)
+
+    def all_told() -> bool:
         for headers, body in list(listener.got):
             checker.webhooks.verify_signature(body, headers)
             told.add(json.loads(body)["data"]["id"])
-    assert told == names, "the first delivery was turned away, and came again"
+        return told == names
+
+    wait_for(all_told, "the first delivery was turned away, and comes again", 0.1)
 
 
 def test_load_brings_a_second_replica_and_idleness_takes_both(server: ServerHandle, http: httpx.Client) -> None:

@@ -12,17 +12,12 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from asking import CHAT, ENDLESS, HTTP, until_refused
 
 from modelyard.engine import EngineOptions
 from modelyard.serving import Autoscaling, ServeOptions, ServerHandle, launch
 
-BODY: dict[str, Any] = {
-    "model": "tiny",
-    "messages": [{"role": "user", "content": "hello"}],
-    "max_tokens": 240,
-    "temperature": 0,
-    "logit_bias": {"1": -100},
-}
+BODY: dict[str, Any] = CHAT | ENDLESS | {"max_tokens": 240, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +36,7 @@ def server(tiny_model: Path) -> Iterator[ServerHandle]:
 
 
 def ask(server: ServerHandle, **change: Any) -> httpx.Response:
-    return httpx.post(server.url + "/v1/chat/completions", json=BODY | change, timeout=90)
+    return HTTP.post(server.url + "/v1/chat/completions", json=BODY | change)
 
 
 def text(response: httpx.Response) -> str:
@@ -67,14 +62,13 @@ def _title(process: psutil.Process) -> str:
 
 
 def test_the_first_request_wakes_a_model_scaled_to_zero(server: ServerHandle) -> None:
-    assert "modelyard_replicas 0.0" in httpx.get(server.url + "/metrics").text
+    assert "modelyard_replicas 0.0" in HTTP.get(server.url + "/metrics").text
     assert text(ask(server, max_tokens=5))
-    assert "modelyard_replicas 1.0" in httpx.get(server.url + "/metrics").text
+    assert "modelyard_replicas 1.0" in HTTP.get(server.url + "/metrics").text
 
 
 def test_an_engine_that_refuses_is_429(server: ServerHandle) -> None:
-    with ThreadPoolExecutor(8) as pool:
-        responses = list(pool.map(lambda _: ask(server), range(8)))
+    responses = until_refused(lambda: ask(server), 8)
     assert {r.status_code for r in responses} == {200, 429}
     assert all(r.headers["retry-after"] for r in responses if r.status_code == 429)
 
@@ -91,9 +85,8 @@ def test_a_lost_replica_costs_whole_answers_only_time(server: ServerHandle) -> N
 def test_a_lost_replica_ends_a_begun_stream_with_an_error_event(server: ServerHandle) -> None:
     text(ask(server, max_tokens=1))
     events = []
-    with httpx.stream(
-        "POST", server.url + "/v1/chat/completions", json=BODY | {"stream": True}, timeout=60
-    ) as response:
+    body = BODY | {"stream": True, "max_tokens": 2000}
+    with HTTP.stream("POST", server.url + "/v1/chat/completions", json=body) as response:
         for line in response.iter_lines():
             if line.startswith("data: "):
                 events.append(line.removeprefix("data: "))

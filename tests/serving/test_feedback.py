@@ -6,7 +6,6 @@ import asyncio
 import json
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import httpx
 import pyarrow.parquet as pq
 import pytest
+from asking import HTTP, MINUTES
 from local import LocalServer
 
 from modelyard.align import records
@@ -37,14 +37,14 @@ def place(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def served(tiny_model: Path, place: Path) -> Iterator[LocalServer]:
-    store = FeedbackStore(str(place), roll_s=0.3)
+    store = FeedbackStore(str(place), roll_s=3600)
     server = LocalServer(tiny_model, keys={digest("alice-key"): "alice"}, feedback=store, version="7")
     yield server
     server.stop()
 
 
 def say(server: LocalServer, body: dict[str, Any]) -> httpx.Response:
-    return httpx.post(server.url + "/v1/feedback", json=body, headers={"authorization": "Bearer alice-key"})
+    return HTTP.post(server.url + "/v1/feedback", json=body, headers={"authorization": "Bearer alice-key"})
 
 
 def opinion(**fields: Any) -> FeedbackRequest:
@@ -65,10 +65,9 @@ def test_what_people_say_becomes_what_training_reads(served: LocalServer, place:
     (log,) = logs(place)
     assert [json.loads(line)["id"] for line in log.read_text().splitlines()] == [a.json()["id"] for a in answers]
     assert log.stat().st_mode & 0o077 == 0
-    deadline = time.monotonic() + 20
-    while logs(place) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not logs(place), "the log is rolled by its age, although nobody says more"
+    assert served.feedback is not None
+    served.feedback.close()
+    assert not logs(place)
     (corrected,), (liked,), (rated,) = (table(place, kind) for kind in ("preferences", "opinions", "ratings"))
     assert (corrected["chosen"], corrected["rejected"], corrected["label"]) == ("yes", "no", False)
     assert corrected["key"] == "alice" and corrected["version"] == "7" and corrected["prompt"] == TURNS
@@ -89,9 +88,9 @@ def test_bad_bodies_are_refused_and_the_route_can_be_off(served: LocalServer, lo
                 {"id": "x", "rating": "up", "extra": 1}):  # fmt: skip
         assert say(served, bad).status_code == 400, bad
     assert not logs(place)
-    card = httpx.get(served.url + "/v1/models", headers={"authorization": "Bearer alice-key"}).json()["data"][0]
+    card = HTTP.get(served.url + "/v1/models", headers={"authorization": "Bearer alice-key"}).json()["data"][0]
     assert card["feedback"] is True
-    answer = httpx.post(local.url + "/v1/feedback", json={"id": "x", "rating": "up"})
+    answer = HTTP.post(local.url + "/v1/feedback", json={"id": "x", "rating": "up"})
     assert answer.status_code == 404 and answer.json()["error"]["code"] == "feedback_off"
 
 
@@ -155,6 +154,17 @@ def test_a_log_that_cannot_be_rolled_is_kept(place: Path, monkeypatch: pytest.Mo
     asyncio.run(store.add(opinion(**CORRECTED), "", "1"))
     store.close()
     assert not logs(place) and len(table(place, "opinions")) == len(table(place, "preferences")) == 1
+
+
+def test_a_log_is_rolled_by_its_age_although_nobody_says_more(place: Path) -> None:
+    async def use() -> None:
+        await FeedbackStore(str(place), roll_s=0.05).add(opinion(**LIKED), "", "1")
+        async with asyncio.timeout(MINUTES):
+            while logs(place):
+                await asyncio.sleep(0.02)
+
+    asyncio.run(use())
+    assert [row["response"] for row in table(place, "opinions")] == ["l"]
 
 
 def test_many_rows_roll_before_their_time(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from asking import HTTP, wait_for
 from local import LocalServer
 
 from modelyard.engine import EngineOptions
@@ -35,7 +35,7 @@ def ask(server: LocalServer, key: str, path: str = "/v1/completions", **body: An
     fields = {"model": "tiny", "prompt": "hello", "max_tokens": 40, "logit_bias": {"1": -100}}
     if path == "/v1/embeddings":
         fields = {"model": "tiny", "input": "hello"}
-    return httpx.post(server.url + path, json=fields | body, headers={"authorization": f"Bearer {key}"}, timeout=60)
+    return HTTP.post(server.url + path, json=fields | body, headers={"authorization": f"Bearer {key}"})
 
 
 def test_urgent_requests_overtake_those_that_wait(served: LocalServer) -> None:
@@ -53,10 +53,7 @@ def test_urgent_requests_overtake_those_that_wait(served: LocalServer) -> None:
     with ThreadPoolExecutor(len(queue)) as pool:
         for count, (name, key, body) in enumerate(queue):
             pool.submit(run, name, key, **body)
-            deadline = time.monotonic() + 30
-            while served.engine.stats().waiting <= count:
-                assert time.monotonic() < deadline
-                time.sleep(0.001)
+            wait_for(lambda seen=count: served.engine.stats().waiting > seen, name, every=0.001)
         served.engine.resume()
     assert ended == ["urgent", "usual", "batch", "late"]
 

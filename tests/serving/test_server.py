@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
+from asking import CHAT, ENDLESS, HTTP, MESSAGES, until_refused, wait_for
 
 from modelyard.engine import EngineOptions
 from modelyard.errors import DataError, RecipeError, ResourceError
@@ -28,9 +28,6 @@ from modelyard.serving.traffic import Variant
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 
 from tiny import save_model
-
-MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
-CHAT = {"model": "tiny", "messages": MESSAGES}
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +62,9 @@ def engine_call(method: str) -> list[Any]:
 
 
 def idle() -> bool:
-    """Waits up to 10 s until no replica works; whether all books are in order then."""
-    for _ in range(100):
-        if all(s.running == 0 and s.waiting == 0 for s in engine_call("stats")):
-            return all(faults == [] for faults in engine_call("invariants"))
-        time.sleep(0.1)
-    return False
+    """Waits until no replica works; whether all books are in order then."""
+    wait_for(lambda: all(s.running == s.waiting == 0 for s in engine_call("stats")), "idle replicas", every=0.1)
+    return all(faults == [] for faults in engine_call("invariants"))
 
 
 def test_the_official_client_works(client: openai.OpenAI) -> None:
@@ -81,6 +75,22 @@ def test_the_official_client_works(client: openai.OpenAI) -> None:
     assert chunks[-1].usage == whole.usage
     assert client.completions.create(model="tiny", prompt="The", max_tokens=3).choices[0].finish_reason
     assert [m.id for m in client.models.list()] == ["tiny"]
+
+
+def test_every_answer_carries_its_requests_name(server: ServerHandle) -> None:
+    """The ingress listens itself: no proxy of Serve's is there to do it."""
+    auth = {"authorization": f"Bearer {server.key}"}
+    url = server.url + "/v1/chat/completions"
+    short = CHAT | {"max_tokens": 1}
+    for body in (short, short | {"stream": True}, {}):
+        answer = HTTP.post(url, json=body, headers=auth | {"x-request-id": "mine-1"})
+        assert answer.headers.get_list("x-request-id") == ["mine-1"], body
+    made = [HTTP.post(url, json=short, headers=auth | {"x-request-id": bad}) for bad in ("", "a b", "x" * 129)]
+    made += [HTTP.get(server.url + "/healthz"), HTTP.post(url), HTTP.get(server.url + "/v1/none", headers=auth)]
+    assert len({answer.headers["x-request-id"] for answer in made}) == len(made)
+    assert all(re.fullmatch("[0-9a-f]{32}", answer.headers["x-request-id"]) for answer in made)
+    other = HTTP.post(url, json=short, headers=auth | {"x-modelyard-version": "9"})
+    assert other.status_code == 404 and other.headers["x-request-id"]
 
 
 def test_concurrent_greedy_answers_are_identical(client: openai.OpenAI) -> None:
@@ -105,50 +115,44 @@ def test_errors_keep_their_shape_through_serve(server: ServerHandle) -> None:
         (400, CHAT | {"messages": [{"role": "user", "content": "word " * 3000}]}),
     ]
     for status, body in cases:
-        response = httpx.post(url, json=body, headers=auth)
+        response = HTTP.post(url, json=body, headers=auth)
         assert response.status_code == status
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
-    assert httpx.post(url, content=b"{", headers=auth).status_code == 400
-    assert httpx.post(url, content=b"x" * 3_000_000, headers=auth).status_code == 413
-    assert httpx.post(url, json=CHAT).status_code == 401
+    assert HTTP.post(url, content=b"{", headers=auth).status_code == 400
+    assert HTTP.post(url, content=b"x" * 3_000_000, headers=auth).status_code == 413
+    assert HTTP.post(url, json=CHAT).status_code == 401
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_reaches_the_engine(server: ServerHandle, stream: bool) -> None:
     before = sum(s.aborted_total for s in engine_call("stats"))
-    body = json.dumps(CHAT | {"max_tokens": 240, "stream": stream, "logit_bias": {"1": -100}}).encode()
+    body = json.dumps(CHAT | ENDLESS | {"max_tokens": 2000, "stream": stream}).encode()
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {server.key}\r\n"
         f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     )
     with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as raw:
         raw.sendall(head.encode() + body)
+        wait_for(lambda: any(s.running for s in engine_call("stats")), "an answer in the making", every=0.01)
         if stream:
             raw.recv(100)
-        else:
-            time.sleep(0.08)
     assert idle()
     assert sum(s.aborted_total for s in engine_call("stats")) == before + 1
 
 
 def test_too_many_requests_are_429_and_the_rest_is_answered(server: ServerHandle) -> None:
-    body = CHAT | {"max_tokens": 120, "temperature": 0, "logit_bias": {"1": -100}}
+    body = CHAT | ENDLESS | {"max_tokens": 120, "temperature": 0}
     headers = {"authorization": f"Bearer {server.key}"}
-
-    def ask(_: int) -> httpx.Response:
-        return httpx.post(server.url + "/v1/chat/completions", json=body, headers=headers, timeout=120)
-
-    with ThreadPoolExecutor(32) as pool:
-        responses = list(pool.map(ask, range(32)))
-    codes = {r.status_code for r in responses}
-    assert codes == {200, 429}
+    url = server.url + "/v1/chat/completions"
+    responses = until_refused(lambda: HTTP.post(url, json=body, headers=headers), 32)
+    assert {r.status_code for r in responses} == {200, 429}
     assert all("retry-after" in r.headers for r in responses if r.status_code == 429)
     assert len({r.json()["choices"][0]["message"]["content"] for r in responses if r.status_code == 200}) == 1
     assert idle()
 
 
 def test_metrics_count_replicas(server: ServerHandle) -> None:
-    text = httpx.get(server.url + "/metrics", headers={"authorization": f"Bearer {server.key}"}).text
+    text = HTTP.get(server.url + "/metrics", headers={"authorization": f"Bearer {server.key}"}).text
     assert "modelyard_replicas " in text
     assert 'modelyard_tokens_total{direction="completion",version="1"}' in text
 
@@ -190,22 +194,24 @@ def test_another_version_takes_over_without_a_failed_request(
 ) -> None:
     """Runs last: from version 1 by a canary to version 2, under load."""
     other = save_model(tmp_path / "other", seed=5)
-    body = CHAT | {"max_tokens": 12, "temperature": 0, "logit_bias": {"1": -100}}
+    body = CHAT | ENDLESS | {"max_tokens": 12, "temperature": 0}
     headers = {"authorization": f"Bearer {server.key}"}
     done = threading.Event()
 
-    def ask(stream: bool) -> set[tuple[int, str, str]]:
-        seen = set()
-        with httpx.Client(headers=headers, timeout=60) as client:
-            while not done.is_set():
-                session = {"x-session-id": str(len(seen))} if stream else {}
-                answer = client.post(
-                    server.url + "/v1/chat/completions", json=body | {"stream": stream}, headers=session
-                )
-                text = answer.text if not stream or '"error"' in answer.text else ""
-                text = answer.json()["choices"][0]["message"]["content"] if answer.is_success and not stream else text
-                seen.add((answer.status_code, answer.headers.get("x-modelyard-version", ""), text))
-        return seen
+    seen: dict[bool, set[tuple[int, str, str]]] = {False: set(), True: set()}
+
+    def ask(stream: bool) -> None:
+        while not done.is_set():
+            session = {"x-session-id": str(len(seen[stream]))} if stream else {}
+            answer = HTTP.post(
+                server.url + "/v1/chat/completions", json=body | {"stream": stream}, headers=headers | session
+            )
+            text = answer.text if not stream or '"error"' in answer.text else ""
+            text = answer.json()["choices"][0]["message"]["content"] if answer.is_success and not stream else text
+            seen[stream].add((answer.status_code, answer.headers.get("x-modelyard-version", ""), text))
+
+    def answered(version: str) -> None:
+        wait_for(lambda: all(version in {v for _, v, _ in list(s)} for s in seen.values()), f"version {version}")
 
     rollout = server.rollout
     assert rollout is not None
@@ -213,21 +219,24 @@ def test_another_version_takes_over_without_a_failed_request(
     with ThreadPoolExecutor(2) as pool:
         asking = [pool.submit(ask, stream) for stream in (False, True)]
         try:
+            answered("1")
             rollout.move([one, replace(two, share=0.5)])
-            named = httpx.post(
+            named = HTTP.post(
                 server.url + "/v1/chat/completions", json=body, headers=headers | {"x-modelyard-version": "2"}
             )
             rollout.move([two])
-            time.sleep(0.5)
+            answered("2")
         finally:
             done.set()
-        whole, streamed = (future.result() for future in asking)
+        for future in asking:
+            future.result()
+    whole, streamed = seen[False], seen[True]
     assert named.headers["x-modelyard-version"] == "2"
     assert {status for status, _, _ in whole | streamed} == {200}
     assert {text for _, _, text in streamed} == {""}
     answers = {version: {text for _, v, text in whole if v == version} for version in "12"}
     assert [len(texts) for texts in answers.values()] == [1, 1], "a prompt met the engine of another version"
     assert answers["1"] != answers["2"]
-    text = httpx.get(server.url + "/metrics", headers=headers).text
+    text = HTTP.get(server.url + "/metrics", headers=headers).text
     assert 'modelyard_replicas{version="1"} 0.0' in text
     assert 'modelyard_replicas{version="2"} 1.0' in text
