@@ -20,6 +20,8 @@ from modelyard.serving.options import ServeOptions
 from modelyard.serving.rollout import Rollout, quiet, reason, running
 from modelyard.serving.traffic import Variant
 
+log = logging.getLogger(__name__)
+
 SHUTDOWN_SECONDS = 45.0
 _CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 ANYWHERE = frozenset({"0.0.0.0", "::"})  # noqa: S104 - allowed only with API keys
@@ -41,6 +43,8 @@ HAPROXY_ENVIRONMENT = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",  # 30 by default; HAProxy deregisters within a second
 }
+HAPROXY_PORTS = (("STATS", "8404"), ("METRICS", "9101"))
+"""Names in Ray's variables, and defaults, of the ports besides the server's own that HAProxy opens."""
 
 
 @dataclass(frozen=True)
@@ -245,6 +249,11 @@ def _start(options: ServeOptions) -> None:
     # For Serve's processes alone: in this one a handle must go on working without an event loop.
     chosen = {k: v for k, v in os.environ.items() if k.startswith("RAY_SERVE_")}
     environment = ENVIRONMENT | (HAPROXY_ENVIRONMENT if options.use_haproxy else {}) | chosen
+    if options.use_haproxy:
+        # Ray 2.60 writes `bind *` into HAProxy's configuration and has an option for the ports only.
+        ports = [environment.get(f"RAY_SERVE_HAPROXY_{name}_PORT", usual) for name, usual in HAPROXY_PORTS]
+        log.warning("HAProxy shows its statistics and metrics on all interfaces and asks for no key: "
+                    "let nobody reach ports %s from outside", " and ".join(ports))  # fmt: skip
     certificate, key = options.tls.absolute() if options.tls is not None else (None, None)
     serve.start(
         proxy_location=place,
