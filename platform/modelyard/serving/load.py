@@ -151,13 +151,14 @@ def plot(results: Sequence[Result], title: str) -> str:
     drawn = [(name, [(r.load.rate, of(r)) for r in results if not math.isnan(of(r))]) for name, of in curves]
     rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row(r)) + "</tr>" for r in results)
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
-        f"<h1>{escape(title)}</h1><p>Open loop, Poisson arrivals. Seconds against requests a second.</p>"
-        f"{_svg(drawn)}<table><tr>{''.join(f'<th>{cell}</th>' for cell in HEAD)}</tr>{rows}</table></html>\n"
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width, initial-scale=1"><title>{escape(title)}</title><style>{_STYLE}</style>'
+        f"<h1>{escape(title)}</h1><p>Open loop, Poisson arrivals. </p>"
+        f"{_svg(drawn)}<div><table><tr>{''.join(f'<th>{cell}</th>' for cell in HEAD)}</tr>{rows}</table></div></html>\n"
     )
 
 
-HEAD = ("req/s", "done", "failed", "tok/s", "first p50", "first p99", "token p50", "answer p99")
+HEAD = ("req/s", "done", "failed", "tok/s", "first p50", "first p99", "token p50", "answer p50", "answer p99")
 """Columns of :func:`row`."""
 
 
@@ -165,7 +166,7 @@ def row(r: Result) -> tuple[str, ...]:
     """One load's figures as text."""
     failed = ", ".join(f"{number} x {kind}" for kind, number in r.errors().items()) or "0"
     return (f"{r.load.rate:g}", str(len(r.answered)), failed, f"{r.tokens_per_second:,.0f}", _ms(r.first(0.5)),
-            _ms(r.first(0.99)), _ms(r.each(0.5)), _ms(r.total(0.99)))  # fmt: skip
+            _ms(r.first(0.99)), _ms(r.each(0.5)), _ms(r.total(0.5)), _ms(r.total(0.99)))  # fmt: skip
 
 
 def _ms(seconds: float) -> str:
@@ -174,23 +175,34 @@ def _ms(seconds: float) -> str:
 
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:800px;padding:0 1em}svg{width:100%}"
-    "table{border-collapse:collapse}td,th{padding:.2em 1em .2em 0;text-align:right}"
+    "h1{font-size:1.3em;overflow-wrap:anywhere}div{overflow-x:auto}"
+    "table{border-collapse:collapse}td,th{padding:.2em 1em .2em 0;text-align:right;white-space:nowrap}"
     "text{font:12px system-ui,sans-serif;fill:#555}"
 )
+_STEPS = (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 6, 8, 10)
 _COLORS = ("#2463b8", "#8ab4e8", "#c4572e", "#eba98c")
+
+
+def _round(value: float) -> float:
+    """A number not far above `value` whose quarters are short."""
+    power = 10.0 ** math.floor(math.log10(value)) if value > 0 else 1.0
+    return next(power * step for step in _STEPS if power * step >= value * (1 - 1e-9))
 
 
 def _svg(drawn: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> str:
     points = [point for _, line in drawn for point in line]
     if not points:
         return "<p>nothing was answered</p>"
-    right, top = max(x for x, _ in points), max(y for _, y in points) or 1.0
-    parts = []
+    right, top = _round(max(x for x, _ in points)), _round(max(y for _, y in points))
+    parts = [
+        '<text x="310" y="298" text-anchor="middle">requests offered a second</text>',
+        '<text x="14" y="140" text-anchor="middle" transform="rotate(-90 14 140)">seconds</text>',
+    ]
     for i in range(5):
         y, x = 260 - 240 * i / 4, 60 + 500 * i / 4
         parts.append(f'<line x1="60" x2="560" y1="{y:.0f}" y2="{y:.0f}" stroke="#8884"/>')
-        parts.append(f'<text x="54" y="{y + 4:.0f}" text-anchor="end">{top * i / 4:.3g}</text>')
-        parts.append(f'<text x="{x:.0f}" y="278" text-anchor="middle">{right * i / 4:.3g}</text>')
+        parts.append(f'<text x="54" y="{y + 4:.0f}" text-anchor="end">{top * i / 4:.4g}</text>')
+        parts.append(f'<text x="{x:.0f}" y="278" text-anchor="middle">{right * i / 4:.4g}</text>')
     for i, (name, line) in enumerate(drawn):
         at = [(60 + 500 * x / right, 260 - 240 * y / top) for x, y in line]
         route = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
@@ -198,4 +210,4 @@ def _svg(drawn: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> str:
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{_COLORS[i]}"/>' for x, y in at]
         parts.append(f'<rect x="574" y="{22 + 20 * i}" width="11" height="11" fill="{_COLORS[i]}"/>')
         parts.append(f'<text x="590" y="{32 + 20 * i}">{name}</text>')
-    return f'<svg viewBox="0 0 720 290" role="img" aria-label="latency against load">{"".join(parts)}</svg>'
+    return f'<svg viewBox="0 0 720 304" role="img" aria-label="latency against load">{"".join(parts)}</svg>'
