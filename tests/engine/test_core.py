@@ -9,12 +9,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from marks import BF16, CPU
+from marks import CPU
 from safetensors.torch import load_file, save_file
 from tiny import save_model
 
 from modelyard.engine import EngineCore, EngineOptions, Request, Sampling, generate
-from modelyard.engine.checkpoint import read_tensors
+from modelyard.engine.checkpoint import read_config, read_tensors
 from modelyard.engine.options import Precision
 from modelyard.errors import DataError, ResourceError
 
@@ -120,7 +120,7 @@ def test_update_weights_recomputes_what_was_cached(tiny_model: Path, tmp_path: P
     assert tuple(rest) == one(fresh, sampling, (9, 8, 7, *tokens))[0]
 
 
-@pytest.mark.parametrize("precision", ["float16_packed", pytest.param("bfloat16", marks=BF16)])
+@pytest.mark.parametrize("precision", ["float16_packed", "bfloat16"])
 def test_packed_weights_can_be_updated_in_part(tiny_model: Path, precision: Precision) -> None:
     core = EngineCore(tiny_model, EngineOptions(max_sequences=1, precision=precision))
     before = one(core, GREEDY)[0]
@@ -129,13 +129,6 @@ def test_packed_weights_can_be_updated_in_part(tiny_model: Path, precision: Prec
     core.update_weights([(name, torch.zeros_like(tensors[name]))], version=1)
     core.update_weights([(name, tensors[name])], version=2)
     assert one(core, GREEDY)[0] == before
-
-
-@CPU
-def test_bfloat16_is_refused_where_it_would_be_emulated(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modelyard.engine.build.computes_bfloat16", lambda: False)
-    with pytest.raises(ResourceError, match="no bfloat16"):
-        EngineCore(tiny_model, EngineOptions(precision="bfloat16"))
 
 
 @CPU
@@ -190,6 +183,19 @@ def test_a_full_queue_refuses(tiny_model: Path) -> None:
 def test_a_cache_that_cannot_fit_is_refused_before_loading(tiny_model: Path) -> None:
     with pytest.raises(ResourceError, match="key/value cache needs"):
         EngineCore(tiny_model, EngineOptions(cache_bytes=1000))
+
+
+@CPU
+def test_a_length_nobody_asked_for_is_cut_to_memory(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "m", max_position_embeddings=16_384)
+    token = read_config(folder).cache_bytes_per_token
+    options = EngineOptions(max_sequences=4, cache_bytes=20_000 * token)
+    core = EngineCore(folder, options)
+    assert 3_900 < core.max_length < 4_000, "four slots and a sequence in the store"
+    with pytest.raises(DataError, match=f"the model takes {core.max_length}"):
+        core.add(Request("a", (5,) * 4_000, GREEDY))
+    with pytest.raises(ResourceError, match="key/value cache needs"):
+        EngineCore(folder, options.model_copy(update={"max_length": 16_384}))
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "modeling_x.py", "weights.pt", "state.pkl"])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from marks import BF16, CPU
+from marks import CPU
 from tiny import save_model
 from transformers import AutoModelForCausalLM
 
@@ -114,7 +114,7 @@ def test_greedy_equals_transformers(name: str, tmp_path: Path) -> None:
     assert core.scheduler.slots.used == 0
 
 
-@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=BF16)])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_answers_do_not_depend_on_the_step_budget(tiny_model: Path, precision: Precision) -> None:
     seen = []
     for budget, slots in ((1, 1), (7, 2), (64, 8), (512, 4)):
@@ -124,7 +124,7 @@ def test_answers_do_not_depend_on_the_step_budget(tiny_model: Path, precision: P
 
 
 @CPU
-@pytest.mark.parametrize(("precision", "most"), [("float16_packed", 5e-3), pytest.param("bfloat16", 0.1, marks=BF16)])
+@pytest.mark.parametrize(("precision", "most"), [("float16_packed", 5e-3), ("bfloat16", 0.1)])
 def test_packed_weights_change_logits_by_little(tiny_model: Path, precision: Precision, most: float) -> None:
     exact = EngineCore(tiny_model, EngineOptions(max_sequences=1, precision="float32"))
     packed = EngineCore(tiny_model, EngineOptions(max_sequences=1, precision=precision))

@@ -14,7 +14,7 @@ from modelyard.engine.cache import BlockStore, Cache, NoStore
 from modelyard.engine.calibrate import pack_int8
 from modelyard.engine.checkpoint import DecoderConfig, check_folder, read_config, read_tensors
 from modelyard.engine.decoder import Decoder
-from modelyard.engine.options import EngineOptions, Precision
+from modelyard.engine.options import EngineOptions
 from modelyard.engine.paged import PagedDecoder
 from modelyard.engine.speculate import DraftModel, Guesser, PromptLookup
 from modelyard.engine.tokenizer import Tokenizer
@@ -53,10 +53,10 @@ def build(folder: Path, options: EngineOptions) -> Parts:
     if on_gpu(options) or options.tensor_parallel > 1:
         return _paged(folder, options)
     config = read_config(folder)
-    length = config.length(options.max_length)
+    length = _length(config, options)
     blocks = _blocks(config, length, options)
     gated = options.precision == "int8"
-    weights = Weights(config, "float32" if gated else _precision(options.precision))
+    weights = Weights(config, "float32" if gated else options.precision)
     # Reading and packing the weights is C++ without Python's lock: what is Python only stands beside it, not behind it.
     with ThreadPoolExecutor(1, "build") as beside:
         kernels_ready, read = beside.submit(kernels.initialize), beside.submit(_tokenizer, folder)
@@ -175,27 +175,6 @@ def gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _precision(wanted: Precision) -> Precision:
-    """Half precision needs fbgemm (x86-64 with AVX2): float32 elsewhere.
-
-    Raises ResourceError for bfloat16 on a CPU that would emulate it, at a tenth of the speed.
-    """
-    if wanted == "bfloat16" and not computes_bfloat16():
-        raise ResourceError(
-            "this CPU has no bfloat16 products (AMX or AVX512-BF16)",
-            place="engine.precision",
-            mend="use float16_packed",
-        )
-    if wanted == "float16_packed" and "fbgemm" not in torch.backends.quantized.supported_engines:
-        return "float32"
-    return wanted
-
-
-def computes_bfloat16() -> bool:
-    """Whether this CPU and this PyTorch multiply bfloat16 in hardware."""
-    return bool(torch._C._has_mkldnn) and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
 def _guesser(config: DecoderConfig, length: int, options: EngineOptions) -> Guesser | None:
     s = options.speculation
     if s is None:
@@ -203,8 +182,26 @@ def _guesser(config: DecoderConfig, length: int, options: EngineOptions) -> Gues
     if s.method == "prompt_lookup":
         return PromptLookup(s)
     return DraftModel(
-        s, config.vocabulary, options.max_sequences, length, _precision(options.precision), torch.get_num_threads()
+        s, config.vocabulary, options.max_sequences, length, options.precision, torch.get_num_threads()
     )  # fmt: skip
+
+
+SHORTEST = 1024
+"""Tokens below which `max_length` is not shortened to fit memory: an error says more than that would help."""
+
+
+def _length(config: DecoderConfig, options: EngineOptions) -> int:
+    """Tokens of prompt and answer: as asked; else the model's, or as many as memory holds for all sequences at once."""
+    length = config.length(options.max_length)
+    if options.max_length is not None:
+        return length
+    bound = options.cache_bytes if options.cache_bytes is not None else int(0.6 * free_memory())
+    size, one = options.block_tokens, int(options.prefix_cache)
+    held = bound // config.cache_bytes_per_token - (options.cache_tokens or 0) * one
+    slots = options.max_sequences + (
+        one if options.cache_tokens is None else 0
+    )  # the store holds one sequence at least
+    return min(length, max(held // slots // size * size - 2 * size, SHORTEST))
 
 
 def _blocks(config: DecoderConfig, length: int, options: EngineOptions) -> int:

@@ -92,7 +92,7 @@ class EngineCore:
             raise DataError(
                 f"the prompt has {length} tokens, the model takes {self.max_length} with the answer",
                 place="prompt",
-                mend="shorten the prompt",
+                mend="shorten the prompt, or raise engine.max_length where the model takes more",
             )
         if not all(0 <= t < self.config.vocabulary for t in request.prompt):
             raise DataError("a token id is outside the vocabulary", place="prompt", mend="use the model's tokenizer")

@@ -16,7 +16,9 @@ from modelyard.engine.adapters import Groups, product
 from modelyard.engine.batch import Chunk, StepBatch
 from modelyard.engine.cache import EMPTY, Cache
 from modelyard.engine.experts import mix
+from modelyard.engine.products import shares
 from modelyard.engine.rope import rotations
+from modelyard.engine.step import Table, decode
 from modelyard.engine.weights import Layer, Mixture, Mlp, Norm, Weights
 
 PARALLEL_WORK = 4096
@@ -41,6 +43,9 @@ class Decoder:
         if self.config.rope is not None:
             cos, sin = rotations(self.config.rope, self.config.head_dim, length)
             self._cos, self._sin = cos.numpy(), sin.numpy()
+        self._rotated, self._windows = np.array(self.config.rotated), np.array(self.config.windows, np.int64)
+        self._table: Table | None = None
+        self._packings = -1
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
@@ -49,6 +54,9 @@ class Decoder:
         """Normed results of the last layer for the wanted rows, float32 [wanted, hidden]."""
         w, groups = self.weights, batch.adapters
         x = F.embedding(batch.tokens, w.embed)
+        table = self._whole(batch)
+        if table is not None:
+            return self._decode(table, x, batch)
         if len(w.positions):
             x = x + w.positions[torch.from_numpy(batch.positions)]
         h, delta = torch.empty_like(x), EMPTY
@@ -65,6 +73,28 @@ class Decoder:
             delta = self._feed_forward(index, layer, h, groups)
         self._norm(xs, delta, w.norm, hs)
         return h
+
+    def _whole(self, batch: StepBatch) -> Table | None:
+        """What `step.decode` computes this step with, where one thread can and nothing else takes part."""
+        w = self.weights
+        if self._packings != w.packings:
+            self._table, self._packings = Table.of(w), w.packings
+        if self._table is None or batch.chunks or batch.adapters:
+            return None
+        if self._threads > 1:
+            rows = len(batch.tokens)
+            if shares(self._table.largest, rows, 2) > 1 or int(batch.positions.sum()) >= PARALLEL_WORK:
+                return None
+        return self._table
+
+    def _decode(self, table: Table, x: Tensor, batch: StepBatch) -> Tensor:
+        c, out = self.config, torch.empty_like(x)
+        decode(
+            x.numpy(), table.matrices, table.norms, self.weights.norm.arrays[0], c.heads, batch.positions, batch.slots,
+            self._cos, self._sin, self._rotated, self._windows, self.cache.data.numpy(), self._scale, c.norm_epsilon,
+            out.numpy(),
+        )  # fmt: skip
+        return out if batch.wanted is None else out[batch.wanted]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

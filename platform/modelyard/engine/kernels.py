@@ -8,20 +8,14 @@ together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 
-_FAST = {"reassoc", "contract", "arcp", "nsz"}  # not nnan or ninf: what is not finite must stay visible
+from modelyard.engine.jit import kernel
 
 
-def _kernel(function: Callable[..., Any]) -> Any:
-    return numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy", fastmath=_FAST)(function)
-
-
-@_kernel
+@kernel
 def _exp(values: Any, bits: Any, count: int) -> None:
     """exp of values[:count], in place, to 2e-7: 2^k times a polynomial; libm's scalar exp would not vectorize.
 
@@ -45,7 +39,7 @@ def _exp(values: Any, bits: Any, count: int) -> None:
         values[i] *= factors[i]
 
 
-@_kernel
+@kernel
 def rms_norm(x: Any, delta: Any, weight: Any, epsilon: float, out: Any) -> None:
     """x += delta; out = x / rms(x) * weight, row by row. x, delta, out: [T, H]; an empty delta adds nothing."""
     width = x.shape[1]
@@ -64,7 +58,7 @@ def rms_norm(x: Any, delta: Any, weight: Any, epsilon: float, out: Any) -> None:
             target[i] = row[i] * scale * weight[i]
 
 
-@_kernel
+@kernel
 def layer_norm(x: Any, delta: Any, weight: Any, bias: Any, epsilon: float, out: Any) -> None:
     """x += delta; out = (x - mean) / deviation * weight + bias, row by row. x, delta, out: [T, H]."""
     width = x.shape[1]
@@ -87,7 +81,7 @@ def layer_norm(x: Any, delta: Any, weight: Any, bias: Any, epsilon: float, out: 
             target[i] = (row[i] - mean) * scale * weight[i] + bias[i]
 
 
-@_kernel
+@kernel
 def _head_norm(x: Any, weight: Any, epsilon: float) -> None:
     total = np.float32(0.0)
     for i in range(x.shape[0]):
@@ -97,7 +91,7 @@ def _head_norm(x: Any, weight: Any, epsilon: float) -> None:
         x[i] *= scale * weight[i]
 
 
-@_kernel
+@kernel
 def _rotate(x: Any, cos: Any, sin: Any) -> None:
     half = cos.shape[0]
     for i in range(half):
@@ -106,7 +100,7 @@ def _rotate(x: Any, cos: Any, sin: Any) -> None:
         x[i + half] = b * cos[i] + a * sin[i]
 
 
-@_kernel
+@kernel
 def rotate_and_store(
     qkv: Any, heads: int, positions: Any, slots: Any, cos: Any, sin: Any,
     q_norm: Any, k_norm: Any, epsilon: float, keys: Any, values: Any,
@@ -140,7 +134,7 @@ def rotate_and_store(
             values[slot, h, position] = qkv[t, heads + kv_heads + h]
 
 
-@_kernel
+@kernel
 def attend(
     qkv: Any, first: int, last: int, heads: int, positions: Any, slots: Any, keys: Any, values: Any,
     scale: float, window: int, out: Any,
@@ -209,7 +203,7 @@ def attend(
                         target[i] += p * value[i]
 
 
-@_kernel
+@kernel
 def gated_silu(gate_up: Any, out: Any) -> None:
     """out = silu(gate) * up. gate_up: [T, 2 I], gates first; out: [T, I]."""
     width = out.shape[1]
@@ -221,39 +215,6 @@ def gated_silu(gate_up: Any, out: Any) -> None:
         _exp(scratch, bits, width)
         for i in range(width):
             target[i] = row[i] / (np.float32(1.0) + scratch[i]) * row[width + i]
-
-
-@_kernel
-def scale_rows(x: Any, out: Any, scales: Any) -> None:
-    """out[t] = x[t] / scales[t] with the largest magnitude of a row as its scale (1 for a row of zeros).
-
-    A last row spans the range from -1 to 1. x: [T, K]; out: [T + 1, K]; scales: [T].
-    """
-    guard = out[x.shape[0]]
-    guard[:] = np.float32(0.0)
-    guard[0], guard[guard.shape[0] - 1] = np.float32(1.0), np.float32(-1.0)
-    for t in range(x.shape[0]):
-        row, target = x[t], out[t]
-        top = np.float32(0.0)
-        for i in range(row.shape[0]):
-            top = max(top, abs(row[i]))
-        scales[t] = top if top > 0 else np.float32(1.0)
-        inverse = np.float32(1.0) / scales[t]
-        for i in range(row.shape[0]):
-            target[i] = row[i] * inverse
-
-
-@_kernel
-def multiply_rows(y: Any, scales: Any, bias: Any) -> None:
-    """y[t] = y[t] * scales[t] + bias, in place. y: [T, N]; bias: [N] or empty."""
-    for t in range(scales.shape[0]):
-        row, scale = y[t], scales[t]
-        if bias.shape[0]:
-            for i in range(row.shape[0]):
-                row[i] = row[i] * scale + bias[i]
-        else:
-            for i in range(row.shape[0]):
-                row[i] *= scale
 
 
 def initialize() -> None:

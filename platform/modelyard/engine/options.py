@@ -34,7 +34,10 @@ class EngineOptions(Options):
         32, ge=1, le=1024, description="requests computed in one step; each owns a contiguous key/value slot"
     )
     max_length: int | None = Field(
-        None, ge=2, description="tokens of prompt and answer together; null = the model's max_position_embeddings"
+        None,
+        ge=2,
+        description="tokens of prompt and answer together; null = the model's max_position_embeddings, on a CPU less where "
+        "memory does not hold them for all sequences at once",
     )
     step_tokens: int | None = Field(
         None,

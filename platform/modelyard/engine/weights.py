@@ -83,7 +83,8 @@ class _Place:
 
 
 class Weights:
-    """All tensors of a decoder, addressed by Hugging Face names. `modules` are those LoRA may adapt.
+    """All tensors of a decoder, addressed by Hugging Face names. `modules` are those LoRA may adapt; `packings` counts
+    how often matrices moved to new places.
 
     Args:
         config: the decoder's shape.
@@ -94,6 +95,7 @@ class Weights:
     def __init__(self, config: DecoderConfig, precision: Precision | None) -> None:
         c = self.config = config
         self.precision = precision
+        self.packings = 0
         self.embed = torch.empty(c.vocabulary, c.hidden)
         self.positions = torch.empty(c.positions if c.rope is None else 0, c.hidden)
         self.norm = Norm(c.hidden, bias=c.family == "gpt2")
@@ -268,20 +270,13 @@ class Weights:
             yield linear.dense()
 
     def pack(self, precision: Precision) -> None:
-        """Brings all matrices into the form `precision` computes with.
-
-        Packing half precision takes 12 ns a weight in one thread without Python's lock: all cores share it.
-        """
+        """Brings all matrices into the form `precision` computes with. All cores share it, without Python's lock."""
         self.precision = precision
-
-        def one(linear: Linear) -> None:
-            # Scores rounded to bfloat16 would tie, and greedy choices with them.
-            linear.pack("float16_packed" if precision == "bfloat16" and linear is self.head else precision)
-
         # The largest, the head, first: last it would keep one core busy alone.
         largest_first = sorted(self._linears(), key=lambda linear: -linear.rows * linear.columns)
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            list(pool.map(one, largest_first))
+            list(pool.map(lambda linear: linear.pack(precision), largest_first))
+        self.packings += 1
 
     def _ignorable(self, name: str) -> bool:
         # Old checkpoints store RoPE tables and causal masks, and some a copy of the tied head.

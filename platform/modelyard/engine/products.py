@@ -1,0 +1,351 @@
+"""Products with packed matrices on a CPU: y = x W^T + b, for one row of x as well as for hundreds.
+
+A library's product of few rows costs more in its call, and in how it walks through memory, than in arithmetic. Here BLOCK
+rows of a matrix lie interleaved, so that one stream of whole cache lines feeds all sums (`tiles`). A matrix is known to the
+kernels by a descriptor, int64 [FIELDS]: a step of the whole decoder can then be one call (`step`).
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from modelyard.engine.jit import kernel
+from modelyard.engine.tiles import (
+    BLOCK,
+    HAS_AMX,
+    HAS_VNNI,
+    amx_begin,
+    amx_end,
+    amx_tile,
+    float_tile,
+    floats_at,
+    vnni_tile,
+)
+
+KIND, ROWS, DEPTH, WEIGHTS, SCALES, BIAS, FIELDS = 0, 1, 2, 3, 4, 5, 6
+"""Fields of a descriptor. DEPTH: columns, padded; WEIGHTS, SCALES, BIAS: addresses, 0 = none."""
+
+HALF, BFLOAT16, INT8, INT8_VNNI, BFLOAT16_AMX = range(5)
+
+_half_1, _half_2, _half_4 = (float_tile("half", rows) for rows in (1, 2, 4))
+_bfloat16_1, _bfloat16_4 = (float_tile("bfloat16", rows) for rows in (1, 4))
+_int8_1, _int8_4 = (float_tile("int8", rows) for rows in (1, 4))
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A packed matrix: its descriptor, and the tensors whose addresses it holds."""
+
+    descriptor: np.ndarray
+    weights: Tensor
+    scales: Tensor | None
+    bias: Tensor | None
+    columns: int
+
+    def dense(self) -> Tensor:
+        """W as float32 [rows, columns], as exact as the packed form."""
+        kind, rows, w = int(self.descriptor[KIND]), int(self.descriptor[ROWS]), self.weights
+        group = _GROUPS[kind]
+        blocks = w.shape[0]
+        wide = w.float() - (128 if kind == INT8_VNNI else 0)
+        plain = wide.view(blocks, -1, BLOCK, group).transpose(1, 2).reshape(blocks * BLOCK, -1)[:rows, : self.columns]
+        return (plain * self.scales[:rows, None] if self.scales is not None else plain).contiguous()
+
+
+_GROUPS = {HALF: 1, BFLOAT16: 1, INT8: 1, INT8_VNNI: 4, BFLOAT16_AMX: 2}
+_MULTIPLE = {HALF: 1, BFLOAT16: 1, INT8: 1, INT8_VNNI: 4, BFLOAT16_AMX: 32}
+
+
+def kind_of(precision: str) -> int:
+    """The layout this CPU computes a precision in."""
+    if precision == "float16_packed":
+        return HALF
+    if precision == "bfloat16":
+        return BFLOAT16_AMX if has_amx() else BFLOAT16
+    return INT8_VNNI if HAS_VNNI else INT8
+
+
+def has_amx() -> bool:
+    """Whether AMX is there and the operating system lets this process use it."""
+    return HAS_AMX and bool(torch.cpu._init_amx())
+
+
+def pack(weight: Tensor, bias: Tensor | None, precision: str) -> Matrix:
+    """A float32 [rows, columns] matrix in the layout of a precision: `float16_packed`, `bfloat16` or `int8`."""
+    kind = kind_of(precision)
+    rows, columns = weight.shape
+    scales = None
+    if kind in (INT8, INT8_VNNI):
+        scales = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
+        values = (weight / scales[:, None]).round_().to(torch.int16)
+        values = (values + 128).to(torch.uint8) if kind == INT8_VNNI else values.to(torch.int8)
+        scales = torch.nn.functional.pad(scales, (0, -rows % BLOCK))
+    elif kind == HALF:
+        values = weight.clamp(-65504, 65504).half()
+    else:
+        values = weight.bfloat16()
+    depth = -(-columns // _MULTIPLE[kind]) * _MULTIPLE[kind]
+    blocks = -(-rows // BLOCK)
+    if values.shape != (blocks * BLOCK, depth):
+        padded = values.new_zeros(blocks * BLOCK, depth)
+        padded[:rows, :columns] = values
+        values = padded
+    packed = values.view(blocks, BLOCK, -1, _GROUPS[kind]).transpose(1, 2).contiguous()
+    descriptor = np.array(
+        [kind, rows, depth, packed.data_ptr(), 0 if scales is None else scales.data_ptr(),
+         0 if bias is None else bias.data_ptr()], np.int64,
+    )  # fmt: skip
+    return Matrix(descriptor, packed, scales, bias, columns)
+
+
+@kernel
+def _write(y: Any, first: int, count: int, block: int, sums: Any, m: Any) -> None:
+    """Sums of one block to `count` rows of y, with the bias where there is one."""
+    rows = m[ROWS]
+    start = block * BLOCK
+    width = min(BLOCK, rows - start)
+    if m[BIAS] != 0:
+        bias = numba.carray(floats_at(m[BIAS]), (rows,))
+        for i in range(count):
+            for n in range(width):
+                y[first + i, start + n] = sums[i, n] + bias[start + n]
+    else:
+        for i in range(count):
+            for n in range(width):
+                y[first + i, start + n] = sums[i, n]
+
+
+@kernel
+def _half(m: Any, x: Any, y: Any, first: int, last: int) -> None:
+    depth, stride = m[DEPTH], x.strides[0]
+    sums = np.empty((4, BLOCK), np.float32)
+    to, start = sums.ctypes.data, x.ctypes.data
+    for block in range(first, last):
+        w = m[WEIGHTS] + block * BLOCK * depth * 2
+        t = 0
+        while t < x.shape[0]:
+            left = x.shape[0] - t
+            if left >= 4:
+                _half_4(w, start + t * stride, stride, depth, to)
+                done = 4
+            elif left >= 2:
+                _half_2(w, start + t * stride, stride, depth, to)
+                done = 2
+            else:
+                _half_1(w, start + t * stride, stride, depth, to)
+                done = 1
+            _write(y, t, done, block, sums, m)
+            t += done
+
+
+@kernel
+def _bfloat16(m: Any, x: Any, y: Any, first: int, last: int) -> None:
+    depth, stride = m[DEPTH], x.strides[0]
+    sums = np.empty((4, BLOCK), np.float32)
+    to, start = sums.ctypes.data, x.ctypes.data
+    for block in range(first, last):
+        w = m[WEIGHTS] + block * BLOCK * depth * 2
+        t = 0
+        while t < x.shape[0]:
+            if x.shape[0] - t >= 4:
+                _bfloat16_4(w, start + t * stride, stride, depth, to)
+                done = 4
+            else:
+                _bfloat16_1(w, start + t * stride, stride, depth, to)
+                done = 1
+            _write(y, t, done, block, sums, m)
+            t += done
+
+
+@kernel
+def _int8(m: Any, x: Any, y: Any, first: int, last: int) -> None:
+    depth, stride = m[DEPTH], x.strides[0]
+    sums = np.empty((4, BLOCK), np.float32)
+    to, start = sums.ctypes.data, x.ctypes.data
+    blocks = (m[ROWS] + BLOCK - 1) // BLOCK
+    scales = numba.carray(floats_at(m[SCALES]), (blocks, BLOCK))
+    for block in range(first, last):
+        w = m[WEIGHTS] + block * BLOCK * depth
+        t = 0
+        while t < x.shape[0]:
+            if x.shape[0] - t >= 4:
+                _int8_4(w, start + t * stride, stride, depth, to)
+                done = 4
+            else:
+                _int8_1(w, start + t * stride, stride, depth, to)
+                done = 1
+            for i in range(done):
+                for n in range(BLOCK):
+                    sums[i, n] *= scales[block, n]
+            _write(y, t, done, block, sums, m)
+            t += done
+
+
+@kernel
+def quantize(x: Any, values: Any, scales: Any, totals: Any) -> None:
+    """Rows of x as int8 with a scale each, and their sums: a row's result does not depend on its batch mates.
+
+    x: float32 [T, K]; values: int8 [T, >= K], zero behind K; scales: float32 [T]; totals: int32 [T].
+    """
+    for t in range(x.shape[0]):
+        row, target = x[t], values[t]
+        top = np.float32(0.0)
+        for i in range(row.shape[0]):
+            top = max(top, abs(row[i]))
+        scale = top / np.float32(127.0) if top > 0 else np.float32(1.0)
+        inverse = np.float32(1.0) / scale
+        total = np.int32(0)
+        for i in range(row.shape[0]):
+            value = np.int8(np.rint(row[i] * inverse))
+            target[i] = value
+            total += np.int32(value)
+        scales[t], totals[t] = scale, total
+
+
+if HAS_VNNI:
+    _vnni_1, _vnni_2, _vnni_4 = (vnni_tile(rows) for rows in (1, 2, 4))
+
+    @kernel
+    def _vnni(m: Any, x: Any, y: Any, first: int, last: int) -> None:
+        depth, count = m[DEPTH], x.shape[0]
+        values = np.zeros((count, depth), np.int8)
+        row_scales, totals = np.empty(count, np.float32), np.empty(count, np.int32)
+        quantize(x, values, row_scales, totals)
+        whole, sums = np.empty((4, BLOCK), np.int32), np.empty((4, BLOCK), np.float32)
+        to, start = whole.ctypes.data, values.ctypes.data
+        blocks = (m[ROWS] + BLOCK - 1) // BLOCK
+        scales = numba.carray(floats_at(m[SCALES]), (blocks, BLOCK))
+        for block in range(first, last):
+            w = m[WEIGHTS] + block * BLOCK * depth
+            t = 0
+            while t < count:
+                left = count - t
+                if left >= 4:
+                    _vnni_4(w, start + t * depth, depth, depth // 4, to)
+                    done = 4
+                elif left >= 2:
+                    _vnni_2(w, start + t * depth, depth, depth // 4, to)
+                    done = 2
+                else:
+                    _vnni_1(w, start + t * depth, depth, depth // 4, to)
+                    done = 1
+                for i in range(done):
+                    # Weights are stored 128 too high, because the instruction takes them without a sign.
+                    above, scale = totals[t + i] * np.int32(128), row_scales[t + i]
+                    for n in range(BLOCK):
+                        sums[i, n] = np.float32(whole[i, n] - above) * (scale * scales[block, n])
+                _write(y, t, done, block, sums, m)
+                t += done
+
+else:
+    _vnni = _int8
+
+if HAS_AMX:
+    _amx_16 = amx_tile()
+
+    @kernel
+    def _begin_rows(layout: Any, rows: int) -> None:
+        """Palette 1: sums 0 to 3 and x in 4 have `rows` rows of 64 bytes, weights in 5 to 7 sixteen."""
+        layout[:] = np.uint8(0)
+        layout[0] = np.uint8(1)
+        for register in range(8):
+            layout[16 + 2 * register] = np.uint8(64)
+            layout[48 + register] = np.uint8(rows if register < 5 else 16)
+        amx_begin(layout.ctypes.data)
+
+    @kernel
+    def _round(x: Any, values: Any) -> None:
+        """float32 [T, K] to the nearest bfloat16, ties to even, in uint16 [T, >= K]."""
+        bits = x.view(np.uint32)
+        for t in range(x.shape[0]):
+            for i in range(x.shape[1]):
+                b = bits[t, i]
+                values[t, i] = np.uint16(
+                    (b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+                )
+
+    @kernel
+    def _amx(m: Any, x: Any, y: Any, first: int, last: int) -> None:
+        depth, count = m[DEPTH], x.shape[0]
+        values = np.zeros((count, depth), np.uint16)
+        _round(x, values)
+        sums, layout = np.empty((16, BLOCK), np.float32), np.empty(64, np.uint8)
+        to, start = sums.ctypes.data, values.ctypes.data
+        for block in range(first, last):
+            w = m[WEIGHTS] + block * BLOCK * depth * 2
+            for t in range(0, count, 16):
+                done = min(16, count - t)
+                if block == first and t == 0 or count > 16 and (t == 0 or done < 16):
+                    _begin_rows(layout, done)
+                _amx_16(w, start + t * depth * 2, depth * 2, depth // 32, to)
+                _write(y, t, done, block, sums, m)
+        amx_end()
+
+else:
+    _amx = _bfloat16
+
+
+@kernel
+def product(m: Any, x: Any, y: Any, first: int, last: int) -> None:
+    """y = x W^T + b for blocks `first .. last-1` of the matrix, BLOCK of its rows each.
+
+    Args:
+        m: descriptor.
+        x: float32 [T, columns], its last axis contiguous.
+        y: float32 [T, rows]; columns of other blocks stay as they are.
+        first: block.
+        last: block after the last one.
+    """
+    kind = m[KIND]
+    if kind == HALF:
+        _half(m, x, y, first, last)
+    elif kind == BFLOAT16:
+        _bfloat16(m, x, y, first, last)
+    elif kind == INT8:
+        _int8(m, x, y, first, last)
+    elif kind == INT8_VNNI:
+        _vnni(m, x, y, first, last)
+    else:
+        _amx(m, x, y, first, last)
+
+
+SHARED_WORK = 2**22
+"""Weights a thread streams, times an eighth of the rows of x, from which a share of a product pays for handing it over."""
+
+_pools: dict[int, ThreadPoolExecutor] = {}
+os.register_at_fork(after_in_child=_pools.clear)  # a child has none of their threads
+
+
+def shares(weights: int, rows: int, threads: int) -> int:
+    """Threads that a product of so many weights with `rows` rows of x is worth."""
+    return max(1, min(threads, weights * max(rows, 8) // 8 // SHARED_WORK))
+
+
+def multiply(m: Matrix, x: Tensor) -> Tensor:
+    """x W^T + b, float32 [T, rows], by as many of PyTorch's threads as it is worth. x: float32 [T, columns]."""
+    count, rows, threads = x.shape[0], int(m.descriptor[ROWS]), torch.get_num_threads()
+    y = torch.empty(count, rows)
+    if not count:
+        return y
+    blocks = -(-rows // BLOCK)
+    parts = 1 if threads == 1 else shares(rows * m.columns, count, threads)
+    inputs, outputs = x.contiguous().numpy(), y.numpy()
+    if parts == 1:
+        product(m.descriptor, inputs, outputs, 0, blocks)
+        return y
+    pool = _pools.get(threads) or _pools.setdefault(threads, ThreadPoolExecutor(threads, "products"))
+    edges = [blocks * i // parts for i in range(parts + 1)]
+    others = [pool.submit(product, m.descriptor, inputs, outputs, a, b) for a, b in pairwise(edges[1:])]
+    product(m.descriptor, inputs, outputs, 0, edges[1])
+    for other in others:
+        other.result()
+    return y

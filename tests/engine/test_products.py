@@ -1,0 +1,91 @@
+"""Packed products against plain ones: every layout, every number of rows, every part of a matrix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from marks import CPU
+
+from modelyard.engine import EngineCore, EngineOptions, Request, Sampling, generate, products
+from modelyard.engine.options import Precision
+
+KINDS: list[tuple[str, int, float]] = [
+    ("float16_packed", products.HALF, 1e-3),
+    ("bfloat16", products.BFLOAT16, 8e-3),
+    ("bfloat16", products.BFLOAT16_AMX, 1.2e-2),
+    ("int8", products.INT8, 2e-2),
+    ("int8", products.INT8_VNNI, 4e-2),
+]
+THERE = {products.BFLOAT16_AMX: products.has_amx(), products.INT8_VNNI: products.HAS_VNNI}
+
+
+def packed(kind: int, weight: torch.Tensor, bias: torch.Tensor | None, precision: str) -> products.Matrix:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "kind_of", lambda _: kind)
+        return products.pack(weight, bias, precision)
+
+
+@pytest.mark.parametrize(("precision", "kind", "most"), KINDS)
+@given(
+    st.integers(1, 40), st.integers(1, 200), st.integers(1, 150), st.booleans(), st.floats(1e-3, 1e3), st.integers(0, 9)
+)
+@settings(max_examples=25, deadline=None)
+def test_every_layout_multiplies(
+    precision: str, kind: int, most: float, count: int, rows: int, columns: int, biased: bool, scale: float, seed: int
+) -> None:
+    if not THERE.get(kind, True):
+        pytest.skip("not on this CPU")
+    torch.manual_seed(seed)
+    x, w, bias = torch.randn(count, columns) * scale, torch.randn(rows, columns), torch.randn(rows) if biased else None
+    m = packed(kind, w, bias, precision)
+    y = products.multiply(m, x)
+    exact = torch.nn.functional.linear(x.double(), w.double(), None if bias is None else bias.double())
+    size = x.double().norm(dim=1)[:, None] * w.double().norm(dim=1) + 1e-9
+    assert ((y - exact).abs() / size).max() < most
+    assert ((m.dense() - w).abs() / w.abs().amax(dim=1, keepdim=True)).max() < 8e-3
+    alone = torch.cat([products.multiply(m, row[None]) for row in x])
+    assert torch.equal(alone, y), "a row does not depend on its batch mates"
+
+
+@pytest.mark.parametrize(("precision", "kind", "most"), KINDS)
+def test_threads_share_a_product(precision: str, kind: int, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not THERE.get(kind, True):
+        pytest.skip("not on this CPU")
+    m = packed(kind, torch.randn(300, 100), None, precision)
+    x = torch.randn(9, 100)
+    whole = products.multiply(m, x)
+    monkeypatch.setattr(products, "SHARED_WORK", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert torch.equal(products.multiply(m, x), whole)
+
+
+def test_what_is_not_finite_stays_visible() -> None:
+    m = products.pack(torch.randn(70, 30), None, "float16_packed")
+    x = torch.randn(3, 30)
+    x[1, 4] = torch.nan
+    y = products.multiply(m, x)
+    assert y[1].isnan().all()
+    assert y[[0, 2]].isfinite().all()
+
+
+@CPU
+@pytest.mark.parametrize("precision", ["float16_packed", "bfloat16", "int8"])
+def test_a_step_in_one_call_computes_what_single_calls_do(
+    tiny_model: Path, precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = EngineOptions(max_sequences=4, precision=precision, threads=1, max_loss_increase=9.0)
+    core = EngineCore(tiny_model, options)
+    asked = [
+        Request(str(n), tuple(range(5, 5 + n)), Sampling(max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=0))
+        for n in (3, 30, 7, 1)
+    ]
+    answers = []
+    for whole in (True, False):
+        if not whole:
+            monkeypatch.setattr(type(core.decoder), "_whole", lambda self, batch: None)
+        answers.append([(o.output.tokens, o.output.logprobs) for o in generate(core, asked)])
+    assert answers[0] == answers[1]
