@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,9 @@ from modelyard.engine.cache import BlockStore, Cache, NoStore
 from modelyard.engine.calibrate import pack_int8
 from modelyard.engine.checkpoint import DecoderConfig, check_folder, read_config, read_tensors
 from modelyard.engine.decoder import Decoder
-from modelyard.engine.options import EngineOptions
+from modelyard.engine.options import EngineOptions, Precision
 from modelyard.engine.paged import PagedDecoder
+from modelyard.engine.products import has_amx
 from modelyard.engine.speculate import DraftModel, Guesser, PromptLookup
 from modelyard.engine.tokenizer import Tokenizer
 from modelyard.engine.weights import Weights, dense_weights
@@ -55,8 +57,9 @@ def build(folder: Path, options: EngineOptions) -> Parts:
     config = read_config(folder)
     length = _length(config, options)
     blocks = _blocks(config, length, options)
-    gated = options.precision == "int8"
-    weights = Weights(config, "float32" if gated else options.precision)
+    precision = _precision(folder, options)
+    gated = precision == "int8"
+    weights = Weights(config, "float32" if gated else precision)
     # Reading and packing the weights is C++ without Python's lock: what is Python only stands beside it, not behind it.
     with ThreadPoolExecutor(1, "build") as beside:
         kernels_ready, read = beside.submit(kernels.initialize), beside.submit(_tokenizer, folder)
@@ -175,6 +178,16 @@ def gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def _precision(folder: Path, options: EngineOptions) -> Precision:
+    """What `auto` means on this CPU: bfloat16 where AMX multiplies it and the checkpoint's own weights are of it."""
+    if options.precision != "auto":
+        return options.precision
+    file = folder / "config.json"
+    raw = json.loads(file.read_text()) if file.is_file() else {}
+    stored = raw.get("dtype") or raw.get("torch_dtype")
+    return "bfloat16" if stored == "bfloat16" and has_amx() else "float16_packed"
+
+
 def _guesser(config: DecoderConfig, length: int, options: EngineOptions) -> Guesser | None:
     s = options.speculation
     if s is None:
@@ -182,7 +195,8 @@ def _guesser(config: DecoderConfig, length: int, options: EngineOptions) -> Gues
     if s.method == "prompt_lookup":
         return PromptLookup(s)
     return DraftModel(
-        s, config.vocabulary, options.max_sequences, length, options.precision, torch.get_num_threads()
+        s, config.vocabulary, options.max_sequences, length, _precision(Path(s.model or ""), options),
+        torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -21,10 +21,10 @@ _LINEAR_BLOCKED = torch.ops.mkldnn._linear_pointwise.default._op
 class Linear:
     """`y = x W^T + b` where W is several checkpoint matrices stacked by rows.
 
-    Stacking (query, key and value; gate and up) makes one product of three. `float32` keeps W in oneDNN's blocked layout;
-    the others are our own (`products`), with sums in float32: `float16_packed` holds W in half precision (relative error
-    2e-4), `bfloat16` in that, and where the CPU has AMX rounds x to it too (relative error 2e-3, at 32 rows three times as
-    fast), `int8` in 8 bits with a scale a row, and x likewise where the CPU multiplies them (VNNI).
+    Stacking (query, key and value; gate and up) makes one product of three. `float32` keeps W in oneDNN's blocked
+    layout; the others are our own (`products`), with sums in float32: `float16_packed` holds W in half precision
+    (relative error 2e-4), `bfloat16` in that, and where the CPU has AMX rounds x to it too (relative error 2e-3, at 32
+    rows three times as fast), `int8` in 8 bits with a scale a row, and x likewise where the CPU multiplies them (VNNI).
     """
 
     def __init__(self, rows: int, columns: int, bias: bool) -> None:

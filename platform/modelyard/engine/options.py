@@ -36,8 +36,8 @@ class EngineOptions(Options):
     max_length: int | None = Field(
         None,
         ge=2,
-        description="tokens of prompt and answer together; null = the model's max_position_embeddings, on a CPU less where "
-        "memory does not hold them for all sequences at once",
+        description="tokens of prompt and answer together; null = the model's max_position_embeddings, on a CPU less "
+        "where memory does not hold them for all sequences at once",
     )
     step_tokens: int | None = Field(
         None,
@@ -56,12 +56,12 @@ class EngineOptions(Options):
     tensor_parallel: int = runtime(
         1, "devices of one machine that a model is cut over; on CPUs it is for tests only", ge=1
     )
-    precision: Precision = Field(
-        "float16_packed",
-        description="float16_packed: weights in half precision, sums in float32 (half the memory, relative error 2e-4; "
-        "float32 where the CPU's library lacks it); float32: answers identical to transformers'; "
-        "bfloat16: products in it except the last, for CPUs with AMX or AVX512-BF16 (relative error 4e-3); "
-        "int8: a quarter of the memory, checked at load against max_loss_increase",
+    precision: Precision | Literal["auto"] = Field(
+        "auto",
+        description="auto: bfloat16 on a GPU, and on a CPU with AMX for a checkpoint that is stored in it, else "
+        "float16_packed; float16_packed: weights in half precision, sums in float32 (half the memory, relative error "
+        "2e-4); float32: answers identical to transformers'; bfloat16: weights in it, sums in float32 (relative error "
+        "2e-3); int8: a quarter of the memory, checked at load against max_loss_increase",
     )
     max_loss_increase: float = Field(
         0.02, ge=0, description="int8 is refused when it raises the loss on a built-in text by more nats a token"

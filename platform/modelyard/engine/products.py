@@ -1,8 +1,8 @@
 """Products with packed matrices on a CPU: y = x W^T + b, for one row of x as well as for hundreds.
 
-A library's product of few rows costs more in its call, and in how it walks through memory, than in arithmetic. Here BLOCK
-rows of a matrix lie interleaved, so that one stream of whole cache lines feeds all sums (`tiles`). A matrix is known to the
-kernels by a descriptor, int64 [FIELDS]: a step of the whole decoder can then be one call (`step`).
+A library's product of few rows costs more in its call, and in how it walks through memory, than in arithmetic. Here
+BLOCK rows of a matrix lie interleaved, so that one stream of whole cache lines feeds all sums (`tiles`). A matrix is
+known to the kernels by a descriptor, int64 [FIELDS]: a step of the whole decoder can then be one call (`step`).
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ if HAS_AMX:
             w = m[WEIGHTS] + block * BLOCK * depth * 2
             for t in range(0, count, 16):
                 done = min(16, count - t)
-                if block == first and t == 0 or count > 16 and (t == 0 or done < 16):
+                if (block == first and t == 0) or (count > 16 and (t == 0 or done < 16)):
                     _begin_rows(layout, done)
                 _amx_16(w, start + t * depth * 2, depth * 2, depth // 32, to)
                 _write(y, t, done, block, sums, m)
@@ -319,7 +319,7 @@ def product(m: Any, x: Any, y: Any, first: int, last: int) -> None:
 
 
 SHARED_WORK = 2**22
-"""Weights a thread streams, times an eighth of the rows of x, from which a share of a product pays for handing it over."""
+"""Weights a thread streams, times an eighth of the rows of x, from which handing it a share of a product pays."""
 
 _pools: dict[int, ThreadPoolExecutor] = {}
 os.register_at_fork(after_in_child=_pools.clear)  # a child has none of their threads

@@ -2,7 +2,8 @@
 
 A tile is `rows` rows of activations times BLOCK rows of a matrix, summed over the whole width. Its sums stay in vector
 registers (or in AMX tile registers), the matrix streams past once, in the order it lies in memory. Each function here
-makes a Numba intrinsic; `products` calls them. W, S: addresses of the block's weights and of the sums, X of the first row.
+makes a Numba intrinsic; `products` calls them. W, S: addresses of the block's weights and of the sums, X of the first
+row.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ _READ: dict[str, tuple[int, Callable[..., Any]]] = {
 
 
 def float_tile(kind: str, rows: int) -> Any:
-    """tile(W, X, stride, depth, S): float32 sums [rows, BLOCK] of float32 x and weights that are widened as they are read.
+    """tile(W, X, stride, depth, S): float32 sums [rows, BLOCK] of float32 x and weights, which are widened as read.
 
     kind: `half`, `bfloat16` or `int8`, laid out [depth, BLOCK]. stride: bytes from a row of x to the next.
     """
