@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import numba
 import numpy as np
 import torch
+from numba.np.numpy_support import carray
 from torch import Tensor
 
 from modelyard.engine.jit import kernel
@@ -114,7 +114,7 @@ def _write(y: Any, first: int, count: int, block: int, sums: Any, m: Any) -> Non
     start = block * BLOCK
     width = min(BLOCK, rows - start)
     if m[BIAS] != 0:
-        bias = numba.carray(floats_at(m[BIAS]), (rows,))
+        bias = carray(floats_at(m[BIAS]), (rows,))
         for i in range(count):
             for n in range(width):
                 y[first + i, start + n] = sums[i, n] + bias[start + n]
@@ -172,7 +172,7 @@ def _int8(m: Any, x: Any, y: Any, first: int, last: int) -> None:
     sums = np.empty((4, BLOCK), np.float32)
     to, start = sums.ctypes.data, x.ctypes.data
     blocks = (m[ROWS] + BLOCK - 1) // BLOCK
-    scales = numba.carray(floats_at(m[SCALES]), (blocks, BLOCK))
+    scales = carray(floats_at(m[SCALES]), (blocks, BLOCK))
     for block in range(first, last):
         w = m[WEIGHTS] + block * BLOCK * depth
         t = 0
@@ -223,7 +223,7 @@ if HAS_VNNI:
         whole, sums = np.empty((4, BLOCK), np.int32), np.empty((4, BLOCK), np.float32)
         to, start = whole.ctypes.data, values.ctypes.data
         blocks = (m[ROWS] + BLOCK - 1) // BLOCK
-        scales = numba.carray(floats_at(m[SCALES]), (blocks, BLOCK))
+        scales = carray(floats_at(m[SCALES]), (blocks, BLOCK))
         for block in range(first, last):
             w = m[WEIGHTS] + block * BLOCK * depth
             t = 0

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Self
 
-import numba
 import numpy as np
+from numba.np.numpy_support import carray
 
 from modelyard.engine.jit import kernel
 from modelyard.engine.kernels import attend, gated_silu, rms_norm, rotate_and_store
-from modelyard.engine.products import BLOCK, FIELDS, ROWS, Matrix, product
-from modelyard.engine.tiles import floats_at
+from modelyard.engine.products import FIELDS, ROWS, Matrix, product
+from modelyard.engine.tiles import BLOCK, floats_at
 from modelyard.engine.weights import Mlp, Weights
 
 _QKV, _OUT, _UP, _DOWN = range(4)
@@ -86,18 +86,18 @@ def decode(
     up, active = np.empty((count, twice), np.float32), np.empty((count, twice // 2), np.float32)
     for layer in range(matrices.shape[0]):
         keys, values = cache[layer, 0], cache[layer, 1]
-        rms_norm(x, delta, numba.carray(floats_at(norms[layer, 0]), (hidden,)), epsilon, h)
+        rms_norm(x, delta, carray(floats_at(norms[layer, 0]), (hidden,)), epsilon, h)
         _product(matrices[layer, _QKV], h, qkv.reshape(count, every * width))
         normed = width if norms[layer, 2] != 0 else 0
-        q_norm = numba.carray(floats_at(norms[layer, 2]), (normed,))
-        k_norm = numba.carray(floats_at(norms[layer, 3]), (normed,))
+        q_norm = carray(floats_at(norms[layer, 2]), (normed,))
+        k_norm = carray(floats_at(norms[layer, 3]), (normed,))
         length = cos.shape[0] if rotated[layer] else 0
         rotate_and_store(
             qkv, heads, positions, slots, cos[:length], sin[:length], q_norm, k_norm, epsilon, keys, values
         )
         attend(qkv, 0, count, heads, positions, slots, keys, values, scale, windows[layer], mixed)
         _product(matrices[layer, _OUT], mixed.reshape(count, heads * width), delta)
-        rms_norm(x, delta, numba.carray(floats_at(norms[layer, 1]), (hidden,)), epsilon, h)
+        rms_norm(x, delta, carray(floats_at(norms[layer, 1]), (hidden,)), epsilon, h)
         _product(matrices[layer, _UP], h, up)
         gated_silu(up, active)
         _product(matrices[layer, _DOWN], active, delta)

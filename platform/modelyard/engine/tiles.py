@@ -33,6 +33,10 @@ _BYTE = _I8.as_pointer()
 _NOWHERE = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
 
 
+def _intrinsic(typed: Callable[..., Any]) -> Any:
+    return intrinsic(typed)
+
+
 def _at(builder: Any, address: Any, offset: Any, kind: ir.Type) -> Any:
     """A pointer `offset` bytes behind an address."""
     return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
@@ -152,7 +156,7 @@ def _tile(generate: Callable[..., Any], count: int) -> Any:
     def typed(typingctx: Any, w: Any, x: Any, stride: Any, depth: Any, sums: Any) -> Any:
         return types.void(*(types.int64,) * count), generate
 
-    return intrinsic(typed)
+    return _intrinsic(typed)
 
 
 def amx_tile() -> Any:
@@ -189,7 +193,7 @@ def _amx(builder: Any, name: str, *kinds: ir.Type) -> Any:
     )
 
 
-@intrinsic
+@_intrinsic
 def amx_begin(typingctx: Any, layout: Any) -> Any:
     """Sets this thread's tile registers up from the 64 bytes at an address."""
 
@@ -200,7 +204,7 @@ def amx_begin(typingctx: Any, layout: Any) -> Any:
     return types.void(types.int64), generate
 
 
-@intrinsic
+@_intrinsic
 def amx_end(typingctx: Any) -> Any:
     """Gives the tile registers back: a thread that holds them is slow to switch."""
 
@@ -211,7 +215,7 @@ def amx_end(typingctx: Any) -> Any:
     return types.void(), generate
 
 
-@intrinsic
+@_intrinsic
 def floats_at(typingctx: Any, address: Any) -> Any:
     """The pointer to float32 that an address is."""
 
