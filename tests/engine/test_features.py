@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from marks import CPU, DEVICE
+from marks import CPU
 from tiny import save_model
 from transformers import AutoModelForCausalLM
 
@@ -191,17 +191,17 @@ def test_guessing_ahead_changes_no_answer(tiny_model: Path, core: EngineCore, tm
     ]
     expected = tokens(core, requests)
     drafts = [Speculation(method="draft_model", model=str(folder)) for folder in (draft, tiny_model)]
-    for speculation in [Speculation(ngram=2), *(drafts if DEVICE == "cpu" else [])]:
+    for speculation in [Speculation(ngram=2), *drafts]:
         guessing = EngineCore(tiny_model, options(speculation=speculation))
         assert tokens(guessing, requests) == expected
+        assert tokens(guessing, requests) == expected, "after other requests that the draft knew"
         stats = guessing.stats()
         assert stats.drafted_total > 0
         if speculation.model == str(tiny_model):
             assert stats.accepted_total > 0.9 * stats.drafted_total, "a model agrees with itself"
-            assert stats.steps_total < 150
+            assert stats.steps_total < 300
 
 
-@CPU
 def test_a_draft_of_another_vocabulary_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     other = save_model(tmp_path / "draft", vocab_size=500)
     with pytest.raises(DataError, match="500 tokens"):

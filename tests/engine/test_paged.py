@@ -15,7 +15,6 @@ from modelyard.engine import EngineCore, EngineOptions, Request, Sampling, gener
 from modelyard.engine import build as build
 from modelyard.engine.cache import NoStore
 from modelyard.engine.checkpoint import read_tensors
-from modelyard.engine.options import Speculation
 from modelyard.engine.paged import PagedDecoder
 from modelyard.engine.paged_layout import Staging, gathered
 from modelyard.engine.scheduler import Piece, Sequence
@@ -25,12 +24,12 @@ from modelyard.errors import RecipeError, ResourceError
 OPTIONS = EngineOptions(max_sequences=3, step_tokens=17, threads=1, precision="float32", block_tokens=4)
 
 
-def paged(folder: Path) -> EngineCore:
+def paged(folder: Path, dtype: torch.dtype = torch.float32, *, fp8: bool = False) -> EngineCore:
     """An engine whose decoder keeps keys and values in blocks, on the CPU."""
     core = EngineCore(folder, OPTIONS)
-    weights = dense_weights(core.config, torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
+    weights = dense_weights(core.config, torch.device("cpu"), dtype)  # type: ignore[arg-type]
     weights.load(read_tensors(folder), "test")
-    core.decoder = PagedDecoder(weights, core.scheduler.blocks.count, 4, core.max_length)
+    core.decoder = PagedDecoder(weights, core.scheduler.blocks.count, 4, core.max_length, fp8=fp8)
     core._cache = NoStore()
     return core
 
@@ -46,6 +45,51 @@ def test_answers_over_blocks_are_those_over_slots(name: str, tmp_path: Path) -> 
     assert answers(core, given, 24) == expected, "behind shared blocks, not copied"
     assert core.stats().prefix_hit_tokens_total > 60
     assert core.invariants() == []
+
+
+def logprobs(core: EngineCore, given: list[list[int]]) -> torch.Tensor:
+    """Log-probabilities of prompts whose keys and values are written in several steps and read in later ones."""
+    asked = [Request(str(i), tuple(p), task="score", prompt_logprobs=0) for i, p in enumerate(given)]
+    return torch.tensor([t.logprob for c in generate(core, asked) for t in c.output.prompt_logprobs])
+
+
+def test_fp8_keys_and_values_change_little(tmp_path: Path) -> None:
+    """A token's log-probability moves by three times what bfloat16 itself moves it."""
+    folder = save_model(tmp_path / "a", "qwen3", head_dim=16, initializer_range=0.1)
+    exact, half, small = paged(folder), paged(folder, torch.bfloat16), paged(folder, torch.bfloat16, fp8=True)
+    given = prompts(exact.config.vocabulary, [60, 33, 90])
+    wanted, rounded, got = (logprobs(core, given) for core in (exact, half, small))
+    assert 0 < (got - rounded).abs().mean() < 0.06  # 0.030 measured
+    assert (got - wanted).abs().mean() < 6 * (rounded - wanted).abs().mean()  # 3.0 times measured
+    shared = Request("shared", tuple(given[2]), task="score", prompt_logprobs=0, logprobs_from=41)
+    again = torch.tensor([t.logprob for t in generate(small, [shared])[0].output.prompt_logprobs])
+    assert small.stats().prefix_hit_tokens_total >= 40
+    assert (again - got[-len(again) :]).abs().mean() < 0.03, "behind blocks of another request"
+    assert small.invariants() == []
+
+
+def test_blocks_are_counted_in_bytes(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 layers x 2 x 2 heads of 16 numbers: float32, or e4m3 and a float32 scale."""
+    monkeypatch.setattr(build, "gpu", lambda: torch.device("cpu"))
+    changes = {"device": "cuda", "cache_bytes": 300 * 4 * 8 * 64, "max_sequences": 64}
+    plain = EngineCore(tiny_model, OPTIONS.model_copy(update=changes))
+    small = EngineCore(tiny_model, OPTIONS.model_copy(update=changes | {"kv_precision": "fp8"}))
+    assert plain.scheduler.blocks.count == 300
+    assert small.scheduler.blocks.count == 300 * 64 // (16 + 4)
+    assert isinstance(small.decoder, PagedDecoder)
+    held = small.decoder._pool.nbytes + (small.decoder._scales.nbytes if small.decoder._scales is not None else 0)
+    assert held * 960 // 961 <= 300 * 4 * 8 * 64, "one spare block besides"
+
+
+def test_fp8_is_refused_where_it_cannot_be(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = OPTIONS.model_copy(update={"kv_precision": "fp8", "device": "cpu"})
+    with pytest.raises(ResourceError, match="are a GPU's"):
+        EngineCore(tiny_model, wanted)
+    with pytest.raises(ResourceError, match="its own way"):
+        EngineCore(tiny_model, wanted.model_copy(update={"backend": "transformers"}))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(ResourceError, match=r"capability 8\.9"):
+        build._check_gpu(wanted, torch.device("cuda"))
 
 
 def test_new_weights_reach_the_device(tiny_model: Path, tmp_path: Path) -> None:
@@ -121,7 +165,6 @@ def test_cuda_without_a_gpu_is_refused(tiny_model: Path) -> None:
     ("changes", "says"),
     [
         ({"precision": "int8"}, "the CPU's"),
-        ({"speculation": Speculation(method="draft_model", model="small")}, "draft model"),
         ({"cache_bytes": 1000}, "blocks of 4 tokens"),
     ],
 )

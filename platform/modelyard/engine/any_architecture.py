@@ -48,6 +48,7 @@ class _Tensors:
     """Replaces tensors of a transformers model by name."""
 
     modules: dict[str, Module] = {}  # noqa: RUF012 - no adapter fits
+    share = None
 
     def __init__(self, model: Any) -> None:
         self._own = dict(model.named_parameters()) | dict(model.named_buffers())

@@ -18,7 +18,7 @@ from modelyard.engine.decoder import Decoder
 from modelyard.engine.options import EngineOptions, Precision
 from modelyard.engine.paged import PagedDecoder
 from modelyard.engine.products import has_amx
-from modelyard.engine.speculate import DraftModel, Guesser, PromptLookup
+from modelyard.engine.speculate import DraftModel, Guesser, PromptLookup, draft_config
 from modelyard.engine.tokenizer import Tokenizer
 from modelyard.engine.weights import Weights, dense_weights
 from modelyard.errors import ResourceError
@@ -51,9 +51,14 @@ def build(folder: Path, options: EngineOptions) -> Parts:
     """
     check_folder(folder)
     if options.backend == "transformers":
+        if options.kv_precision == "fp8":
+            raise ResourceError("the transformers backend keeps keys and values its own way",
+                                place="engine.kv_precision", mend="use auto")  # fmt: skip
         return _any(folder, options)
     if on_gpu(options) or options.tensor_parallel > 1:
         return _paged(folder, options)
+    if options.kv_precision == "fp8":
+        raise ResourceError("fp8 keys and values are a GPU's", place="engine.kv_precision", mend="use auto")
     config = read_config(folder)
     length = _length(config, options)
     blocks = _blocks(config, length, options)
@@ -71,15 +76,15 @@ def build(folder: Path, options: EngineOptions) -> Parts:
     decoder = Decoder(weights, cache, length, torch.get_num_threads())
     if gated:
         pack_int8(weights, decoder, tokenizer, options.max_loss_increase)
-    return Parts(config, length, tokenizer, decoder, cache, _guesser(config, length, options), blocks)
+    guesser = _guesser(config, length, options, None, torch.float32)
+    return Parts(config, length, tokenizer, decoder, cache, guesser, blocks)
 
 
 def on_gpu(options: EngineOptions) -> bool:
     """Whether these options mean a GPU: asked for, or there and able to do what is asked."""
     if options.backend != "native" or options.device != "auto":
         return options.device == "cuda"
-    drafts = options.speculation is not None and options.speculation.method == "draft_model"
-    return torch.cuda.is_available() and options.precision != "int8" and not drafts
+    return torch.cuda.is_available() and options.precision != "int8"
 
 
 def _tokenizer(folder: Path) -> Tokenizer | None:
@@ -101,7 +106,8 @@ def _paged(folder: Path, options: EngineOptions) -> Parts:
     length = config.length(options.max_length)
     exact = options.precision == "float32" or device.type == "cpu"
     dtype = torch.float32 if exact else torch.bfloat16
-    _check_gpu(options)
+    _check_gpu(options, device)
+    guesser = _guesser(config, length, options, device, dtype)  # first: the pool takes what memory is left
     decoder: PagedDecoder
     if options.tensor_parallel > 1:
         decoder, blocks = _split(folder, config, length, options, device, dtype)
@@ -109,9 +115,8 @@ def _paged(folder: Path, options: EngineOptions) -> Parts:
         weights = dense_weights(config, device, dtype)
         blocks = _paged_blocks(config, length, options, device, dtype)
         weights.load(read_tensors(folder), str(folder))
-        decoder = PagedDecoder(weights, blocks, options.block_tokens, length)
+        decoder = PagedDecoder(weights, blocks, options.block_tokens, length, fp8=options.kv_precision == "fp8")
     tokenizer = _tokenizer(folder)
-    guesser = PromptLookup(options.speculation) if options.speculation else None
     return Parts(config, length, tokenizer, decoder, NoStore(), guesser, blocks, step_tokens=8192)
 
 
@@ -131,17 +136,17 @@ def _split(
         )
     held = sum(file.stat().st_size for file in folder.glob("*.safetensors"))  # a slice's weights are less
     blocks = _paged_blocks(local, length, options, device, dtype, held)
-    return Leader(folder, config, workers, blocks, options.block_tokens, length, device, dtype), blocks
+    fp8 = options.kv_precision == "fp8"
+    return Leader(folder, config, workers, blocks, options.block_tokens, length, device, dtype, fp8=fp8), blocks
 
 
-def _check_gpu(options: EngineOptions) -> None:
-    """Raises ResourceError for what only the CPU's backend has."""
+def _check_gpu(options: EngineOptions, device: torch.device) -> None:
+    """Raises ResourceError for what only the CPU's backend has, or another GPU."""
+    if options.kv_precision == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ResourceError("this GPU does not compute with e4m3 (it needs compute capability 8.9)",
+                            place="engine.kv_precision", mend="use auto")  # fmt: skip
     if options.precision == "int8":
         raise ResourceError("int8 products are the CPU's", place="engine.precision", mend="use bfloat16 or float32")
-    if options.speculation is not None and options.speculation.method == "draft_model":
-        raise ResourceError(
-            "a draft model runs on a CPU", place="engine.speculation.method", mend="use prompt_lookup on a GPU"
-        )
 
 
 def _paged_blocks(
@@ -160,7 +165,8 @@ def _paged_blocks(
     one = -(-length // size) + 1
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     bound = options.cache_bytes or max(0, int(0.85 * (free - held)))
-    fitting = bound // (size * config.cache_bytes_per_token * dtype.itemsize // 4)
+    head = config.head_dim + 4 if options.kv_precision == "fp8" else config.head_dim * dtype.itemsize
+    fitting = bound // (size * config.kept_bytes(head))
     if fitting < one:
         raise ResourceError(
             f"the key/value cache needs {one} blocks of {size} tokens for one request, {fitting} fit",
@@ -188,16 +194,26 @@ def _precision(folder: Path, options: EngineOptions) -> Precision:
     return "bfloat16" if stored == "bfloat16" and has_amx() else "float16_packed"
 
 
-def _guesser(config: DecoderConfig, length: int, options: EngineOptions) -> Guesser | None:
+def _guesser(
+    config: DecoderConfig, length: int, options: EngineOptions, device: torch.device | None, dtype: torch.dtype
+) -> Guesser | None:
+    """Who guesses ahead; a draft model beside the large one, paged on `device`, or over slots where that is None."""
     s = options.speculation
     if s is None:
         return None
     if s.method == "prompt_lookup":
         return PromptLookup(s)
-    return DraftModel(
-        s, config.vocabulary, options.max_sequences, length, _precision(Path(s.model or ""), options),
-        torch.get_num_threads(),
-    )  # fmt: skip
+    folder, draft = draft_config(s, config.vocabulary)
+    slots, reach, size = min(s.max_running, options.max_sequences), draft.length(length), options.block_tokens
+    decoder: Decoder | PagedDecoder
+    if device is None:
+        weights = Weights(draft, _precision(folder, options))
+        decoder = Decoder(weights, Cache(draft, slots, reach), reach, torch.get_num_threads())
+    else:
+        weights = dense_weights(draft, device, dtype)
+        decoder = PagedDecoder(weights, slots * -(-reach // size), size, reach)
+    weights.load(read_tensors(folder), str(folder))
+    return DraftModel(s, decoder, slots, reach, size)
 
 
 SHORTEST = 1024

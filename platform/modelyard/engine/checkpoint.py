@@ -86,7 +86,11 @@ class DecoderConfig:
     @property
     def cache_bytes_per_token(self) -> int:
         """Bytes of float32 keys and values one token keeps."""
-        return 2 * 4 * self.layers * self.kv_heads * self.head_dim
+        return self.kept_bytes(4 * self.head_dim)
+
+    def kept_bytes(self, head: int) -> int:
+        """Bytes of keys and values one token keeps, where those of one head of one layer take `head`."""
+        return 2 * self.layers * self.kv_heads * head
 
 
 def check_folder(folder: Path) -> None:

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from modelyard.engine.adapters import Adapter, read_adapter
-from modelyard.engine.batch import Span, StepBatch, lay_out
+from modelyard.engine.batch import StepBatch, lay_out
 from modelyard.engine.blocks import Blocks
 from modelyard.engine.build import build
 from modelyard.engine.detokenize import Detokenizer
 from modelyard.engine.grammar import Grammars, Matcher
+from modelyard.engine.measure import gather
 from modelyard.engine.options import EngineOptions
 from modelyard.engine.paged import PagedDecoder
-from modelyard.engine.request import UNSATISFIED, EngineStats, Finish, Request, StepOutput
-from modelyard.engine.sampler import Choice, prompt_logprobs, sample
+from modelyard.engine.request import UNSATISFIED, EngineStats, Finish, Request, StepOutput, check
+from modelyard.engine.sampler import Choice, sample
 from modelyard.engine.scheduler import Scheduler, Sequence
 from modelyard.errors import DataError, ResourceError
 
@@ -84,31 +85,7 @@ class EngineCore:
 
     def check(self, request: Request) -> None:
         """Raises DataError for a request that can never run."""
-        request.sampling.check(self.config.vocabulary)
-        length, answer = len(request.prompt), request.task == "generate"
-        if not request.prompt:
-            raise DataError("the prompt is empty", place="prompt", mend="send at least one token")
-        if length + int(answer) > self.max_length:
-            raise DataError(
-                f"the prompt has {length} tokens, the model takes {self.max_length} with the answer",
-                place="prompt",
-                mend="shorten the prompt, or raise engine.max_length where the model takes more",
-            )
-        if not all(0 <= t < self.config.vocabulary for t in request.prompt):
-            raise DataError("a token id is outside the vocabulary", place="prompt", mend="use the model's tokenizer")
-        needs_text = answer and (request.detokenize or request.sampling.stop or request.sampling.grammar)
-        if self.tokenizer is None and needs_text:
-            raise DataError("the model folder has no tokenizer", place="detokenize", mend="ask for tokens only")
-        if request.adapter is not None and request.adapter not in self.adapters:
-            raise DataError(
-                f"adapter {request.adapter!r} is not loaded",
-                place="adapter",
-                mend="load it first; loaded: " + (", ".join(sorted(self.adapters)) or "none"),
-            )
-        if request.task == "score" and request.prompt_logprobs is None:
-            raise DataError("a score needs prompt_logprobs", place="prompt_logprobs", mend="set it to 0 or more")
-        if request.logprobs_from < 1:
-            raise DataError("the first token has no probability", place="logprobs_from", mend="begin at 1 or later")
+        check(request, self.config.vocabulary, self.max_length, self.adapters, self.tokenizer is not None)
 
     def compile(self, request: Request) -> Matcher | None:
         """The matcher of a request with a grammar, else None. Any thread may call it. Raises as `Grammars.compile`."""
@@ -203,7 +180,7 @@ class EngineCore:
                 rows += range(span.last - 1 - guessed, span.last)
                 owners += [span.piece.sequence] * (guessed + 1)
                 ahead += range(guessed + 1)
-        self._gather(batch, hidden)
+        gather(self.decoder, batch, hidden)
         choices: list[Choice] = []
         if rows:
             chosen = hidden if len(rows) == len(hidden) else hidden[torch.tensor(rows, device=hidden.device)]
@@ -220,38 +197,6 @@ class EngineCore:
             at += len(mine)
             outputs.append((sequence.request.id, self._accept(sequence, mine)))
         return outputs
-
-    def _gather(self, batch: StepBatch, hidden: Tensor) -> None:
-        """Log-probabilities of prompt tokens and sums of prompt vectors, kept with their sequences."""
-        for span in batch.spans:
-            sequence = span.piece.sequence
-            if not sequence.measured:
-                continue
-            if sequence.request.task == "embed":
-                self._pool(span, self.decoder.vectors(hidden[span.first : span.last]))
-            elif sequence.request.prompt_logprobs is not None:
-                self._score(span, hidden[span.first : span.last])
-
-    @staticmethod
-    def _pool(span: Span, hidden: Tensor) -> None:
-        sequence, end = span.piece.sequence, span.piece.start + span.piece.count
-        if sequence.request.pooling == "last":
-            sequence.pool = hidden[-1]
-            return
-        fresh = hidden[len(hidden) - (end - sequence.pooled) :]
-        total = fresh.sum(0)
-        sequence.pool = total if sequence.pool is None else sequence.pool + total
-        sequence.pooled = end
-
-    def _score(self, span: Span, hidden: Tensor) -> None:
-        sequence, end = span.piece.sequence, span.piece.start + span.piece.count
-        rivals = sequence.request.prompt_logprobs or 0
-        first = sequence.request.logprobs_from + len(sequence.scored)  # the next prompt token to score
-        last = min(end + 1, sequence.prompt_length)
-        if first < last:
-            offset = len(hidden) - (end - (first - 1))
-            logits = self.decoder.logits(hidden[offset : offset + last - first])
-            sequence.scored += prompt_logprobs(logits, sequence.tokens[first:last], rivals)
 
     def _conclude(self, sequence: Sequence) -> StepOutput:
         """The end of a request that asked for no answer."""
@@ -342,11 +287,8 @@ class EngineCore:
 
     def read_adapter(self, name: str, folder: str | Path) -> Adapter:
         """An adapter of this model, not loaded yet. Any thread may call it. Raises as `Engine.load_adapter`."""
-        if self.options.tensor_parallel > 1:
-            raise ResourceError("adapters are not cut over devices", place="engine.tensor_parallel",
-                                mend="merge the adapter into its base")  # fmt: skip
         salt = f"{next(self._adapters_read)}:{name}".encode()
-        return read_adapter(name, Path(folder), self.decoder.weights.modules, salt)
+        return read_adapter(name, Path(folder), self.decoder.weights, salt)
 
     def load_adapter(self, name: str, folder: str | Path) -> None:
         """See `protocol.Engine.load_adapter`."""
@@ -356,6 +298,8 @@ class EngineCore:
         """Lets requests name an adapter. Raises DataError for a name that is empty or taken."""
         if not adapter.name or adapter.name in self.adapters:
             raise DataError(f"adapter name {adapter.name!r} is empty or taken", place="adapter", mend="unload it first")
+        if isinstance(self.decoder, PagedDecoder):
+            self.decoder.adopt(adapter)
         self.adapters[adapter.name] = adapter
 
     def unload_adapter(self, name: str) -> None:

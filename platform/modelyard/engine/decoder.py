@@ -19,7 +19,7 @@ from modelyard.engine.experts import mix
 from modelyard.engine.products import shares
 from modelyard.engine.rope import rotations
 from modelyard.engine.step import Table, decode
-from modelyard.engine.weights import Layer, Mixture, Mlp, Norm, Weights
+from modelyard.engine.weights import Layer, Mlp, Norm, Weights
 
 PARALLEL_WORK = 4096
 """Attended positions in a step from which several threads share its attention."""
@@ -166,11 +166,14 @@ class Decoder:
         return out[0].transpose(0, 1)
 
     def _feed_forward(self, index: int, layer: Layer, h: Tensor, groups: Groups) -> np.ndarray:
-        if isinstance(layer.mlp, Mixture):
-            assert self.config.experts is not None
-            return mix(layer.mlp, self.config.experts, h, self._mlp).numpy()
-        up = product(layer.mlp.up, (index, "up"), h, groups)
-        return product(layer.mlp.down, (index, "down"), self._activate(up), groups).numpy()
+        def run(mlp: Mlp, name: str, rows: Tensor, those: Groups) -> Tensor:
+            up = product(mlp.up, (index, name + "up"), rows, those)
+            return product(mlp.down, (index, name + "down"), self._activate(up), those)
+
+        if isinstance(layer.mlp, Mlp):
+            return run(layer.mlp, "", h, groups).numpy()
+        assert self.config.experts is not None
+        return mix(layer.mlp, self.config.experts, index, h, groups, run).numpy()
 
     def _activate(self, up: Tensor) -> Tensor:
         if not self._gated:
@@ -178,9 +181,6 @@ class Decoder:
         out = torch.empty(up.shape[0], up.shape[1] // 2)
         kernels.gated_silu(up.numpy(), out.numpy())
         return out
-
-    def _mlp(self, mlp: Mlp, h: Tensor) -> Tensor:
-        return mlp.down(self._activate(mlp.up(h)))
 
 
 def _mask(start: int, count: int, window: int) -> Tensor:

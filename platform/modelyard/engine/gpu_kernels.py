@@ -24,7 +24,7 @@ else:
     BUILT = True
 
 if TYPE_CHECKING:
-    from modelyard.engine.paged_layout import Layout
+    from modelyard.engine.paged_layout import Layout, Scales
 
 jit: Any = triton.jit if BUILT else lambda kernel: kernel
 LOG2_E = 1.4426950408889634
@@ -36,10 +36,10 @@ TILE = 64
 @jit
 def _attend(
     q, keys, values, out, part, tops, sums, tables, lengths, starts, owners, firsts,
-    scale, table_stride, window,
+    key_scales, value_scales, scale, table_stride, window,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr, WINDOWED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = HEADS // KV_HEADS
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -68,9 +68,12 @@ def _attend(
         n = n0 + tl.arange(0, KEYS)
         inside = n < high
         page = tl.load(tables + owner * table_stride + n // PAGE, mask=inside, other=0).to(tl.int64)
-        place = ((page * PAGE + n % PAGE) * KV_HEADS + kv_head) * WIDTH
+        held = (page * PAGE + n % PAGE) * KV_HEADS + kv_head
+        place = held * WIDTH
         k = tl.load(keys + place[None, :] + d[:, None], mask=inside[None, :] & wide[:, None], other=0.0)
-        s = tl.dot(x, k, input_precision=PRECISION) * scale
+        s = tl.dot(x, k.to(x.dtype), input_precision=PRECISION) * scale
+        if SCALED:
+            s = s * tl.load(key_scales + held, mask=inside, other=0.0)[None, :]
         seen = inside[None, :] & (n[None, :] <= position[:, None])
         if WINDOWED:
             seen = seen & (n[None, :] > position[:, None] - window)
@@ -81,7 +84,9 @@ def _attend(
         p = tl.exp2(s - safe[:, None])
         v = tl.load(values + place[:, None] + d[None, :], mask=inside[:, None] & wide[None, :], other=0.0)
         total = total * kept + tl.sum(p, 1)
-        mixed = mixed * kept[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        if SCALED:
+            p = p * tl.load(value_scales + held, mask=inside, other=0.0)[None, :]
+        mixed = mixed * kept[:, None] + tl.dot(p.to(x.dtype), v.to(x.dtype), input_precision=PRECISION)
         top = new
     keep = ok[:, None] & wide[None, :]
     if SPLITS == 1:
@@ -108,9 +113,9 @@ def _join(part, tops, sums, out, WIDTH: tl.constexpr, WIDE: tl.constexpr, SPLITS
 
 @jit
 def _rotate_and_store(
-    qkv, positions, mapping, cos, sin, q_norm, k_norm, out, keys, values, epsilon,
+    qkv, positions, mapping, cos, sin, q_norm, k_norm, out, keys, values, key_scales, value_scales, epsilon,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr, ROTATED: tl.constexpr,
-    NORMED: tl.constexpr,
+    NORMED: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, WIDE)
@@ -134,13 +139,23 @@ def _rotate_and_store(
             turned = a * c - b * s
             b = b * c + a * s
             a = turned
-    target = out + (row * HEADS + head) * 2 * HALF
-    if head >= HEADS + KV_HEADS:
-        target = values + (place + head - HEADS - KV_HEADS) * 2 * HALF
-    elif head >= HEADS:
-        target = keys + (place + head - HEADS) * 2 * HALF
-    tl.store(target + d, a.to(kind), mask=wide)
-    tl.store(target + HALF + d, b.to(kind), mask=wide)
+    a, b = a.to(kind), b.to(kind)
+    if head < HEADS:
+        target = out + (row * HEADS + head) * 2 * HALF
+        tl.store(target + d, a, mask=wide)
+        tl.store(target + HALF + d, b, mask=wide)
+    else:
+        # Two pointers of one type: the pool's may differ from the queries'.
+        held, scales, at = keys, key_scales, place + head - HEADS
+        if head >= HEADS + KV_HEADS:
+            held, scales, at = values, value_scales, place + head - HEADS - KV_HEADS
+        x, y = a.to(tl.float32), b.to(tl.float32)
+        if SCALED:
+            step = tl.maximum(tl.maximum(tl.max(tl.abs(x), 0), tl.max(tl.abs(y), 0)), 1e-12) / 448.0
+            tl.store(scales + at, step)
+            x, y = x / step, y / step
+        tl.store(held + at * 2 * HALF + d, x.to(held.dtype.element_ty), mask=wide)
+        tl.store(held + at * 2 * HALF + HALF + d, y.to(held.dtype.element_ty), mask=wide)
 
 
 @jit
@@ -182,7 +197,9 @@ def splits(tiles: int, kv_heads: int, longest: int, device: torch.device) -> int
     return 1 << max(0, wanted.bit_length() - 1)
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, layout: Layout, size: int, window: int) -> Tensor:
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, layout: Layout, size: int, window: int, scales: Scales = None
+) -> Tensor:
     """See `paged_layout.gathered`; nothing is gathered here, and the host waits for nothing."""
     _, heads, width = q.shape
     kv_heads, group = keys.shape[1], heads // keys.shape[1]
@@ -199,9 +216,9 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, layout: Layout, size: int, w
     wide = triton.next_power_of_2(width)
     _attend[(tiles, kv_heads, parts)](
         q, keys, values, out, part, tops, sums, layout.tables, layout.lengths, layout.starts, layout.owners,
-        layout.firsts, width**-0.5 * LOG2_E, layout.tables.stride(0), window,
+        layout.firsts, *(scales or (q, q)), width**-0.5 * LOG2_E, layout.tables.stride(0), window,
         HEADS=heads, KV_HEADS=kv_heads, WIDTH=width, WIDE=wide, ROWS=rows, BLOCK=block, KEYS=64, PAGE=size,
-        SPLITS=parts, WINDOWED=bool(window), PRECISION="ieee", num_warps=4, num_stages=2,
+        SPLITS=parts, WINDOWED=bool(window), PRECISION="ieee", SCALED=scales is not None, num_warps=4, num_stages=2,
     )  # fmt: skip
     if parts > 1:
         _join[(q.shape[0] * heads,)](part, tops, sums, out, WIDTH=width, WIDE=wide, SPLITS=parts)
@@ -210,7 +227,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, layout: Layout, size: int, w
 
 def rotate_and_store(
     qkv: Tensor, layout: Layout, rotation: tuple[Tensor, Tensor] | None, norms: tuple[Tensor, Tensor] | None,
-    epsilon: float, keys: Tensor, values: Tensor,
+    epsilon: float, keys: Tensor, values: Tensor, scales: Scales = None,
 ) -> Tensor:  # fmt: skip
     """See `paged_layout.rotate_and_store`."""
     rows, every, width = qkv.shape
@@ -220,9 +237,9 @@ def rotate_and_store(
     cos, sin = rotation or (qkv, qkv)
     q_norm, k_norm = norms or (qkv, qkv)
     _rotate_and_store[(rows, every)](
-        qkv, layout.positions, layout.mapping, cos, sin, q_norm, k_norm, out, keys, values, epsilon,
-        HEADS=heads, KV_HEADS=kv_heads, HALF=width // 2, WIDE=triton.next_power_of_2(width // 2),
-        ROTATED=rotation is not None, NORMED=norms is not None, num_warps=1,
+        qkv, layout.positions, layout.mapping, cos, sin, q_norm, k_norm, out, keys, values, *(scales or (qkv, qkv)),
+        epsilon, HEADS=heads, KV_HEADS=kv_heads, HALF=width // 2, WIDE=triton.next_power_of_2(width // 2),
+        ROTATED=rotation is not None, NORMED=norms is not None, SCALED=scales is not None, num_warps=1,
     )  # fmt: skip
     return out
 

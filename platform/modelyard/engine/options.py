@@ -63,6 +63,11 @@ class EngineOptions(Options):
         "2e-4); float32: answers identical to transformers'; bfloat16: weights in it, sums in float32 (relative error "
         "2e-3); int8: a quarter of the memory, checked at load against max_loss_increase",
     )
+    kv_precision: Literal["auto", "fp8"] = Field(
+        "auto",
+        description="keys and values on a GPU. auto: as the products; fp8: e4m3 with a scale a token and head (half "
+        "of bfloat16's memory, so twice the tokens; GPUs from compute capability 8.9)",
+    )
     max_loss_increase: float = Field(
         0.02, ge=0, description="int8 is refused when it raises the loss on a built-in text by more nats a token"
     )

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modelyard.engine.adapters import Groups, product
+from modelyard.engine.adapters import Adapter, Groups, product
 from modelyard.engine.batch import StepBatch
 from modelyard.engine.checkpoint import DecoderConfig
 from modelyard.engine.experts import mix
-from modelyard.engine.paged_layout import Layout, Packed, Staging, operations
+from modelyard.engine.paged_layout import FP8, Layout, Packed, Staging, operations
 from modelyard.engine.rope import rotations
-from modelyard.engine.weights import Layer, Mixture, Mlp, Norm, Weights
+from modelyard.engine.weights import Layer, Mlp, Norm, Weights
 
 GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Batch sizes whose decode step is captured as a CUDA graph; a step is padded to the next one."""
@@ -46,11 +46,13 @@ class PagedDecoder:
         size: tokens of a block.
         length: positions covered.
         total: sums a tensor over the workers that hold slices of the model, in place; None = it is whole.
+        fp8: whether keys and values are kept as e4m3, with a scale a token and head.
     """
 
     def __init__(
-        self, weights: Weights, blocks: int, size: int, length: int, total: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
+        self, weights: Weights, blocks: int, size: int, length: int, total: Callable[[Tensor], Tensor] | None = None,
+        *, fp8: bool = False,
+    ) -> None:  # fmt: skip
         c: DecoderConfig = weights.config
         self.weights, self.config, self._size = weights, c, size
         self.device, self.dtype = weights.embed.device, weights.embed.dtype
@@ -61,7 +63,11 @@ class PagedDecoder:
             self._rotation = cos.to(self.device), sin.to(self.device)
         # One more block than the scheduler knows: graph padding writes there.
         shape = (c.layers, 2, (blocks + 1) * size, c.kv_heads, c.head_dim)
-        self._pool = torch.zeros(shape, device=self.device, dtype=self.dtype)
+        self._pool = torch.zeros(shape, device=self.device, dtype=torch.uint8 if fp8 else self.dtype)
+        self._scales: Tensor | None = None
+        if fp8:
+            self._pool = self._pool.view(FP8)
+            self._scales = torch.zeros(shape[:-1], device=self.device)
         self._total = total
         group = c.heads // c.kv_heads
         self._staging = Staging(
@@ -78,12 +84,15 @@ class PagedDecoder:
         if self._graphs is not None and single and len(pieces) <= GRAPH_SIZES[-1]:
             rows = next(s for s in GRAPH_SIZES if s >= len(pieces))
         packed = self._staging.pack(pieces, rows)
-        self.send(packed)
-        hidden = self.compute(packed, self._placed(batch.adapters))[: batch.positions.size]
+        self.send(packed, batch.adapters)
+        hidden = self.compute(packed, self.placed(batch.adapters))[: batch.positions.size]
         return hidden if batch.wanted is None else hidden[batch.wanted.to(self.device)]
 
-    def send(self, packed: Packed) -> None:
-        """Tells the workers of other slices of a step; here there are none."""
+    def send(self, packed: Packed, groups: Groups = ()) -> None:
+        """Tells the workers of other slices of a step and its adapters; here there are none."""
+
+    def adopt(self, adapter: Adapter) -> None:
+        """Lets steps use an adapter; where the model is cut, tells the workers of the other slices."""
 
     @torch.inference_mode()
     def compute(self, packed: Packed, groups: Groups = ()) -> Tensor:
@@ -119,7 +128,7 @@ class PagedDecoder:
     def close(self) -> None:
         """Ends what the decoder started; here there is nothing."""
 
-    def _placed(self, groups: Groups) -> Groups:
+    def placed(self, groups: Groups) -> Groups:
         """Adapters and their rows on the device."""
         device, dtype = self.device, self.dtype
         return tuple((a.on(device, dtype), None if rows is None else rows.to(device)) for a, rows in groups)
@@ -150,25 +159,26 @@ class PagedDecoder:
         c = self.config
         qkv = product(layer.qkv, (i, "qkv"), h, groups).view(len(h), -1, c.head_dim)
         keys, values = self._pool[i]
+        scales = None if self._scales is None else (self._scales[i, 0], self._scales[i, 1])
         q = self._do.rotate_and_store(
             qkv, layout, self._rotation if c.rotated[i] else None,
-            (layer.q_norm.weight, layer.k_norm.weight) if c.qk_norm else None, c.norm_epsilon, keys, values,
+            (layer.q_norm.weight, layer.k_norm.weight) if c.qk_norm else None, c.norm_epsilon, keys, values, scales,
         )  # fmt: skip
-        mixed = self._do.attend(q, keys, values, layout, self._size, c.windows[i])
+        mixed = self._do.attend(q, keys, values, layout, self._size, c.windows[i], scales)
         return self._whole(product(layer.out, (i, "out"), mixed.view(len(h), -1), groups))
 
     def _whole(self, part: Tensor) -> Tensor:
         return part if self._total is None else self._total(part)
 
     def _feed_forward(self, i: int, layer: Layer, h: Tensor, groups: Groups) -> Tensor:
-        if isinstance(layer.mlp, Mixture):
-            assert self.config.experts is not None
-            return self._whole(mix(layer.mlp, self.config.experts, h, self._mlp))
-        up = product(layer.mlp.up, (i, "up"), h, groups)
-        return self._whole(product(layer.mlp.down, (i, "down"), self._activate(up), groups))
+        def run(mlp: Mlp, name: str, rows: Tensor, those: Groups) -> Tensor:
+            up = product(mlp.up, (i, name + "up"), rows, those)
+            return product(mlp.down, (i, name + "down"), self._activate(up), those)
 
-    def _mlp(self, mlp: Mlp, h: Tensor) -> Tensor:
-        return mlp.down(self._activate(mlp.up(h)))
+        if isinstance(layer.mlp, Mlp):
+            return self._whole(run(layer.mlp, "", h, groups))
+        assert self.config.experts is not None
+        return self._whole(mix(layer.mlp, self.config.experts, i, h, groups, run))
 
     def _activate(self, up: Tensor) -> Tensor:
         if self.config.family == "gpt2":

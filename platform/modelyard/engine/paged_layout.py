@@ -17,6 +17,9 @@ from torch import Tensor
 
 from modelyard.engine.scheduler import Piece
 
+Scales = tuple[Tensor, Tensor] | None
+"""Of keys and of values."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -158,7 +161,27 @@ class Staging:
         return self._host[:length]
 
 
-def gathered(q: Tensor, keys: Tensor, values: Tensor, layout: Layout, size: int, window: int) -> Tensor:
+FP8 = torch.float8_e4m3fn
+FP8_MOST = 448.0
+"""The largest number of e4m3."""
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., head_dim] as e4m3, and float32 scales [...] that bring each head's largest number to its largest."""
+    scales = x.float().abs().amax(-1).clamp(min=1e-12) / FP8_MOST
+    return (x.float() / scales[..., None]).to(FP8), scales
+
+
+def _read(held: Tensor, scales: Tensor | None, places: Tensor, dtype: torch.dtype) -> Tensor:
+    if scales is None:
+        return held[places]
+    whole = held.view(torch.uint8)[places].view(FP8).float()  # PyTorch's CPU does not index e4m3
+    return (whole * scales[places][..., None]).to(dtype)
+
+
+def gathered(
+    q: Tensor, keys: Tensor, values: Tensor, layout: Layout, size: int, window: int, scales: Scales = None
+) -> Tensor:
     """Causal attention of a step's tokens over the pool; keys and values are copied into one padded batch first.
 
     Args:
@@ -168,10 +191,12 @@ def gathered(q: Tensor, keys: Tensor, values: Tensor, layout: Layout, size: int,
         layout: of the step.
         size: tokens of a block.
         window: positions seen at most, 0 = all.
+        scales: of keys and values that are kept as e4m3, float32 [blocks * size, kv_heads] each.
 
     Returns:
         [T, heads, head_dim].
     """
+    key_scales, value_scales = scales or (None, None)
     count, heads, width = q.shape
     sequences = len(layout.lengths)
     places = (layout.tables.long()[:, :, None] * size + torch.arange(size, device=q.device)).flatten(1)
@@ -188,8 +213,8 @@ def gathered(q: Tensor, keys: Tensor, values: Tensor, layout: Layout, size: int,
         mask &= seen > position[..., None] - window
     out = F.scaled_dot_product_attention(
         padded.transpose(1, 2),
-        keys[places].transpose(1, 2),
-        values[places].transpose(1, 2),
+        _read(keys, key_scales, places, q.dtype).transpose(1, 2),
+        _read(values, value_scales, places, q.dtype).transpose(1, 2),
         attn_mask=mask[:, None],
         enable_gqa=heads != keys.shape[1],
     )
@@ -198,7 +223,7 @@ def gathered(q: Tensor, keys: Tensor, values: Tensor, layout: Layout, size: int,
 
 def rotate_and_store(
     qkv: Tensor, layout: Layout, rotation: tuple[Tensor, Tensor] | None, norms: tuple[Tensor, Tensor] | None,
-    epsilon: float, keys: Tensor, values: Tensor,
+    epsilon: float, keys: Tensor, values: Tensor, scales: Scales = None,
 ) -> Tensor:  # fmt: skip
     """Norms and rotates queries and keys, and puts keys and values into the pool.
 
@@ -210,6 +235,7 @@ def rotate_and_store(
         epsilon: of the norms.
         keys: [places, kv_heads, head_dim], changed at the tokens' places.
         values: as keys.
+        scales: float32 [places, kv_heads] each, changed too, where keys and values are kept as e4m3.
 
     Returns:
         Queries [T, heads, head_dim].
@@ -222,8 +248,13 @@ def rotate_and_store(
         cos, sin = (table[layout.positions][:, None] for table in rotation)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     mapping = layout.mapping.long()
-    keys.index_copy_(0, mapping, k)
-    values.index_copy_(0, mapping, v)
+    for held, held_scales, fresh in zip((keys, values), scales or (None, None), (k, v), strict=True):
+        if held_scales is None:
+            held.index_copy_(0, mapping, fresh)
+        else:
+            small, steps = quantize(fresh)
+            held.view(torch.uint8).index_copy_(0, mapping, small.view(torch.uint8))
+            held_scales.index_copy_(0, mapping, steps)
     return q
 
 

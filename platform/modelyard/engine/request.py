@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -166,6 +166,43 @@ class Request:
             )
             for i in range(count)
         ]
+
+
+def check(request: Request, vocabulary: int, max_length: int, adapters: Collection[str], tokenizer: bool) -> None:
+    """Raises DataError for a request that can never run.
+
+    Args:
+        request: what is asked.
+        vocabulary: token ids of the model.
+        max_length: tokens a prompt and its answer may have together.
+        adapters: names that are loaded.
+        tokenizer: whether the engine can make text of tokens.
+    """
+    request.sampling.check(vocabulary)
+    length, answer = len(request.prompt), request.task == "generate"
+    if not request.prompt:
+        raise DataError("the prompt is empty", place="prompt", mend="send at least one token")
+    if length + int(answer) > max_length:
+        raise DataError(
+            f"the prompt has {length} tokens, the model takes {max_length} with the answer",
+            place="prompt",
+            mend="shorten the prompt, or raise engine.max_length where the model takes more",
+        )
+    if not all(0 <= t < vocabulary for t in request.prompt):
+        raise DataError("a token id is outside the vocabulary", place="prompt", mend="use the model's tokenizer")
+    needs_text = answer and (request.detokenize or request.sampling.stop or request.sampling.grammar)
+    if not tokenizer and needs_text:
+        raise DataError("the model folder has no tokenizer", place="detokenize", mend="ask for tokens only")
+    if request.adapter is not None and request.adapter not in adapters:
+        raise DataError(
+            f"adapter {request.adapter!r} is not loaded",
+            place="adapter",
+            mend="load it first; loaded: " + (", ".join(sorted(adapters)) or "none"),
+        )
+    if request.task == "score" and request.prompt_logprobs is None:
+        raise DataError("a score needs prompt_logprobs", place="prompt_logprobs", mend="set it to 0 or more")
+    if request.logprobs_from < 1:
+        raise DataError("the first token has no probability", place="logprobs_from", mend="begin at 1 or later")
 
 
 @dataclass(frozen=True, slots=True)

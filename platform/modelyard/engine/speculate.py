@@ -13,14 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from modelyard.engine.batch import lay_out
-from modelyard.engine.cache import Cache
-from modelyard.engine.checkpoint import check_folder, read_config, read_tensors
-from modelyard.engine.decoder import Decoder
-from modelyard.engine.options import Precision, Speculation
+from torch import Tensor
+
+from modelyard.engine.batch import StepBatch, lay_out
+from modelyard.engine.checkpoint import DecoderConfig, check_folder, read_config
+from modelyard.engine.options import Speculation
 from modelyard.engine.sampler import sample
 from modelyard.engine.scheduler import Piece, Sequence
-from modelyard.engine.weights import Weights
 from modelyard.errors import DataError
 
 LOOK_BACK = 4096
@@ -32,10 +31,6 @@ class Guesser(Protocol):
 
     def guess(self, sequences: list[Sequence]) -> list[tuple[int, ...]]:
         """Guesses for sequences that are about to choose a token, at most `tokens` of the options each."""
-        ...
-
-    def recompute(self) -> None:
-        """Forgets cached keys and values."""
         ...
 
 
@@ -59,54 +54,57 @@ class PromptLookup:
                 return tuple(tokens[at + size : at + size + self._options.tokens])
         return ()
 
-    def recompute(self) -> None:
-        """See `Guesser.recompute`."""
+
+class Drafts(Protocol):
+    """The decoder of a draft model."""
+
+    def forward(self, batch: StepBatch) -> Tensor:
+        """Results of the last layer for the wanted rows."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of all tokens, float32 [rows, vocabulary]."""
+        ...
+
+
+def draft_config(options: Speculation, vocabulary: int) -> tuple[Path, DecoderConfig]:
+    """The draft model's folder and shape. Raises DataError when it cannot be read or has another vocabulary."""
+    if options.model is None:
+        raise DataError("draft_model needs a model", place="speculation.model", mend="name the small model's folder")
+    folder = Path(options.model)
+    check_folder(folder)
+    config = read_config(folder)
+    if config.vocabulary != vocabulary:
+        raise DataError(
+            f"the draft model has {config.vocabulary} tokens, the model {vocabulary}",
+            place=options.model,
+            mend="use a draft of the same vocabulary",
+        )
+    return folder, config
 
 
 class DraftModel:
     """A small model of the same vocabulary that runs ahead of the large one.
 
     Args:
-        options: which model, how far.
-        vocabulary: of the large model.
-        slots: of the large model; the draft uses the same slot numbers.
-        length: tokens a slot holds.
-        precision: of the draft's matrices.
-
-    Raises:
-        DataError: the folder cannot be read or has another vocabulary.
+        options: how far.
+        decoder: the small model's, with room for `slots` sequences: contiguous slots, or as many blocks each.
+        slots: sequences it runs ahead of in one step at most.
+        length: tokens of a slot.
+        size: tokens of a block.
     """
 
-    def __init__(
-        self, options: Speculation, vocabulary: int, slots: int, length: int, precision: Precision, threads: int
-    ) -> None:
-        if options.model is None:
-            raise DataError(
-                "draft_model needs a model", place="speculation.model", mend="name the small model's folder"
-            )
-        folder = Path(options.model)
-        check_folder(folder)
-        config = read_config(folder)
-        if config.vocabulary != vocabulary:
-            raise DataError(
-                f"the draft model has {config.vocabulary} tokens, the model {vocabulary}",
-                place=options.model,
-                mend="use a draft of the same vocabulary",
-            )
-        weights = Weights(config, precision)
-        weights.load(read_tensors(folder), options.model)
-        self._options, self._length = options, min(config.positions, length)
-        self._decoder = Decoder(weights, Cache(config, slots, self._length), self._length, threads)
-        self._computed: dict[int, tuple[int, int]] = {}
+    def __init__(self, options: Speculation, decoder: Drafts, slots: int, length: int, size: int) -> None:
+        self._options, self._decoder, self._length = options, decoder, length
+        self._blocks = -(-length // size)
+        self._free = list(range(slots))
+        # By arrival, least recently used first: the slot, and how many of its tokens are computed.
+        self._held: dict[int, tuple[int, int]] = {}
 
     def guess(self, sequences: list[Sequence]) -> list[tuple[int, ...]]:
         """See `Guesser.guess`. One step of the draft for each guessed token, all sequences together."""
         able = [s for s in sequences if len(s.tokens) + self._options.tokens < self._length]
-        shadows = [_shadow(s) for s in able]
-        for shadow in shadows:
-            owner, computed = self._computed.get(shadow.slot, (-1, 0))
-            # What was guessed and rejected is overwritten; another sequence's slot begins again.
-            shadow.computed = min(computed, len(shadow.tokens) - 1) if owner == shadow.arrival else 0
+        shadows = self._shadows(able)
         for _ in range(self._options.tokens if shadows else 0):
             batch = lay_out([Piece(s, s.computed, s.missing) for s in shadows])
             owners = [span.piece.sequence for span in batch.spans]
@@ -118,14 +116,24 @@ class DraftModel:
         for sequence, shadow in zip(able, shadows, strict=True):
             guesses[sequence.arrival] = tuple(shadow.tokens[len(sequence.tokens) :])
             # Valid as far as the real tokens reach; guesses that turn out right are computed again, cheaply.
-            self._computed[shadow.slot] = (shadow.arrival, len(sequence.tokens))
+            self._held[sequence.arrival] = (shadow.slot, len(sequence.tokens))
         return [guesses.get(s.arrival, ()) for s in sequences]
 
-    def recompute(self) -> None:
-        """See `Guesser.recompute`."""
-        self._computed.clear()
+    def _shadows(self, able: list[Sequence]) -> list[Sequence]:
+        """Copies to run ahead with: the same seeds, slots of the draft's, no adapter, no draft."""
+        found = {s.arrival: self._held.pop(s.arrival) for s in able if s.arrival in self._held}
+        shadows = []
+        for s in able:
+            slot, computed = found.get(s.arrival) or (self._slot(), 0)
+            blocks = list(range(slot * self._blocks, (slot + 1) * self._blocks))
+            # What was guessed and rejected is overwritten.
+            shadows.append(
+                replace(s, tokens=list(s.tokens), draft=(), adapter=None, slot=slot, blocks=blocks, digests=[],
+                        computed=min(computed, len(s.tokens) - 1))
+            )  # fmt: skip
+        return shadows
 
-
-def _shadow(sequence: Sequence) -> Sequence:
-    """A copy to run ahead with: the same seed and slot, no adapter, no draft."""
-    return replace(sequence, tokens=list(sequence.tokens), draft=(), adapter=None, blocks=[], digests=[])
+    def _slot(self) -> int:
+        if self._free:
+            return self._free.pop()
+        return self._held.pop(next(iter(self._held)))[0]

@@ -64,14 +64,18 @@ class Layer:
 
 @dataclass(frozen=True)
 class Module:
-    """A checkpoint's linear module: rows `start .. start+rows` of one of ours, known to adapters as `key`."""
+    """A checkpoint's linear module: rows `start .. start+rows` of one of ours, known to adapters as `key`.
+
+    `height`: rows of ours. `stacked`: above 0, this stands for the same module of so many experts, whose keys are
+    `experts.0.` and so on before the second half of `key`.
+    """
 
     key: tuple[int, str]
-    linear: Linear
+    height: int
     start: int
     rows: int
     columns: int
-    transposed: bool = False
+    stacked: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,11 @@ class _Place:
 
 
 class Weights:
-    """All tensors of a decoder, addressed by Hugging Face names. `modules` are those LoRA may adapt; `packings` counts
-    how often matrices moved to new places.
+    """All tensors of a decoder, addressed by Hugging Face names.
+
+    `modules` are those LoRA may adapt, by name; `packings` counts how often matrices moved to new places. `share` takes
+    this slice's part of a matrix of an adapter, by the module's name and the matrix's (A or B), where the model is cut
+    over devices; None = it is whole.
 
     Args:
         config: the decoder's shape.
@@ -102,6 +109,7 @@ class Weights:
         self.layers = [self._layer(sparse) for sparse in c.sparse]
         self.head = Linear(c.vocabulary, c.hidden, bias=False)
         self.modules: dict[str, Module] = {}
+        self.share: Callable[[str, str, Tensor], Tensor] | None = None
         self._places = dict(self._gpt2_index() if c.family == "gpt2" else self._llama_index())
 
     def _layer(self, sparse: bool) -> Layer:
@@ -144,7 +152,7 @@ class Weights:
 
         yield embed, _Place((c.vocabulary, c.hidden), store)
         if not c.tied:
-            yield from self._rows("lm_head", self.head, 0, c.vocabulary, (-1, "head"))
+            yield from self._rows("lm_head", self.head, 0, c.vocabulary, None)
 
     def _llama_index(self) -> Iterator[tuple[str, _Place]]:
         yield from self._ends("model.embed_tokens.weight")
@@ -168,26 +176,34 @@ class Weights:
         if isinstance(layer.mlp, Mlp):
             yield from self._gated(prefix + "mlp.", layer.mlp, (i, "up"), (i, "down"))
         elif c.family == "mixtral":
-            yield from self._mixture_index(prefix + "block_sparse_moe.", layer.mlp, ("w1", "w3", "w2"))
+            yield from self._mixture_index(i, prefix + "block_sparse_moe.", layer.mlp, ("w1", "w3", "w2"))
         else:
-            yield from self._mixture_index(prefix + "mlp.", layer.mlp, ("gate_proj", "up_proj", "down_proj"))
+            yield from self._mixture_index(i, prefix + "mlp.", layer.mlp, ("gate_proj", "up_proj", "down_proj"))
 
     def _mixture_index(
-        self, prefix: str, mixture: Mixture, names: tuple[str, str, str]
+        self, i: int, prefix: str, mixture: Mixture, names: tuple[str, str, str]
     ) -> Iterator[tuple[str, _Place]]:
+        count, hidden = mixture.router.shape
         yield prefix + "gate.weight", _tensor(mixture.router)
+        self.modules[prefix + "gate"] = Module((i, "router"), count, 0, count, hidden)
         for index, expert in enumerate(mixture.experts):
-            yield from self._gated(f"{prefix}experts.{index}.", expert, None, None, names)
+            key = f"experts.{index}."
+            yield from self._gated(prefix + key, expert, (i, key + "up"), (i, key + "down"), names)
+        up, down = mixture.experts[0].up, mixture.experts[0].down
+        # transformers holds the experts of a layer as one parameter, and so do adapters trained with it.
+        self.modules[prefix + "experts.gate_up_proj"] = Module((i, "up"), up.rows, 0, up.rows, up.columns, count)
+        self.modules[prefix + "experts.down_proj"] = Module((i, "down"), down.rows, 0, down.rows, down.columns, count)
         if mixture.shared is not None and mixture.shared_gate is not None:
-            yield from self._gated(prefix + "shared_expert.", mixture.shared, None, None)
+            yield from self._gated(prefix + "shared_expert.", mixture.shared, (i, "shared.up"), (i, "shared.down"))
             yield prefix + "shared_expert_gate.weight", _tensor(mixture.shared_gate)
+            self.modules[prefix + "shared_expert_gate"] = Module((i, "shared_gate"), 1, 0, 1, hidden)
 
     def _gated(
         self,
         prefix: str,
         mlp: Mlp,
-        up_key: tuple[int, str] | None,
-        down_key: tuple[int, str] | None,
+        up_key: tuple[int, str],
+        down_key: tuple[int, str],
         names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
     ) -> Iterator[tuple[str, _Place]]:
         width = mlp.down.columns
@@ -217,7 +233,7 @@ class Weights:
     ) -> Iterator[tuple[str, _Place]]:
         """A linear module that fills rows of `linear`; GPT-2 stores its matrices transposed."""
         if key is not None:
-            self.modules[name] = Module(key, linear, start, rows, linear.columns, transposed)
+            self.modules[name] = Module(key, linear.rows, start, rows, linear.columns)
         shape = (linear.columns, rows) if transposed else (rows, linear.columns)
         yield (
             f"{name}.weight",
