@@ -90,7 +90,7 @@ def finish(pool: LocalPool) -> dict[str, list[Drawn]]:
 def test_a_calculator_is_used_inside_an_answer(model_folder: Path, words: Any) -> None:
     """The model is made to write sums; what the tool says stands behind them as tokens it did not write."""
     telling = Telling(environment("calculator", form="plain", stop=["="], turns=3))
-    pool = LocalPool([engine(model_folder)], telling=telling)
+    pool = LocalPool([engine(model_folder)], model_folder, telling=telling)
     prompt = Prompt((1, 20, 21, 2), "<|user|>x<|assistant|>", {}, "x")
     sampling = Sampling(40, 1.0, seed=3, stop=("=",), logprobs=0, grammar=Grammar("regex", r"[1-9][+*-][1-9]="))
     pool.submit([Ask("a", prompt, sampling, 3)])
@@ -118,7 +118,7 @@ def test_a_conversation_goes_on_by_the_chat_template(model_folder: Path, words: 
     before, after = around_observation(words, "user")
     assert words.decode((*before, *after)) == "<|endoftext|><|user|><|assistant|>"
     options = environment("Game", turns=3, observation_tokens=1)
-    pool = LocalPool([engine(model_folder)], telling=Telling(options, before, after))
+    pool = LocalPool([engine(model_folder)], model_folder, telling=Telling(options, before, after))
     prompts = [Prompt((1, 20 + i, 2), "p", {"answer": "x", "turns": i}, "x") for i in range(4)]
     pool.submit([Ask(f"{i}", prompt, SHORT, 1) for i, prompt in enumerate(prompts)])
     found = finish(pool)
@@ -197,7 +197,7 @@ def test_environments_that_fail_cost_the_answer_and_not_the_run(model_folder: Pa
     signs = {"raise": "LookupError: no such word", "hang": "longer than", "die": "ended its process",
              "number": "text or None, not int", "nan": "the reward is nan"}  # fmt: skip
     options = environment("Broken", timeout=1.0, turns=2)
-    pool = LocalPool([engine(model_folder)], telling=Telling(options, *around_observation(words, "user")))
+    pool = LocalPool([engine(model_folder)], model_folder, telling=Telling(options, *around_observation(words, "user")))
     for what, sign in signs.items():  # one after the other: an end of the process is the end of all it knows
         prompt = Prompt((1, 20, 2), "p", {"what": what}, "row 1")
         pool.submit([Ask(what, prompt, SHORT, 1)])

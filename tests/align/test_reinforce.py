@@ -12,20 +12,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from modelyard.align.advantages import advantages, undecided
 from modelyard.align.answered import Answered
 from modelyard.align.options import RolloutEngine, RolloutOptions, RolloutStops
 from modelyard.align.policy import Clip, PolicyObjective, clipped, divergence
+from modelyard.align.pool import LocalPool
 from modelyard.align.reinforce import ReinforceJob, end_reason, reinforce
 from modelyard.align.rewards import RewardMix
 from modelyard.align.samples import Prompt, Sample, pack
 from modelyard.align.verifiers import repetition
-from modelyard.align.weights import policy_weights
+from modelyard.align.weights import BaseWeights, Change, policy_weights
 from modelyard.engine import EngineCore, Request, Sampling, generate
 from modelyard.errors import DataError, RecipeError
 from modelyard.models import load_model
-from modelyard.models.adapters import add_adapter
+from modelyard.models.adapters import add_adapter, merge_adapter
 from modelyard.models.options import AdapterOptions, LoraOptions
 from modelyard.train.options import TrainOptions
 from modelyard.train.world import World
@@ -112,7 +114,7 @@ def test_the_engine_gets_what_the_trainer_has(model_folder: Path, adapter: Adapt
             if parameter.requires_grad:
                 parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     engine = EngineCore(model_folder, RolloutEngine(max_sequences=2, max_length=32, threads=1))
-    engine.update_weights(policy_weights(policy, changed_only=True), 7)
+    LocalPool([engine], model_folder).update_weights(policy_weights(policy, changed_only=True), 7)
     (found,) = generate(engine, [Request("a", (1, 20, 21, 2), Sampling(6, 0.0, logprobs=0), detokenize=False)])
     assert found.output.weights == 7
     ids = torch.tensor([[1, 20, 21, 2, *found.output.tokens]])
@@ -120,6 +122,27 @@ def test_the_engine_gets_what_the_trainer_has(model_folder: Path, adapter: Adapt
         logs = F.log_softmax(policy.eval()(input_ids=ids).logits[0], dim=-1)
     wanted = [float(logs[3 + i, token]) for i, token in enumerate(found.output.tokens)]
     assert [t.logprob for t in found.output.logprobs] == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_changes_make_what_peft_merges_also_where_files_are_transposed(tmp_path: Path, dora: bool) -> None:
+    plain = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=1, n_head=2))
+    plain.to(torch.bfloat16).save_pretrained(tmp_path)
+    lora = LoraOptions(r=2, dora=dora, targets=("c_attn", "c_fc", "c_proj"))
+    policy = add_adapter(load_model(tmp_path), AdapterOptions(lora=lora), 0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    changes = dict(policy_weights(policy, changed_only=True))
+    assert all(isinstance(change, Change) for change in changes.values())
+    found = dict(BaseWeights(tmp_path).whole(changes.items()))
+    merged = dict(merge_adapter(policy).named_parameters())
+    assert {name.split(".")[-2] for name in found} == {"c_attn", "c_fc", "c_proj"}
+    for name, value in found.items():
+        assert torch.allclose(value, merged[name], atol=1e-6), name
+    with pytest.raises(DataError, match=r"no tensor nobody\.weight, which the adapter changes"):
+        dict(BaseWeights(tmp_path).whole([("nobody.weight", next(iter(changes.values())))]))
 
 
 def judged(kind: str, answer: Any, text: str, **options: Any) -> float:
@@ -225,7 +248,7 @@ def test_reward_rises_and_engine_and_trainer_agree(model_folder: Path, words: An
     assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.2
     assert max(row["engine_difference_max"] for row in outcome.history) < 1e-4
     assert {"generate_seconds", "sync_seconds", "reward_seconds", "kl", "entropy", "clip_fraction", "answer_tokens",
-            "repetition", "cut_answers", "undecided_groups"} <= set(outcome.history[0])  # fmt: skip
+            "repetition", "cut_answers", "undecided_groups", "sync_mib"} <= set(outcome.history[0])  # fmt: skip
     assert outcome.history[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert outcome.history[-1]["kl"] > 0
     shown = json.loads((tmp_path / "out" / "samples" / "step-00000001.json").read_text())

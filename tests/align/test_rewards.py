@@ -12,18 +12,17 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from alignment_parts import write_reward_model
 from transformers import AutoModelForSequenceClassification
 
 from modelyard.align.answered import Answered
 from modelyard.align.encode import after_answer, use_template
 from modelyard.align.options import RolloutOptions
-from modelyard.align.reward_model import load_classifier, write_classifier
 from modelyard.align.rewards import RewardMix
 from modelyard.align.same_tokenizer import check_same_tokenizer
 from modelyard.align.samples import Prompt, Sample
 from modelyard.align.scoring import RewardScorer
 from modelyard.errors import DataError, RecipeError
-from modelyard.models.options import AdapterOptions
 
 CPU = torch.device("cpu")
 
@@ -32,10 +31,7 @@ CPU = torch.device("cpu")
 def classifiers(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two reward models with different score layers."""
     folder = tmp_path_factory.mktemp("rewards")
-    for seed in (1, 2):
-        state = dict(load_classifier(model_folder, seed).named_parameters())
-        write_classifier(model_folder, AdapterOptions(lora=None), seed, state, folder / str(seed))
-    return [folder / "1", folder / "2"]
+    return [write_reward_model(model_folder, folder / str(seed), seed) for seed in (1, 2)]
 
 
 def mix(*rewards: dict[str, Any], scorers: Any = None, **options: Any) -> RewardMix:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from alignment_parts import AnsweredBy
 from test_reinforce import ALONE, job
 
 from modelyard.align.options import PpoOptions, RolloutEngine, RolloutOptions
@@ -32,7 +33,7 @@ class Noting(LocalPool):
     """Engines of this process for all workers; notes what it is asked and what it answers."""
 
     def __init__(self, folder: Path, settings: RolloutEngine, engines: int = 2) -> None:
-        super().__init__([EngineCore(folder, settings) for _ in range(engines)], shared=True)
+        super().__init__([EngineCore(folder, settings) for _ in range(engines)], folder, shared=True)
         self.asked, self.answered, self.versions = list[str](), list[str](), dict[str, int]()
 
     def submit(self, asks: Sequence[Ask]) -> None:
@@ -60,11 +61,11 @@ def test_engines_apart_in_step_with_training_change_nothing(model_folder: Path, 
     whole = reinforce(job(tmp_path / "a", model_folder, words, **changes), ALONE)
     pools: list[Noting] = []
 
-    def make(settings: RolloutEngine, _: Any) -> Noting:
+    def make(settings: RolloutEngine) -> Noting:
         pools.append(Noting(model_folder, settings))
         return pools[0]
 
-    apart = reinforce(job(tmp_path / "b", model_folder, words, **changes), ALONE, pools=make)
+    apart = reinforce(job(tmp_path / "b", model_folder, words, **changes), ALONE, roles=AnsweredBy(make))
     for name in ("reward", "loss", "answer_tokens", "grad_norm"):
         assert [r[name] for r in apart.history] == pytest.approx([r[name] for r in whole.history], abs=1e-5)
     assert apart.figures == pytest.approx(whole.figures, abs=1e-5)
@@ -79,11 +80,11 @@ def test_staleness_is_bounded_and_no_prompt_is_left_out(
     made = job(tmp_path, model_folder, words, staleness=staleness, max_tokens=20)
     pools: list[Noting] = []
 
-    def make(settings: RolloutEngine, _: Any) -> Noting:
+    def make(settings: RolloutEngine) -> Noting:
         pools.append(Noting(model_folder, settings, 1))
         return pools[0]
 
-    outcome = reinforce(made, ALONE, pools=make)
+    outcome = reinforce(made, ALONE, roles=AnsweredBy(make))
     ages = [row["staleness_max"] for row in outcome.history]
     assert 0 < max(ages) <= staleness
     assert ages[0] == 0
@@ -100,7 +101,7 @@ def test_staleness_is_bounded_and_no_prompt_is_left_out(
 
 def test_an_answer_goes_on_with_new_weights(model_folder: Path) -> None:
     """Each token has the log-probability of the weights that drew it, after all tokens before it."""
-    pool = LocalPool([EngineCore(model_folder, RolloutEngine(max_sequences=2, max_length=64, threads=1))])
+    pool = LocalPool([EngineCore(model_folder, RolloutEngine(max_sequences=2, max_length=64, threads=1))], model_folder)
     prompt = Prompt((1, 20, 21, 2), "p", {}, "x")
     pool.submit([Ask("a", prompt, Sampling(20, 1.0, seed=5, logprobs=0, ignore_eos=True), 2)])
     for _ in range(8):
@@ -142,7 +143,7 @@ def test_what_is_too_old_is_never_begun_and_never_learnt_from(model_folder: Path
             self.late = False
             return [(found[0][0], [replace(d, first=d.first - 1) for d in found[0][1]]), *found[1:]]
 
-    pool = Late([engine])
+    pool = Late([engine], model_folder)
     with pytest.raises(ValueError, match="may not be begun before version 3"):
         pool.submit([Ask("a", prompts[0], Sampling(4), 1, least=3)])
     pool.asked = 0
@@ -232,23 +233,27 @@ def test_a_killed_run_asks_again_for_what_was_in_flight(model_folder: Path, word
 
     pools: list[Noting] = []
 
-    def make(settings: RolloutEngine, _: Any) -> Noting:
+    def make(settings: RolloutEngine) -> Noting:
         pools.append(Noting(model_folder, settings, 1))
         return pools[-1]
 
     with pytest.raises(Killed):
-        reinforce(made, ALONE, stop, pools=make)
-    resumed = reinforce(made, ALONE, pools=make)
+        reinforce(made, ALONE, stop, roles=AnsweredBy(make))
+    resumed = reinforce(made, ALONE, roles=AnsweredBy(make))
     assert [row["step"] for row in resumed.history] == list(range(1, 9))
     # The checkpoint is of step 4: sets 4 and 5 were trained after it, and are trained again from there.
     assert sorted(pools[1].answered) == sorted(f"{n}-0-{place}" for n in range(4, 8) for place in range(4))
     assert max(row["staleness_max"] for row in resumed.history) <= 2
 
 
-def test_staleness_needs_temperature_one_and_engines_apart_need_ray(
+def test_staleness_needs_temperature_one_and_roles_apart_need_ray(
     model_folder: Path, words: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(RecipeError, match="known at temperature 1"):
         reinforce(job(tmp_path / "a", model_folder, words, staleness=1, temperature=0.7), ALONE)
-    with pytest.raises(RecipeError, match="are Ray actors"):
-        reinforce(job(tmp_path / "b", model_folder, words, engines={"count": 2}), ALONE)
+    reward = {"kind": "reward_model", "model": "judge"}
+    apart: list[dict[str, Any]] = [{"engines": {"count": 2}}, {"reference": {"count": 1}, "kl": 0.1},
+                                   {"reward_models": {"count": 1}, "rewards": [reward]}]  # fmt: skip
+    for number, options in enumerate(apart):
+        with pytest.raises(RecipeError, match="are Ray actors"):
+            reinforce(job(tmp_path / str(number), model_folder, words, **options), ALONE)

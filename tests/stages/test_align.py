@@ -116,8 +116,8 @@ def test_a_policy_learns_from_rewards_of_its_answers(policy: Artifact, tmp_path:
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
 
 
-def rewarded(reward: dict[str, Any]) -> dict[str, Any]:
-    return {"method": "grpo", "rollouts": {"rewards": [reward]}}
+def rewarded(reward: dict[str, Any], **rollouts: Any) -> dict[str, Any]:
+    return {"method": "grpo", "rollouts": {"rewards": [reward], **rollouts}}
 
 
 GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
@@ -154,6 +154,9 @@ def test_bad_rows_end_the_stage_with_their_place(
         ({"method": "grpo"}, "nothing rewards the answers"),
         ({"method": "grpo", "rollouts": {"rewards": [{"kind": "exact"}], "updates": 3}}, "resumed exactly"),
         (rewarded({"kind": "reward_model", "model": "rm"}), "no reward model 'rm'"),
+        (rewarded({"kind": "exact"}, kl=0.1, reference={"count": 1}), "adapter switched off, which needs no actor"),
+        ({**rewarded({"kind": "exact"}, reference={"count": 1}), "adapter": {"lora": None}}, "nobody asks the refer"),
+        (rewarded({"kind": "exact"}, reward_models={"count": 1}), "no reward model is named"),
         ({**rewarded({"kind": "exact"}), "method": "ppo", "ppo": {"kl_target": 6}}, "no KL penalty to steer"),
         (rewarded({"kind": "judge", "url": "http://judge/v1", "model": "m", "key": "NO_SUCH_KEY"}), "KEY is not set"),
     ],

@@ -70,19 +70,30 @@ class RolloutEngine(EngineOptions):
     precision: Precision = Field("float32", description="as of the engine; less is faster, and its gap is reported")
 
 
-class EngineGroup(Options):
-    """Engines apart from the trainers: Ray actors in a placement group of their own."""
+class ActorGroup(Options):
+    """A role that Ray actors play apart from the trainers, in a placement group with those of the other roles."""
 
-    count: int = Field(0, ge=0, description="how many; 0 = none: every trainer has one of its own and they take turns")
+    count: int = Field(0, ge=0, description="how many; 0 = none: every trainer plays the role itself, in turns")
     cpus: float = Field(1.0, gt=0, description="CPU cores of each")
-    gpus: float = Field(0.0, ge=0, description="GPUs of each")
+    gpus: float = Field(0.0, ge=0, description="GPUs of each; parts of one let several share it")
     restarts: int = Field(3, ge=0, description="how often one that died is started again")
+    answer_timeout: float = Field(1800.0, gt=0, description="seconds without any answer after which the run fails")
+
+
+class EngineGroup(ActorGroup):
+    """Engines apart from the trainers."""
+
     sync_timeout: float = Field(
         300.0,
         gt=0,
         description="seconds until all must have new weights, or one that starts must have loaded the model",
     )
-    answer_timeout: float = Field(1800.0, gt=0, description="seconds without any answer after which the run fails")
+
+
+class ScorerGroup(ActorGroup):
+    """Models that score answers, apart from the trainers: the reference, or reward models."""
+
+    start_timeout: float = Field(300.0, gt=0, description="seconds until all must have loaded their model")
 
 
 class EnvironmentOptions(Options):
@@ -131,6 +142,12 @@ class RolloutOptions(Options):
         0, ge=0, description="further rounds to replace groups whose rewards are all equal (DAPO); 0 = keep them"
     )
     engines: EngineGroup = runtime(EngineGroup(), "engines apart from the trainers; by default there are none")
+    reference: ScorerGroup = runtime(
+        ScorerGroup(), "the model before training, apart from the trainers; for full training with kl"
+    )
+    reward_models: ScorerGroup = runtime(
+        ScorerGroup(), "reward models apart from the trainers: so many actors of each one that rewards name"
+    )
     staleness: int = Field(
         0, ge=0, description="updates of the weights that may lie between the first token of an answer and its use: "
         "engines go on while the policy is trained; 0 = they wait for it (AReaL, arXiv 2505.24298: 4 to 8)"
@@ -194,6 +211,20 @@ def check_rollout_options(rollouts: RolloutOptions, ppo: PpoOptions | None) -> N
     if ppo is not None and ppo.kl_target is not None and not rollouts.kl:
         raise RecipeError("there is no KL penalty to steer", place="ppo.kl_target",
                           mend="give rollouts.kl, the weight to begin with (Ziegler: 0.2)")  # fmt: skip
+
+
+def check_apart(rollouts: RolloutOptions, full: bool) -> None:
+    """Raises RecipeError for actors that nobody would ask; `full` = all parameters are trained, not an adapter."""
+    if rollouts.reference.count and not full:
+        raise RecipeError("the reference is the policy with its adapter switched off, which needs no actor",
+                          place="rollouts.reference.count",
+                          mend="leave rollouts.reference out, or train all parameters (lora: null)")  # fmt: skip
+    if rollouts.reference.count and not rollouts.kl:
+        raise RecipeError("nobody asks the reference: there is no KL term", place="rollouts.reference.count",
+                          mend="give rollouts.kl, or leave rollouts.reference out")  # fmt: skip
+    if rollouts.reward_models.count and not any(reward.kind == "reward_model" for reward in rollouts.rewards):
+        raise RecipeError("no reward model is named", place="rollouts.reward_models.count",
+                          mend="add one to rollouts.rewards, or leave rollouts.reward_models out")  # fmt: skip
 
 
 class RolloutStops(Options):

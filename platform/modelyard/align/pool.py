@@ -1,7 +1,7 @@
 """Where answers are drawn: a pool of engines, and one in this process.
 
 A pool takes prompts, hands groups of answers back as they are done, and takes new weights in between: what is being
-written then goes on with them, its prefix computed anew (partial rollouts). `stages.rollout_engines` has the pool whose
+written then goes on with them, its prefix computed anew (partial rollouts). `stages.rollout_pool` has the one whose
 engines are Ray actors.
 """
 
@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
-
-import torch
 
 from modelyard.align.environment import Environment, Telling, Told
 from modelyard.align.episodes import Episode
 from modelyard.align.function_process import FunctionFailed
 from modelyard.align.samples import Drawn, Prompt
+from modelyard.align.weights import BaseWeights, Weights
 from modelyard.engine import EngineCore, Request, Sampling, Tokenizer
 
 _LOOK_SECONDS = 0.05
 """How long a step waits for an environment when there is nothing to write."""
-
-Weights = Iterable[tuple[str, torch.Tensor]]
-"""Whole tensors by Hugging Face names."""
 
 
 @dataclass(frozen=True)
@@ -92,15 +89,19 @@ class LocalPool:
 
     Args:
         engines: one at least, of one model.
+        model: the model's folder.
         shared: whether it serves all workers.
         telling: what answers are told between their turns; None = they are one turn.
 
     Raises:
+        DataError: the folder has no weights.
         RecipeError: the environment cannot be imported.
     """
 
-    def __init__(self, engines: Sequence[EngineCore], shared: bool = False, telling: Telling | None = None) -> None:
-        self._engines, self.shared = list(engines), shared
+    def __init__(
+        self, engines: Sequence[EngineCore], model: Path, shared: bool = False, telling: Telling | None = None
+    ) -> None:
+        self._engines, self.shared, self._base = list(engines), shared, BaseWeights(model)
         self._queue: list[tuple[int, int, Ask]] = []
         self._count = itertools.count()
         self._open: dict[str, _Open] = {}
@@ -112,7 +113,7 @@ class LocalPool:
         """See `Pool`."""
         whole = list(weights) if len(self._engines) > 1 else weights
         for engine in self._engines:
-            engine.update_weights(whole, version)
+            engine.update_weights(self._base.whole(whole), version)
 
     def submit(self, asks: Sequence[Ask]) -> None:
         """See `Pool`. Raises ValueError for what the engines' weights are too old to begin."""

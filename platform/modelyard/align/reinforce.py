@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -15,19 +15,25 @@ from transformers import AutoTokenizer, PretrainedConfig
 
 from modelyard import storage
 from modelyard.align.environment import Telling
-from modelyard.align.options import PpoOptions, RolloutEngine, RolloutOptions, RolloutStops, check_rollout_options
+from modelyard.align.options import (
+    PpoOptions,
+    RolloutEngine,
+    RolloutOptions,
+    RolloutStops,
+    check_apart,
+    check_rollout_options,
+)
 from modelyard.align.policy import AnswerObjective, PolicyObjective
-from modelyard.align.pool import LocalPool, Pool
 from modelyard.align.ppo import Ppo, PpoObjective, ValueHead
 from modelyard.align.programs import PackedJob, check_alignment
 from modelyard.align.rewards import RewardMix, mean_rewards
+from modelyard.align.roles import Roles
 from modelyard.align.rollouts import Rollouts
 from modelyard.align.same_tokenizer import check_same_tokenizer, read_tokenizer
 from modelyard.align.samples import Prompt, Prompts
-from modelyard.align.scoring import RewardScorer
+from modelyard.align.scoring import RewardSetup
 from modelyard.align.supply import Supply
 from modelyard.align.weights import VALUE_HEAD
-from modelyard.engine import EngineCore
 from modelyard.errors import RecipeError
 from modelyard.models.build import check_shape
 from modelyard.models.export import load_model, read_config
@@ -57,23 +63,19 @@ class ReinforceJob(PackedJob):
     stops: RolloutStops = Field(RolloutStops(), description="when it has gone wrong")
 
 
-MakePool = Callable[[RolloutEngine, Telling | None], Pool]
-"""From the engines' settings, and what answers are told, to the pool that serves all workers; rank 0 calls it."""
-
-
 def reinforce(
     job: ReinforceJob,
     world: World,
     sink: Sink = no_sink,
     say: Say = no_say,
     hooks: Hooks | None = None,
-    pools: MakePool | None = None,
+    roles: Roles | None = None,
 ) -> Outcome:
     """Trains a policy on rewards of its own answers and writes `model/` and, with an adapter, `adapter/`.
 
     `figures` of the outcome hold means over greedy answers to the held-out prompts: `reward` (without constraints) and
-    each source's, after training, and before it as `before_*`. `pools` makes the engines that answer; None = every
-    worker has one of its own.
+    each source's, after training, and before it as `before_*`. `roles` has whatever answers and scores; None = every
+    worker does it itself, in turns with training.
 
     Raises:
         RecipeError: no reward, a reward model with another tokenizer, an adapter other than LoRA, or a layout that
@@ -83,6 +85,8 @@ def reinforce(
     """
     check_reinforce(job)
     source, options = Path(job.model), job.rollouts
+    roles = roles or Roles()
+    roles.check(options)
     _check_tokenizers(job)
     prompts = Prompts.read(Path(job.data) / "train.jsonl")
     held = Path(job.data) / "heldout.jsonl"
@@ -98,18 +102,18 @@ def reinforce(
     strategy = adapted(plain, job.adapter, job.train, world, more=heads)
     threads = torch.get_num_threads()
     settings = job.engine.model_copy(update={"max_length": longest, "threads": job.engine.threads or threads})
-    pool = _pool(job, world, settings, telling, pools)
-    scorer = EngineCore(source, settings) if options.kl and job.adapter.full else None
+    pool = roles.pool(source, settings, telling, world.leads)
+    reference = roles.reference(source, settings) if options.kl and job.adapter.full else None
     torch.set_num_threads(threads)
     objective = _objective(job)
-    scorers = {n: RewardScorer(Path(p), world.device, longest + len(job.after)) for n, p in job.reward_models.items()}
-    mix = RewardMix(options, scorers)
+    setup = RewardSetup(str(world.device), longest + len(job.after))
+    mix = RewardMix(options, roles.reward_models(job.reward_models, setup))
     pad = AutoTokenizer.from_pretrained(str(source), local_files_only=True).pad_token_id or 0
     steps = job.train.total_steps(len(prompts), longest * options.group)
     rollouts = Rollouts(
         strategy, Supply(pool, strategy, options, job.train.seed), prompts, objective, mix, options,
         job.train.global_batch, -(-steps // options.updates), job.train.micro_batch or 16, job.train.seed, pad,
-        job.after, scorer, ppo,
+        job.after, reference, ppo,
     )  # fmt: skip
     before = _measured(rollouts, heldout, world, 0)
     table = _Table(rollouts, job.reports, world)
@@ -117,11 +121,11 @@ def reinforce(
     kept |= {"kl_weight": ppo.controller.state} if ppo is not None else {}
     additions = Additions(lambda _: rollouts, table.figures, kept, lambda rows: end_reason(job.stops, rows))
     identity = identify(config, objective, job.adapter)
-    setup = Setup(
+    loop = Setup(
         job.train, objective, identity, job.checkpoints, longest * options.group, job.reports, source, additions
     )
     try:
-        outcome = run_loop(setup, strategy, prompts, None, sink, say, hooks)
+        outcome = run_loop(loop, strategy, prompts, None, sink, say, hooks)
         after = _measured(rollouts, heldout, world, outcome.steps)
     finally:
         mix.close()
@@ -157,6 +161,7 @@ def check_reinforce(job: ReinforceJob) -> None:
         raise RecipeError("rollouts need whole layers on a worker (or sharded ones)", place="parallel.tensor",
                           mend="use shard or data degrees")  # fmt: skip
     check_rollout_options(job.rollouts, job.ppo)
+    check_apart(job.rollouts, job.adapter.full)
     if job.train.tokens is not None:
         raise RecipeError("answers have no length known beforehand", place="tokens", mend="give steps or epochs")
     if job.rollouts.kl and job.adapter.full and job.rollouts.temperature != 1.0:
@@ -189,18 +194,6 @@ def _measured(rollouts: Rollouts, prompts: Sequence[Prompt], world: World, versi
     rewards = rollouts.rewarded(answers) if answers else None
     parts = world.gather(float(rewards.plain.sum()) if rewards is not None else 0.0)
     return {"reward": sum(parts) / len(prompts)} | mean_rewards(rewards, len(answers), world)
-
-
-def _pool(
-    job: ReinforceJob, world: World, settings: RolloutEngine, telling: Telling | None, pools: MakePool | None
-) -> Pool | None:
-    """Engines apart, which rank 0 talks to, or one of this worker."""
-    if pools is not None:
-        return pools(settings, telling) if world.leads else None
-    if job.rollouts.engines.count:
-        raise RecipeError("engines apart from the trainers are Ray actors", place="rollouts.engines.count",
-                          mend="run it as a stage, or use count: 0")  # fmt: skip
-    return LocalPool([EngineCore(Path(job.model), settings)], telling=telling)
 
 
 class _Table:

@@ -15,7 +15,7 @@ from modelyard.align.constraints import Multiplier, mixed
 from modelyard.align.judge import Judge
 from modelyard.align.options import RolloutOptions
 from modelyard.align.reward_options import EarnedOptions, JudgeOptions, RewardModelOptions, VerifierOptions, needs
-from modelyard.align.scoring import Ensemble, RewardScorer
+from modelyard.align.scoring import Ensemble, Scorer
 from modelyard.align.verifiers import Verifier
 from modelyard.errors import DataError, RecipeError
 from modelyard.train.world import World
@@ -78,7 +78,7 @@ class RewardMix:
             set, or a reward model that is not there.
     """
 
-    def __init__(self, options: RolloutOptions, scorers: Mapping[str, RewardScorer] | None = None) -> None:
+    def __init__(self, options: RolloutOptions, scorers: Mapping[str, Scorer] | None = None) -> None:
         if not options.rewards:
             raise RecipeError("nothing rewards the answers", place="rollouts.rewards", mend="name a reward")
         self._failed, self._bad = options.failed_reward, options.bad_rewards
@@ -149,7 +149,7 @@ def mean_rewards(rewards: Rewards | None, answers: int, world: World) -> dict[st
     return {name: sum(part.get(name, 0.0) for part, _ in parts) / count for name in names}
 
 
-def _source(options: Any, scorers: Mapping[str, RewardScorer]) -> Source:
+def _source(options: Any, scorers: Mapping[str, Scorer]) -> Source:
     if isinstance(options, JudgeOptions):
         return Judge(options)
     if isinstance(options, EarnedOptions):

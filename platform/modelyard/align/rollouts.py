@@ -25,9 +25,9 @@ from modelyard.align.policy import AnswerObjective
 from modelyard.align.ppo import Ppo
 from modelyard.align.rewards import RewardMix, Rewards, mean_rewards
 from modelyard.align.samples import Arrays, Prompt, Prompts, Sample, empty_like, pack
+from modelyard.align.scoring import Scorer, Wait
 from modelyard.align.supply import Supply
 from modelyard.align.verifiers import repetition
-from modelyard.engine import EngineCore, Request, generate
 from modelyard.tokens import stream_indices
 from modelyard.train.data import MicroBatches
 from modelyard.train.objective import first_tokens, next_tokens, positions
@@ -53,7 +53,7 @@ class Rollouts:
         seed: of the run.
         pad: token id at padding.
         after: token ids that the chat template puts behind an answer; reward models read them too.
-        scorer: an engine with the weights before training, for the KL divergence of a policy without an adapter.
+        reference: the model before training, for the KL divergence of a policy without an adapter.
         ppo: estimates advantages by the policy's value head; None = from groups, by the options' variant.
     """
 
@@ -71,12 +71,12 @@ class Rollouts:
         seed: int,
         pad: int,
         after: Sequence[int] = (),
-        scorer: EngineCore | None = None,
+        reference: Scorer | None = None,
         ppo: Ppo | None = None,
     ) -> None:
         self._strategy, self._supply, self._prompts, self._objective = strategy, supply, prompts, objective
         self._mix, self._options, self._batch, self._sets, self._micro = mix, options, batch, sets, micro_batch
-        self._seed, self._pad, self._after, self._scorer, self._ppo = seed, pad, tuple(after), scorer, ppo
+        self._seed, self._pad, self._after, self._before, self._ppo = seed, pad, tuple(after), reference, ppo
         self._held: MicroBatches = []
         self._set = -1
         self._seconds: dict[str, float] = {}
@@ -105,11 +105,12 @@ class Rollouts:
         self._seconds = {}
         with self._timed("sync"):
             self._supply.update(number)
+        self._means["sync_mib"] = self._supply.handed / 2**20
         self._ask_ahead(number)
-        samples, rewards = self._decided(number)
+        samples, rewards, known = self._decided(number)
         with self._timed("score"):
             gains = self._shared_advantages(rewards) if self._ppo is None else rewards.reshape(-1)
-            arrays = pack(samples, gains, self._options, self._pad, self._reference(samples))
+            arrays = pack(samples, gains, self._options, self._pad, known() if known is not None else None)
             self._held = self._scored(arrays)
             if self._ppo is not None:
                 self._means |= self._ppo.estimate(self._held, self._strategy.world)
@@ -144,16 +145,18 @@ class Rollouts:
         self._supply.ask(_name(number, round_), self._drawn(number, round_), number * 1000 + round_, options.group,
                          options.temperature, least, number)  # fmt: skip
 
-    def _decided(self, number: int) -> tuple[list[Sample], npt.NDArray[np.float64]]:
-        """Answers and rewards [prompts, group] of this worker; groups without a difference are drawn anew a while
-        (dynamic sampling), with other prompts."""
-        options, found = self._options, []
+    def _decided(self, number: int) -> tuple[list[Sample], npt.NDArray[np.float64], Wait | None]:
+        """Answers and rewards [prompts, group] of this worker, and their reference, which a model apart scores while
+        they are rewarded; groups without a difference are drawn anew a while (dynamic sampling), with other prompts."""
+        options, found, known = self._options, list[Sample](), None
         rewards = np.zeros((0, options.group))
         for round_ in range(options.dynamic_sampling + 1):
             with self._timed("generate"):
                 if not self._supply.asked(_name(number, round_)):
                     self._ask(number, round_)
                 fresh = self._supply.take(_name(number, round_))
+            if not options.dynamic_sampling:
+                known = self._reference(fresh)
             with self._timed("reward"):
                 judged = self._judged(fresh, round_ == 0).reshape(-1, options.group)
             if round_ == 0:
@@ -163,7 +166,7 @@ class Rollouts:
                 _replace(found, rewards, fresh, judged, options.group)
             if not self._supply.agrees(bool(undecided(rewards).any())):
                 break
-        return found, rewards
+        return found, rewards, known if known is not None else self._reference(found)
 
     def _drawn(self, number: int, round_: int) -> list[Prompt]:
         """The prompts of a set, those of all workers."""
@@ -215,16 +218,12 @@ class Rollouts:
         whole = np.asarray([row for part in everyone for row in part]).reshape(-1, self._options.group)
         return advantages(whole, self._options.variant)[before : before + len(rewards)].reshape(-1)
 
-    def _reference(self, samples: Sequence[Sample]) -> list[list[float]] | None:
-        """Log-probabilities of the answers' tokens before training, where an engine of its own knows them."""
-        if self._scorer is None:
+    def _reference(self, samples: Sequence[Sample]) -> Wait | None:
+        """Begins with the log-probabilities of the answers' tokens before training, where a model of its own has to be
+        asked for them."""
+        if self._before is None:
             return None
-        requests = [
-            Request(f"reference-{i}", (*s.prompt.ids, *s.tokens), detokenize=False, task="score", prompt_logprobs=0,
-                    logprobs_from=len(s.prompt.ids))
-            for i, s in enumerate(samples)
-        ]  # fmt: skip
-        return [[t.logprob for t in c.output.prompt_logprobs] for c in generate(self._scorer, requests)]
+        return self._before.begin([((*s.prompt.ids, *s.tokens), len(s.prompt.ids)) for s in samples])
 
     def _scored(self, arrays: Arrays) -> MicroBatches:
         """Micro-batches, as many on every worker, with old and reference log-probabilities where they are needed."""
@@ -237,7 +236,7 @@ class Rollouts:
         model = self._strategy.model
         if self._options.updates > 1 or self._ppo is not None:
             _add(batches, "old", model, nullcontext(), self._options.temperature, self._ppo is not None)
-        if self._options.kl and self._scorer is None:
+        if self._options.kl and self._before is None:
             _add(batches, "reference", model, adapter_off(model), self._options.temperature)
         return batches
 

@@ -1,10 +1,15 @@
-"""Reward models at work: the score of conversations as token ids, many in one packed forward pass."""
+"""Models that score answers and keep nothing of them: reward models, and the model before training as reference.
+
+`begin` is how both are asked: a model of this process scores when its results are waited for, one that is played by
+actors elsewhere (`stages.scorers`) begins at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +17,9 @@ import torch
 
 from modelyard.align.answered import Answered
 from modelyard.align.objectives import document_rewards
+from modelyard.align.options import RolloutEngine
 from modelyard.align.reward_model import load_classifier
+from modelyard.engine import EngineCore, Request, generate
 from modelyard.models.build import check_shape
 from modelyard.train.pairs import assign
 
@@ -22,7 +29,85 @@ _BATCH_TOKENS = 8192
 """Tokens of a packed row (or the longest conversation), and of one forward pass."""
 
 
-class RewardScorer:
+Wait = Callable[[], Any]
+"""Waits for results."""
+
+
+class Scorer(Protocol):
+    """A model that scores token ids."""
+
+    def begin(self, items: Sequence[Any]) -> Wait:
+        """Begins with `items`; what is returned waits for their results, one each in their order."""
+        ...
+
+
+class Here:
+    """A scorer of this process: there is nobody beside whom it could begin, so it scores when it is waited for."""
+
+    def __call__(self, items: Sequence[Any]) -> Any:
+        """The results of items."""
+        raise NotImplementedError
+
+    def begin(self, items: Sequence[Any]) -> Wait:
+        """See `Scorer`."""
+        return lambda: self(items)
+
+
+Written = tuple[tuple[int, ...], int]
+"""Token ids of a prompt with its answer, and where the answer begins."""
+
+
+class ReferenceScorer(Here):
+    """The model before training, of a policy that has no adapter to switch off: an engine that only scores.
+
+    Args:
+        folder: the model.
+        settings: of the engine.
+
+    Raises:
+        DataError, ResourceError: as `EngineCore`.
+    """
+
+    def __init__(self, folder: Path, settings: RolloutEngine) -> None:
+        self._engine = EngineCore(folder, settings)
+
+    def __call__(self, items: Sequence[Written]) -> list[list[float]]:
+        """Log-probabilities (natural) of the answers' tokens."""
+        requests = [
+            Request(f"reference-{i}", ids, detokenize=False, task="score", prompt_logprobs=0, logprobs_from=start)
+            for i, (ids, start) in enumerate(items)
+        ]
+        return [[t.logprob for t in c.output.prompt_logprobs] for c in generate(self._engine, requests)]
+
+
+@dataclass(frozen=True)
+class ReferenceSetup:
+    """How to build a reference, wherever its folder is."""
+
+    settings: RolloutEngine
+
+    def build(self, folder: Path) -> ReferenceScorer:
+        """See `ReferenceScorer`."""
+        return ReferenceScorer(folder, self.settings)
+
+
+@dataclass(frozen=True)
+class RewardSetup:
+    """How to build a reward model, wherever its folder is: the device's type, and tokens of the longest
+    conversation."""
+
+    device: str
+    longest: int
+
+    def build(self, folder: Path) -> RewardScorer:
+        """See `RewardScorer`."""
+        return RewardScorer(folder, torch.device(self.device), self.longest)
+
+
+Setup = ReferenceSetup | RewardSetup
+
+
+class RewardScorer(Here):
     """A sequence classifier of one output, as `reward` stages write it.
 
     Args:
@@ -78,14 +163,15 @@ class RewardScorer:
 class Ensemble:
     """Several reward models as one source: their mean, or the least of them (Coste et al. 2023, arXiv 2310.02743)."""
 
-    def __init__(self, scorers: Sequence[RewardScorer], how: Literal["mean", "min"]) -> None:
+    def __init__(self, scorers: Sequence[Scorer], how: Literal["mean", "min"]) -> None:
         self._scorers, self._how = scorers, how
 
     def __call__(self, answers: Sequence[Answered]) -> list[float]:
         """Scores of the answers with their prompts."""
         if not answers:
             return []
-        scores = np.stack([scorer([a.ids for a in answers]) for scorer in self._scorers])
+        waits = [scorer.begin([a.ids for a in answers]) for scorer in self._scorers]
+        scores = np.stack([wait() for wait in waits])
         whole: Floats = scores.mean(axis=0) if self._how == "mean" else scores.min(axis=0)
         return [float(score) for score in whole]
 

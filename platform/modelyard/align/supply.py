@@ -7,16 +7,17 @@ been trained on; so nothing is drawn in vain (AReaL, arXiv 2505.24298, section 5
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 import xxhash
 
 from modelyard.align.options import RolloutOptions
 from modelyard.align.pool import Ask, Pool
 from modelyard.align.samples import Drawn, Prompt, Sample
-from modelyard.align.weights import policy_weights
+from modelyard.align.weights import Change, Weights, policy_weights
 from modelyard.engine import Sampling
 from modelyard.tokens import rank_slice
 from modelyard.train.parallel.strategy import Strategy
@@ -43,6 +44,8 @@ class Supply:
 
     def __init__(self, pool: Pool | None, strategy: Strategy, options: RolloutOptions, seed: int) -> None:
         self._pool, self._strategy, self._options, self._seed = pool, strategy, options, seed
+        self.handed = 0
+        """Bytes of weights that the last update handed over."""
         self._batches: dict[str, _Batch] = {}
         self._names: dict[str, str] = {}
 
@@ -53,18 +56,24 @@ class Supply:
 
     def update(self, version: int) -> None:
         """Gives the engines the policy as it is."""
-        weights = policy_weights(self._strategy.model, changed_only=True)
+        self.handed = 0
+        weights = self._counted(policy_weights(self._strategy.model, changed_only=True))
         if not self.shared:
             assert self._pool is not None
             self._pool.update_weights(weights, version)
             return
         # Every worker gathers all shards before rank 0 sends: a send between two gathers can lock up.
-        whole = []
-        for name, tensor in weights:
+        everything = []
+        for name, value in weights:
             if self._pool is not None:
-                whole.append((name, tensor.cpu()))
+                everything.append((name, value.cpu()))
         if self._pool is not None:
-            self._pool.update_weights(whole, version)
+            self._pool.update_weights(everything, version)
+
+    def _counted(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor | Change]]:
+        for name, value in weights:
+            self.handed += value.nbytes
+            yield name, value
 
     def asked(self, name: str) -> bool:
         """Whether this batch has been asked for and not been taken."""

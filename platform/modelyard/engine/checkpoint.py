@@ -288,13 +288,8 @@ def _end_tokens(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:
     return tuple(int(t) for t in found) if isinstance(found, list) else (int(found),)
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of every safetensors file, by its Hugging Face name; memory-mapped, one at a time.
-
-    Raises DataError when there is no safetensors file or one is damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
+def tensor_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, by its index where it has one. Raises DataError when there is none."""
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -303,7 +298,17 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         raise DataError(
             "the folder has no *.safetensors", place=str(folder), mend="save the model with safe_serialization"
         )
-    for file in files:
+    return files
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of every safetensors file, by its Hugging Face name; memory-mapped, one at a time.
+
+    Raises DataError when there is no safetensors file or one is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for file in tensor_files(folder):
         try:
             with safe_open(str(file), framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 - not a mapping

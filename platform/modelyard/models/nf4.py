@@ -95,7 +95,8 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     levels = torch.tensor(LEVELS, device=weight.device)
     scaled = blocks / largest.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
     nearest = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
-    mean = largest.mean().reshape(1)
+    # In double precision: another process, of other threads, makes the same codes of the same matrix.
+    mean = largest.mean(dtype=torch.float64).float().reshape(1)
     apart = F.pad(largest - mean, (0, -len(largest) % GROUP)).reshape(-1, GROUP)
     steps = (apart.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
     magnitudes = (apart / steps.unsqueeze(1)).round().to(torch.int8).reshape(-1)[: len(largest)]

@@ -23,8 +23,9 @@ from modelyard.stages.alignment import (
     result,
 )
 from modelyard.stages.base import InputSpec, PlanContext, Stage, StageContext, StageResult
+from modelyard.stages.roles import REWARDED, roles_apart, roles_need
 from modelyard.stages.rollout_rewards import check_no_more
-from modelyard.stages.rollout_stage import REWARDED, check_rollouts, engines_need, run_rollouts
+from modelyard.stages.rollout_stage import check_rollouts, run_rollouts
 from modelyard.stages.training import MODELS, clear, model_place, warnings
 from modelyard.stages.training_report import RESULTS, write_results
 from modelyard.storage import Artifact, join
@@ -83,13 +84,16 @@ class AlignStage(Stage[AlignOptions]):
     def estimate(self, ctx: PlanContext[AlignOptions]) -> Estimate:
         """By the planner, for a budget in steps; how long answers take is not known beforehand."""
         if ctx.options.method in REWARDED:
-            return Estimate(notes=("time depends on how long the answers are", *warnings(ctx.options)))
+            roles = roles_apart(ctx.options)
+            need = " and ".join(f"{amount:g} {name}" for name, amount in roles_need(roles).items())
+            beside = (f"beside the trainers {need}: {', '.join(map(str, roles))}",) if roles else ()
+            return Estimate(notes=("time depends on how long the answers are", *beside, *warnings(ctx.options)))
         return estimate_alignment(ctx)
 
     def demand(self, options: AlignOptions) -> dict[str, float]:
-        """Of the trainers, and of rollout engines apart."""
+        """Of the trainers, and of the actors that play roles apart."""
         demand = super().demand(options)
-        for name, amount in engines_need(options).items():
+        for name, amount in roles_need(roles_apart(options)).items():
             demand[name] = demand.get(name, 0.0) + amount
         return demand
 

@@ -7,7 +7,7 @@ import contextlib
 import queue
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,31 +23,52 @@ if TYPE_CHECKING:
     from modelyard.align.options import RolloutEngine
     from modelyard.align.pool import Ask, LocalPool
     from modelyard.align.samples import Drawn
+    from modelyard.align.weights import Change, Weights
 
-Packed = list[tuple[str, Any, str]]
-"""Name, array and torch type of each tensor: arrays cross the object store without a copy, tensors do not."""
+Packed = list[tuple[str, list[tuple[Any, str]], bool | None]]
+"""Of each tensor its name, its arrays with their torch types, and for a `Change`, which has several, whether its matrix
+is in four bits: arrays cross the object store without a copy, tensors do not."""
 
 
-def packed(weights: Iterable[tuple[str, torch.Tensor]]) -> Packed:
-    """Whole tensors as they travel."""
-    import torch
+def packed(weights: Weights) -> Packed:
+    """Weights as they travel."""
+    from modelyard.align.weights import Change
 
-    found = []
-    for name, tensor in weights:
-        whole = tensor.detach().cpu().contiguous()
-        array = whole.view(torch.int16) if whole.dtype == torch.bfloat16 else whole  # NumPy has no bfloat16
-        found.append((name, array.numpy(), str(whole.dtype).removeprefix("torch.")))
+    found: Packed = []
+    for name, value in weights:
+        parts = value.parts if isinstance(value, Change) else (value,)
+        found.append((name, [_array(part) for part in parts], value.quantized if isinstance(value, Change) else None))
     return found
 
 
-def unpacked(weights: Packed) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors again; they are views of the object store, to be read only."""
+def unpacked(weights: Packed) -> Iterator[tuple[str, torch.Tensor | Change]]:
+    """The weights again; their tensors are views of the object store, to be read only."""
+    from modelyard.align.weights import Change
+
+    for name, arrays, quantized in weights:
+        parts = tuple(_tensor(*each) for each in arrays)
+        yield name, parts[0] if quantized is None else Change(parts, quantized)
+
+
+def packed_bytes(weights: Packed) -> int:
+    """What they take in the object store."""
+    return sum(array.nbytes for _, arrays, _ in weights for array, _ in arrays)
+
+
+def _array(tensor: torch.Tensor) -> tuple[Any, str]:
+    import torch
+
+    whole = tensor.detach().cpu().contiguous()
+    array = whole.view(torch.int16) if whole.dtype == torch.bfloat16 else whole  # NumPy has no bfloat16
+    return array.numpy(), str(whole.dtype).removeprefix("torch.")
+
+
+def _tensor(array: Any, kind: str) -> torch.Tensor:
     import torch
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        for name, array, kind in weights:
-            yield name, torch.from_numpy(array).view(getattr(torch, kind))
+        return torch.from_numpy(array).view(getattr(torch, kind))
 
 
 class RolloutActor:
@@ -104,7 +125,8 @@ class RolloutActor:
         self._abandon(StageError("another session has begun", place="rollouts.engines"))
         if self._pool is None or (settings, telling) != self._settings:
             self._pool = None
-            self._pool = LocalPool([EngineCore(Path(str(bring(self._model))), settings)], telling=telling)
+            model = Path(str(bring(self._model)))
+            self._pool = LocalPool([EngineCore(model, settings)], model, telling=telling)
             self._settings = settings, telling
         self._session = session
         if weights is not None:

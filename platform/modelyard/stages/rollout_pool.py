@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from modelyard.errors import ResourceError, StageError
 from modelyard.stages.remote import plain_errors
-from modelyard.stages.rollout_actor import packed
+from modelyard.stages.rollout_actor import packed, packed_bytes
 
 if TYPE_CHECKING:
     from modelyard.align.environment import Telling
     from modelyard.align.options import EngineGroup, RolloutEngine
-    from modelyard.align.pool import Answers, Ask, Weights
+    from modelyard.align.pool import Answers, Ask
+    from modelyard.align.weights import Weights
     from modelyard.train.metrics import Say
 
 _AGAIN_SECONDS = 0.2
@@ -89,7 +90,7 @@ class RayPool:
         first = self._weights is None
         self._weights = None  # lets the store drop the last ones before it takes these
         whole = packed(weights)
-        self._warn(sum(array.nbytes for _, array, _ in whole))
+        self._warn(packed_bytes(whole))
         self._weights, self._version = ray.put(whole), version
         waited = [engine for engine in self._engines if first or engine.ready]
         for engine in waited:

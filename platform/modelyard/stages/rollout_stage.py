@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelyard.align.options import PpoOptions, check_rollout_options
+from modelyard.align.options import PpoOptions, check_apart, check_rollout_options
 from modelyard.errors import DataError, RecipeError
 from modelyard.stages.alignment import Facts, prepared
 from modelyard.stages.base import PlanContext, StageContext, StageResult
 from modelyard.stages.examples import name_of, read_examples, split
 from modelyard.stages.finetune import read_tokenizer
+from modelyard.stages.roles import ENGINES, Role, placed, roles_apart, roles_need
 from modelyard.stages.rollout_rewards import check_rewards, check_same_tokenizers, reward_models
 from modelyard.stages.training import model_place, speed_metrics
 from modelyard.stages.training_report import write_results
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 Places = dict[str, "Place | dict[str, Place]"]
 """Fields of a job and what they should hold the local path of."""
 
-REWARDED = ("grpo", "ppo")
 CURVES = ("reward", "kl", "kl_answer", "kl_weight", "value_loss", "explained_variance", "entropy", "clip_fraction",
           "answer_tokens", "repetition", "engine_difference_max", "staleness_mean", "importance_weight_mean",
           "importance_clipped", "turns")  # fmt: skip
@@ -40,6 +41,7 @@ def check_rollouts(ctx: PlanContext[AlignOptions]) -> None:
     options = ctx.options
     check_rewards(ctx)
     check_rollout_options(options.rollouts, ppo_options(options))
+    check_apart(options.rollouts, options.adapter.full)
     if options.parallel.tensor > 1:
         raise RecipeError("rollouts need whole layers on a worker", place="parallel.tensor", mend="use shard or data")
     if options.adapter.ia3 is not None:
@@ -60,7 +62,8 @@ def ppo_options(options: AlignOptions) -> PpoOptions | None:
 
 
 def run_rollouts(ctx: StageContext[AlignOptions]) -> StageResult:
-    """Encodes the prompts, trains on Ray Train workers, each with an engine of its own, writes model and report."""
+    """Encodes the prompts, trains on Ray Train workers, which answer and score themselves or ask actors, writes model
+    and report."""
     from modelyard.align.reinforce import ReinforceJob
     from modelyard.stages.workers import Assignment, run_workers
 
@@ -82,14 +85,15 @@ def run_rollouts(ctx: StageContext[AlignOptions]) -> StageResult:
         checkpoints=join(ctx.work, "checkpoints"),
         reports=ctx.output,
     )
-    places: Places = {
-        "model": model_place(ctx.inputs["model"], "model"),
-        "data": join(ctx.work, "answers"),
-        "reward_models": {name: model_place(ctx.inputs[name], name) for name in reward_models(options)},
+    brought: dict[str, Place] = {
+        name: model_place(ctx.inputs[name], name) for name in ("model", *reward_models(options))
     }
+    apart = roles_apart(options, brought)
+    places: Places = {"model": brought.pop("model"), "data": join(ctx.work, "answers")}
+    places["reward_models"] = brought if not options.rollouts.reward_models.count else {}
     steps = options.total_steps(facts["prompts"], 1)
-    if options.rollouts.engines.count:
-        outcome = _run_apart(ctx, job, places, steps, facts["heldout_prompts"])
+    if apart:
+        outcome = _run_apart(ctx, job, places, steps, _with_calls(apart, options, facts["heldout_prompts"]))
     else:
         outcome = run_workers(ctx, Assignment("modelyard.align.reinforce:reinforce", job, places), steps)
     write_bytes(join(ctx.output, "quarantine.jsonl"), read_bytes(join(ctx.work, "answers", "quarantine.jsonl")))
@@ -97,28 +101,25 @@ def run_rollouts(ctx: StageContext[AlignOptions]) -> StageResult:
     return _result(outcome, facts)
 
 
-def _run_apart(ctx: StageContext[AlignOptions], job: ReinforceJob, places: Places, steps: int, heldout: int) -> Outcome:
-    """The workers, with engines beside them in a placement group of their own."""
-    from modelyard.stages.rollout_engines import ApartJob, placed
+def _with_calls(roles: Sequence[Role], options: AlignOptions, heldout: int) -> list[Role]:
+    """The roles, with the calls that an engine may have open at a time: the prompts of all sets it may be asked for."""
+    sets = options.rollouts.staleness + 1 + options.rollouts.dynamic_sampling
+    more = {"max_concurrency": sets * options.global_batch + heldout + 16}
+    return [replace(role, more=more) if role.name == ENGINES else role for role in roles]
+
+
+def _run_apart(
+    ctx: StageContext[AlignOptions], job: ReinforceJob, places: Places, steps: int, roles: Sequence[Role]
+) -> Outcome:
+    """The workers, with the actors of `roles` beside them in a placement group of their own."""
+    from modelyard.stages.rollout_roles import ApartJob
     from modelyard.stages.workers import Assignment, await_room, run_workers
 
     options = ctx.options
-    rollouts = options.rollouts
-    await_room(options.resources, options.workers_timeout, engines_need(options))
-    sets = rollouts.staleness + 1 + rollouts.dynamic_sampling
-    calls = sets * options.global_batch + heldout + 16
-    model = model_place(ctx.inputs["model"], "model")
-    with placed(model, rollouts.engines, calls, options.workers_timeout) as names:
+    await_room(options.resources, options.workers_timeout, roles_need(roles))
+    with placed(roles, options.workers_timeout) as names:
         apart = ApartJob(**{name: getattr(job, name) for name in type(job).model_fields}, actors=names)
-        return run_workers(ctx, Assignment("modelyard.stages.rollout_engines:reinforce", apart, places), steps)
-
-
-def engines_need(options: AlignOptions) -> dict[str, float]:
-    """CPUs and GPUs of rollout engines apart from the trainers; empty where there are none."""
-    group = options.rollouts.engines
-    if options.method not in REWARDED or not group.count:
-        return {}
-    return {"CPU": group.count * group.cpus} | ({"GPU": group.count * group.gpus} if group.gpus else {})
+        return run_workers(ctx, Assignment("modelyard.stages.rollout_roles:reinforce", apart, places), steps)
 
 
 def pack_prompts(ctx: StageContext[Any], folder: Path) -> Facts:

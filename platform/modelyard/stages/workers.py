@@ -164,7 +164,7 @@ def await_room(resources: Resources, timeout: float, beside: Mapping[str, float]
         f"{who} need {wanted[name]:g} {name}, the cluster has {have.get(name, 0.0):g}",
         place="resources",
         mend=f"lower resources.workers (or allow fewer: workers: [1, {resources.workers}]) or "
-        f"{name.lower()}s_per_worker{', or rollouts.engines' if more else ''}, or use a larger cluster",
+        f"{name.lower()}s_per_worker{', or what rollouts places apart' if more else ''}, or use a larger cluster",
     )
 
 
