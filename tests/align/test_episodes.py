@@ -46,6 +46,16 @@ class Game:
         self.turn += 1
         return f"{self.row['answer']}{self.turn}", self.turn == self.row.get("turns"), self.turn
 
+class Riddle(Game):
+    """Asks something else than the row does."""
+    def reset(self, row):
+        super().reset(row)
+        turns = (("user", "rid"), ("assistant", "?"), ("user", "dle"))
+        asked = {"text": "riddle", "messages": [{"role": r, "content": c} for r, c in turns],
+                 "long": "x" * 500, "number": 7}
+        if row.get("what") == "raise": raise LookupError("no riddle")
+        return asked.get(row.get("what", "text"))
+
 class Broken:
     def reset(self, row):
         self.row = row
@@ -133,6 +143,37 @@ def test_a_conversation_goes_on_by_the_chat_template(model_folder: Path, words: 
         assert words.decode(told) == observations, "observations are cut to one token"
 
 
+@pytest.mark.usefixtures("tools")
+def test_a_reset_may_ask_something_else(model_folder: Path, words: Any) -> None:
+    riddle = [{"role": "user", "content": "riddle"}]
+    several = [riddle[0] | {"content": "rid"}, {"role": "assistant", "content": "?"}, riddle[0] | {"content": "dle"}]
+    options = environment("Riddle", turns=1, prompt_tokens=40, observation_tokens=4)
+    pool = LocalPool([engine(model_folder)], model_folder, telling=Telling(options, *around_observation(words, "user")))
+    whats = ("text", "messages", "same", "long", "number", "raise")
+    pool.submit([Ask(what, Prompt((1, 20, 2), "p", {"what": what, "answer": ""}, "row 1"), SHORT, 2) for what in whats])
+    found = finish(pool)
+    model = load_model(model_folder).eval()
+    for what, messages in (("text", riddle), ("messages", several)):
+        text = words.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        for each in found[what]:
+            assert each.prompt is not None
+            assert (each.prompt.text, each.prompt.place, each.failure) == (text, "row 1", "")
+            assert list(each.prompt.ids) == words(text, add_special_tokens=False)["input_ids"]
+            assert each.earned == 1
+            with torch.no_grad():
+                logs = model(input_ids=torch.tensor([[*each.prompt.ids, *each.tokens]])).logits[0].log_softmax(-1)
+            first = len(each.prompt.ids) - 1
+            wanted = [float(logs[first + i, token]) for i, token in enumerate(each.tokens)]
+            assert list(each.logprobs) == pytest.approx(wanted, abs=1e-4)
+    assert [(each.prompt, each.failure) for each in found["same"]] == [(None, "")] * 2
+    for what, sign in (("long", "above rollouts.environment.prompt_tokens"), ("number", "reset to no prompt"),
+                       ("raise", "LookupError: no riddle")):  # fmt: skip
+        for each in found[what]:
+            assert sign in each.failure
+            assert each.prompt is None
+    pool.close()
+
+
 def test_the_end_of_a_turn_is_not_written_twice() -> None:
     telling = Telling(EnvironmentOptions(function="a:b", observation_tokens=2), (0, 1), (2,))
     assert telling.ids([7, 8, 9], 0) == (1, 7, 8, 2)
@@ -142,18 +183,18 @@ def test_the_end_of_a_turn_is_not_written_twice() -> None:
 
 def told_sample() -> Sample:
     prompt = Prompt((1, 20, 2), "p", {}, "x")
-    return Sample(prompt, (30, 31, 7, 8, 32, 33), (-1.0, -2.0, 0.0, 0.0, -3.0, -4.0), "", True, 0,
-                  learnt=(True, True, False, False, True, True))  # fmt: skip
+    return Sample(prompt, Drawn((30, 31, 7, 8, 32, 33), (-1.0, -2.0, 0.0, 0.0, -3.0, -4.0), "", True, 0,
+                                learnt=(True, True, False, False, True, True)))  # fmt: skip
 
 
 def test_what_was_told_is_not_learnt() -> None:
     sample = told_sample()
-    plain = Sample(sample.prompt, (40, 41), (-1.0, -1.0), "", True, 0)
+    plain = Sample(sample.prompt, Drawn((40, 41), (-1.0, -1.0), "", True, 0))
     arrays = pack([sample, plain], np.asarray([1.0, 2.0]), RolloutOptions(rows=16), 0)
     assert arrays["input_ids"].shape == (1, 16)
     assert arrays["loss_mask"][0].nonzero()[0].tolist() == [3, 4, 7, 8, 12, 13]
     assert arrays["engine"][0, 3:9].tolist() == [-1, -2, 0, 0, -3, -4]
-    assert sample.written == (30, 31, 32, 33)
+    assert sample.drawn.written == (30, 31, 32, 33)
 
 
 def test_advantages_pass_over_what_was_told() -> None:
@@ -178,7 +219,8 @@ def test_advantages_pass_over_what_was_told() -> None:
 @pytest.mark.usefixtures("tools")
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_a_policy_learns_from_episodes(model_folder: Path, words: Any, tmp_path: Path, staleness: int) -> None:
-    told = {"function": "my_tools:Game", "stop": VOWELS, "turns": 3, "observation_tokens": 4}
+    name = "Game" if staleness else "Riddle"
+    told = {"function": f"my_tools:{name}", "stop": VOWELS, "turns": 3, "observation_tokens": 4, "prompt_tokens": 12}
     made = job(tmp_path / "run", model_folder, words, max_tokens=24, environment=told, staleness=staleness, rows=128,
                rewards=[{"kind": "environment"}, {"kind": "regex", "pattern": "[a-m]"}])  # fmt: skip
     made = made.model_copy(update={"around": around_observation(words, "user"),

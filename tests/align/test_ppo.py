@@ -17,7 +17,7 @@ from modelyard.align.ppo import KlController, Ppo, PpoObjective, ValueHead, gae
 from modelyard.align.reinforce import ReinforceJob, reinforce
 from modelyard.align.reward_model import load_classifier, write_classifier
 from modelyard.align.rollouts import _add
-from modelyard.align.samples import Prompt, Sample, pack
+from modelyard.align.samples import Drawn, Prompt, Sample, pack
 from modelyard.errors import RecipeError
 from modelyard.models import load_model
 from modelyard.models.options import AdapterOptions, LoraOptions
@@ -28,7 +28,7 @@ REWARDS = [1.0, -0.5, 0.3, 2.0]
 def samples() -> list[Sample]:
     prompts = [Prompt((1, 20, 21, 2), "p", {}, "x"), Prompt((1, 2), "q", {}, "y")]
     shapes = [(30, 31, 0), (32, 0), (33, 34, 35, 36), (40,)]
-    return [Sample(prompts[i % 2], tokens, tuple(-1.0 for _ in tokens), "", True, 0) for i, tokens in enumerate(shapes)]
+    return [Sample(prompts[i % 2], Drawn(t, tuple(-1.0 for _ in t), "", True, 0)) for i, t in enumerate(shapes)]
 
 
 def valued(folder: Path, seed: int | None = None) -> Any:
@@ -55,13 +55,13 @@ class Slow:
 
 def slow(model: Any, sample: Sample) -> Slow:
     """One answer alone, by the plain forward pass in the model's own type."""
-    ids = torch.tensor([[*sample.prompt.ids, *sample.tokens]])
+    ids = torch.tensor([[*sample.prompt.ids, *sample.drawn.tokens]])
     output = model(input_ids=ids, output_hidden_states=True)
     logs = torch.log_softmax(output.logits[0], dim=-1)
-    places = [len(sample.prompt.ids) - 1 + i for i in range(len(sample.tokens))]
+    places = [len(sample.prompt.ids) - 1 + i for i in range(len(sample.drawn.tokens))]
     hidden, weight = output.hidden_states[-1][0], model.value_head.weight
     values = torch.stack([(hidden[p] * weight[:-1]).sum() + weight[-1] for p in places])
-    return Slow(torch.stack([logs[p, t] for p, t in zip(places, sample.tokens, strict=True)]), values)
+    return Slow(torch.stack([logs[p, t] for p, t in zip(places, sample.drawn.tokens, strict=True)]), values)
 
 
 def slow_advantages(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
@@ -93,7 +93,7 @@ def slow_ppo(
     total = torch.zeros((), dtype=torch.float64)
     for sample, before, gains, returns in everyone:
         now = slow(model, sample)
-        for t in range(len(sample.tokens)):
+        for t in range(len(sample.drawn.tokens)):
             gain = (gains[t] - mean) / deviation
             ratio = (now.logprobs[t] - before.logprobs[t]).exp()
             bounded = ratio.clamp(1 - options.clip, 1 + options.clip)
@@ -126,7 +126,7 @@ def test_packed_losses_and_gradients_equal_a_slow_reference(model_folder: Path, 
     wanted_model = valued(model_folder, 2).double()
     wanted, nats = slow_ppo(old.double(), reference.double(), wanted_model, options, ppo)
     wanted.backward()  # type: ignore[no-untyped-call]
-    assert weight == sum(len(s.tokens) for s in samples())
+    assert weight == sum(len(s.drawn.tokens) for s in samples())
     assert loss.item() == pytest.approx(wanted.item(), abs=1e-5)
     assert figures["kl_answer"] == pytest.approx(nats, abs=1e-5)
     assert sum(float(m["clip_fraction"]) for _, m in results) > 0, "the case must reach the clip"

@@ -21,7 +21,7 @@ from modelyard.align.policy import Clip, PolicyObjective, clipped, divergence
 from modelyard.align.pool import LocalPool
 from modelyard.align.reinforce import ReinforceJob, end_reason, reinforce
 from modelyard.align.rewards import RewardMix
-from modelyard.align.samples import Prompt, Sample, pack
+from modelyard.align.samples import Drawn, Prompt, Sample, pack
 from modelyard.align.verifiers import repetition
 from modelyard.align.weights import BaseWeights, Change, policy_weights
 from modelyard.engine import EngineCore, Request, Sampling, generate
@@ -59,7 +59,7 @@ def test_the_clip_binds_on_the_side_that_gains() -> None:
 def samples() -> list[Sample]:
     prompt = Prompt((1, 20, 21, 2), "p", {}, "x")
     shapes = [(30, 31, 0), (32, 0), (33, 34, 35, 36)]
-    return [Sample(prompt, tokens, tuple(-1.0 for _ in tokens), "", True, 0) for tokens in shapes]
+    return [Sample(prompt, Drawn(tokens, tuple(-1.0 for _ in tokens), "", True, 0)) for tokens in shapes]
 
 
 @pytest.mark.parametrize("variant", ["grpo", "dr_grpo", "dapo", "rloo", "reinforce++"])

@@ -20,7 +20,7 @@ from modelyard.align.encode import after_answer, use_template
 from modelyard.align.options import RolloutOptions
 from modelyard.align.rewards import RewardMix
 from modelyard.align.same_tokenizer import check_same_tokenizer
-from modelyard.align.samples import Prompt, Sample
+from modelyard.align.samples import Drawn, Prompt, Sample
 from modelyard.align.scoring import RewardScorer
 from modelyard.errors import DataError, RecipeError
 
@@ -72,8 +72,8 @@ def test_reward_models_read_what_the_template_puts_behind_an_answer(words: Any) 
     after = after_answer(chat)
     assert words.decode(after) in ("\n", "<|im_end|>\n", "")
     prompt = Prompt((1, 2), "p", {}, "x")
-    assert Sample(prompt, (5, 0), (0.0, 0.0), "", True, 0).answered((9,)).ids == (1, 2, 5, 0, 9)
-    assert Sample(prompt, (5, 6), (0.0, 0.0), "", False, 0).answered((9,)).ids == (1, 2, 5, 6)
+    assert Sample(prompt, Drawn((5, 0), (0.0, 0.0), "", True, 0)).answered((9,)).ids == (1, 2, 5, 0, 9)
+    assert Sample(prompt, Drawn((5, 6), (0.0, 0.0), "", False, 0)).answered((9,)).ids == (1, 2, 5, 6)
 
 
 def test_another_tokenizer_is_named_before_work(model_folder: Path) -> None:

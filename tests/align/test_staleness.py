@@ -20,7 +20,7 @@ from modelyard.align.policy import PolicyObjective
 from modelyard.align.pool import Answers, Ask, LocalPool
 from modelyard.align.ppo import PpoObjective, ValueHead
 from modelyard.align.reinforce import reinforce
-from modelyard.align.samples import Prompt, Sample, pack
+from modelyard.align.samples import Drawn, Prompt, Sample, pack
 from modelyard.align.supply import Supply
 from modelyard.align.weights import policy_weights
 from modelyard.engine import EngineCore, Sampling
@@ -154,7 +154,7 @@ def test_what_is_too_old_is_never_begun_and_never_learnt_from(model_folder: Path
     found = supply.take("a")
     assert pool.asked == 4
     assert [sample.prompt for sample in found] == [p for p in prompts for _ in range(2)]
-    assert {sample.first for sample in found} == {3}
+    assert {sample.drawn.first for sample in found} == {3}
 
 
 @pytest.mark.parametrize("variant", ["grpo", "dapo", "rloo"])
@@ -170,7 +170,7 @@ def test_importance_weights_by_hand(model_folder: Path, variant: Any) -> None:
         chosen = F.log_softmax(model(input_ids=ids).logits[0], dim=-1)[3 : 3 + len(tokens)]
         logs.append(torch.stack([row[token] for row, token in zip(chosen, tokens, strict=True)]))
         noise = generator.normal(0, 0.5, len(tokens))
-        samples.append(Sample(prompt, tokens, tuple(logs[-1].detach().numpy() - noise), "", True, 0))
+        samples.append(Sample(prompt, Drawn(tokens, tuple(logs[-1].detach().numpy() - noise), "", True, 0)))
     gains = np.asarray([1.0, -0.5, 0.3, 2.0])
     arrays = pack(samples, gains, options, 1)
     batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -178,7 +178,7 @@ def test_importance_weights_by_hand(model_folder: Path, variant: Any) -> None:
     loss, metrics = PolicyObjective(options, 8)(single, batch)
     total, weights, bound, count = torch.zeros((), dtype=torch.float64), 0.0, 0.0, 0
     for sample, new, gain in zip(samples, logs, gains, strict=True):
-        gap = new.detach() - torch.tensor(sample.logprobs, dtype=torch.float64)
+        gap = new.detach() - torch.tensor(sample.drawn.logprobs, dtype=torch.float64)
         gap = gap.sum().expand(len(gap)) if variant == "rloo" else gap
         weight = gap.exp().clamp(max=1.3)
         ratio = new - new.detach()
@@ -206,7 +206,7 @@ def test_ppo_weighs_its_policy_loss_alone(model_folder: Path) -> None:
     model = load_model(model_folder)
     model.value_head = ValueHead(model.config.hidden_size)
     prompt = Prompt((1, 20, 21, 2), "p", {}, "x")
-    samples = [Sample(prompt, tokens, tuple(-1.0 for _ in tokens), "", True, 0) for tokens in ((30, 31, 0), (32, 0))]
+    samples = [Sample(prompt, Drawn(t, tuple(-1.0 for _ in t), "", True, 0)) for t in ((30, 31, 0), (32, 0))]
     losses = {}
     for staleness, weight in ((0, 0.1), (0, 0.0), (1, 0.1)):
         options = RolloutOptions(group=1, rows=16, staleness=staleness, importance_cap=1.5)

@@ -5,9 +5,9 @@
 A Llama of random weights learns to write words of a set, a quarter of all: the reward of an answer is the share of its
 words that are in it. Both sides train all weights of the same model on the same prompts for the same steps, with AdamW
 of the same constants at a constant rate, 8 prompts a step, groups of 8, answers of 16 tokens at most, no KL term, one
-update, fp32, one thread; each with several seeds, which decide prompts and draws. The figure is the difference by step of
-the two mean curves (root mean square over steps) beside the standard error that the spread between seeds gives it: a
-ratio of 2 is a difference of two standard errors. `area` is the mean reward of each run over all steps.
+update, fp32, one thread; each with several seeds, which decide prompts and draws. The figure is the difference by step
+of the two mean curves (root mean square over steps) beside the standard error that the spread between seeds gives it:
+a ratio of 2 is a difference of two standard errors. `area` is the mean reward of each run over all steps.
 """
 
 from __future__ import annotations
@@ -90,11 +90,11 @@ def trl(folder: Path, seed: int) -> list[float]:
         return values
 
     arguments = GRPOConfig(
-        output_dir=str(folder / f"trl-{seed}"), max_steps=STEPS, use_cpu=True, bf16=False, seed=seed, learning_rate=RATE,
-        lr_scheduler_type="constant", optim="adamw_torch", adam_beta1=0.9, adam_beta2=0.999, weight_decay=0.0,
-        max_grad_norm=1.0, per_device_train_batch_size=BATCH * GROUP, num_generations=GROUP, temperature=1.0, beta=0.0,
-        max_completion_length=ANSWER, loss_type="grpo", gradient_checkpointing=False, report_to=[], save_strategy="no",
-        logging_strategy="no", disable_tqdm=True,
+        output_dir=str(folder / f"trl-{seed}"), max_steps=STEPS, use_cpu=True, bf16=False, seed=seed,
+        learning_rate=RATE, lr_scheduler_type="constant", optim="adamw_torch", adam_beta1=0.9, adam_beta2=0.999,
+        weight_decay=0.0, max_grad_norm=1.0, per_device_train_batch_size=BATCH * GROUP, num_generations=GROUP, temperature=1.0,
+        beta=0.0, max_completion_length=ANSWER, loss_type="grpo", gradient_checkpointing=False, report_to=[],
+        save_strategy="no", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     data = Dataset.from_list([{"prompt": words.decode(p)} for p in json.loads((folder / "prompts.json").read_text())])
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)

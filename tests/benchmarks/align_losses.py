@@ -29,7 +29,7 @@ from modelyard.align.objectives import PreferenceObjective, RewardObjective, ans
 from modelyard.align.options import PreferenceOptions, RewardOptions, RolloutOptions
 from modelyard.align.policy import PolicyObjective
 from modelyard.align.reward_model import load_classifier
-from modelyard.align.samples import Prompt, Sample, pack
+from modelyard.align.samples import Drawn, Prompt, Sample, pack
 from modelyard.models.export import load_model
 from modelyard.train.objective import completion_lm
 from modelyard.train.pairs import Encoded, PackedPairs
@@ -98,7 +98,7 @@ def mismatched(pairs: list[dict[str, Any]]) -> Any:
 
 def policy_batch(plan: dict[str, Any], options: RolloutOptions) -> Any:
     """Drawn answers with what their log-probabilities were."""
-    samples = [Sample(Prompt(tuple(d["prompt"]), "", {}, ""), tuple(d["tokens"]), tuple(d["old"]), "", True, 0)
+    samples = [Sample(Prompt(tuple(d["prompt"]), "", {}, ""), Drawn(tuple(d["tokens"]), tuple(d["old"]), "", True, 0))
                for d in plan["drawn"]]  # fmt: skip
     gains = np.asarray([d["advantage"] for d in plan["drawn"]])
     references = [d["reference"] for d in plan["drawn"]]

@@ -22,7 +22,7 @@ class Episode:
     """
 
     def __init__(self, prompt: Prompt, request: Request) -> None:
-        self.prompt, self.request = prompt, request
+        self.prompt, self.request, self._asked = prompt, request, prompt
         self.texts: list[str] = []
         self.earned, self.failure = 0.0, ""
         self._first_request, self._output = request, StepOutput(())
@@ -30,6 +30,11 @@ class Episode:
         self._logprobs: list[float] = []
         self._learnt: list[bool] = []
         self._versions: list[int] = []
+
+    def ask(self, prompt: Prompt) -> None:
+        """Puts another prompt in the place of the one that was to be answered, before anything is written."""
+        self.prompt = prompt
+        self.request = self._first_request = replace(self.request, prompt=prompt.ids)
 
     @property
     def turn(self) -> int:
@@ -116,4 +121,5 @@ class Episode:
             turns=tuple(self.texts) if many else (),
             earned=self.earned,
             failure=self.failure,
+            prompt=self.prompt if self.prompt is not self._asked else None,
         )

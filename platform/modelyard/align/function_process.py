@@ -42,6 +42,8 @@ class FunctionProcess:
         self._path, self._timeout, self._place = path, timeout, place
         self._process: subprocess.Popen[bytes] | None = None
         self._rest = b""
+        self.is_class = False
+        """Whether the path names a class."""
         self._start()
 
     def __call__(self, prompt: str, completion: str, row: Mapping[str, Any]) -> float:
@@ -94,6 +96,7 @@ class FunctionProcess:
                 place=self._place,
                 mend="install its module for the workers too, and write package.module:function",
             )
+        self.is_class = bool(ready["class"])
 
     def _read(self, seconds: float) -> dict[str, Any]:
         """The next line. Raises TimeoutError or EOFError."""
@@ -128,15 +131,20 @@ class _Episodes:
         if not isinstance(self._target, type):
             return _told(self._target(call["prompt"], call["completion"], call["row"]), False, 0.0)
         name = call["episode"]
-        if call["first"]:
-            self._live[name] = self._target()
-            self._live[name].reset(call["row"])
+        if "completion" not in call:
+            return {"prompt": self._reset(name, call["row"])}
+        if name not in self._live and call["first"]:
+            self._reset(name, call["row"])  # the process has ended since
         if name not in self._live:
             raise RuntimeError("nothing: an earlier call ended the process, and with it the episode's state")
         observation, done, reward = self._live[name].step(call["completion"])
         if done or observation is None or call["last"]:
             del self._live[name]
         return _told(observation, done, reward)
+
+    def _reset(self, name: str, row: Mapping[str, Any]) -> Any:
+        self._live[name] = self._target()
+        return self._live[name].reset(row)
 
 
 def _told(observation: Any, done: bool, reward: Any) -> dict[str, Any]:
@@ -157,7 +165,7 @@ def main() -> None:
     except Exception as error:  # anything a user's module does at import
         print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=answers)
         return
-    print(json.dumps({"ready": True}), file=answers)
+    print(json.dumps({"class": isinstance(function, type)}), file=answers)
     episodes = _Episodes(function)
     for line in sys.stdin:
         call = json.loads(line)

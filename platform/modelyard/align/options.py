@@ -102,7 +102,8 @@ class EnvironmentOptions(Options):
     function: str = Field(
         pattern=r"^[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*$",
         description="package.module:name, run in a process apart: a function(prompt, answer, row) -> observation, or "
-        "None at the end; or a class with reset(row) and step(answer) -> (observation, done, reward)",
+        "None at the end; or a class with reset(row) -> None or a prompt (text or messages) in place of the row's, and "
+        "step(answer) -> (observation, done, reward)",
     )
     turns: int = Field(4, ge=1, description="turns of the policy in an episode at most")
     form: Literal["chat", "plain"] = Field(
@@ -112,6 +113,9 @@ class EnvironmentOptions(Options):
     role: str = Field("user", min_length=1, description="for chat: who the observation comes from (user, tool, ...)")
     stop: tuple[str, ...] = Field(
         (), max_length=16, description="strings that end a turn, such as </tool>, beside the end token"
+    )
+    prompt_tokens: int = Field(
+        0, ge=0, description="tokens of a prompt that `reset` returns at most; 0 = as the longest of the data"
     )
     observation_tokens: int = Field(128, ge=1, description="tokens of an observation at most; longer ones are cut")
     timeout: float = Field(5.0, gt=0, description="seconds the function may take for one turn")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from modelyard.align.environment import Environment, Telling, Told
 from modelyard.align.episodes import Episode
@@ -107,7 +107,8 @@ class LocalPool:
         self._open: dict[str, _Open] = {}
         self._writing: dict[str, _Place] = {}
         self._told: dict[Future[Told], _Place] = {}
-        self._environment = Environment(telling, self._encode) if telling is not None else None
+        self._asked: dict[Future[Prompt], _Place] = {}
+        self._environment = Environment(telling, model) if telling is not None else None
 
     def update_weights(self, weights: Weights, version: int) -> None:
         """See `Pool`."""
@@ -141,8 +142,10 @@ class LocalPool:
             DataError: the engine cannot take a prompt, or has failed on it.
             RecipeError: the environment's process ended and cannot be started again.
         """
-        if self._told and not self._writing and not self._queue:
-            wait(self._told, _LOOK_SECONDS, FIRST_COMPLETED)
+        heard: list[Future[Any]] = [*self._told, *self._asked]
+        if heard and not self._writing and (self._asked or not self._queue):
+            wait(heard, _LOOK_SECONDS, FIRST_COMPLETED)
+        self._begin()
         found = self._heard()
         for engine in self._engines:
             self._fill(engine)
@@ -157,7 +160,7 @@ class LocalPool:
         """See `Pool`."""
         for name, place in self._writing.items():
             place.group.engine.abort(name)
-        self._queue, self._open, self._writing, self._told = [], {}, {}, {}
+        self._queue, self._open, self._writing, self._told, self._asked = [], {}, {}, {}, {}
         self.close()
 
     def close(self) -> None:
@@ -171,19 +174,46 @@ class LocalPool:
         assert tokenizer is not None, "answers have text"
         return tokenizer
 
-    def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, special=False)
-
     def _decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens)
 
     def _fill(self, engine: EngineCore) -> None:
         """Lets a prompt in when an engine has fewer waiting than it has slots: the others stay free to go elsewhere."""
-        while self._queue and engine.scheduler.waiting < engine.options.max_sequences:
+        environment = self._environment
+        while self._queue and self._waiting(engine) < engine.options.max_sequences:
             _, _, ask = heapq.heappop(self._queue)
             group = self._open[ask.name] = _Open(ask, engine, [None] * ask.answers)
             for number, request in enumerate(ask.requests()):
-                self._write(_Place(group, number, Episode(ask.prompt, request)))
+                place = _Place(group, number, Episode(ask.prompt, request))
+                if environment is not None and environment.resets:
+                    self._asked[environment.reset(place.name, ask.prompt)] = place
+                else:
+                    self._write(place)
+
+    def _waiting(self, engine: EngineCore) -> int:
+        return engine.scheduler.waiting + sum(place.group.engine is engine for place in self._asked.values())
+
+    def _begin(self) -> None:
+        """Begins the episodes that are reset, with the prompts they were given. One whose reset failed is written a
+        turn of all the same, to the prompt it had: it is an answer like others."""
+        for future in [each for each in self._asked if each.done()]:
+            place = self._asked.pop(future)
+            try:
+                self._ask(place, future.result())
+            except FunctionFailed as error:
+                place.episode.failure = str(error)
+            self._write(place)
+
+    def _ask(self, place: _Place, prompt: Prompt) -> None:
+        """Takes the prompt a reset gave. Raises FunctionFailed for one that is too long."""
+        assert self._environment is not None
+        if prompt is place.group.ask.prompt:
+            return
+        room = place.group.engine.max_length - place.group.ask.sampling.max_tokens - self._environment.telling.longest
+        if len(prompt.ids) > room:
+            raise FunctionFailed(f"{self._environment.telling.options.function} reset to a prompt of {len(prompt.ids)} "
+                                 f"tokens, above rollouts.environment.prompt_tokens ({room})")  # fmt: skip
+        place.episode.ask(prompt)
 
     def _write(self, place: _Place) -> None:
         request = place.episode.request
@@ -193,11 +223,10 @@ class LocalPool:
     def _ended(self, place: _Place) -> list[Answers]:
         """A turn has: the environment is asked, unless there is none or the answer was cut."""
         episode, environment = place.episode, self._environment
-        if environment is None or not episode.stopped:
+        if environment is None or episode.failure or not episode.stopped:
             return self._done(place)
-        name = f"{place.group.ask.name}-{place.number}"
         before = episode.prompt.text + self._decode(episode.before)
-        asked = environment.ask(name, episode.turn, before, episode.text, episode.prompt.row)
+        asked = environment.ask(place.name, episode.turn, before, episode.text, episode.prompt.row)
         self._told[asked] = place
         return []
 
@@ -257,3 +286,8 @@ class _Place:
     group: _Open
     number: int
     episode: Episode
+
+    @property
+    def name(self) -> str:
+        """Of its episode."""
+        return f"{self.group.ask.name}-{self.number}"

@@ -20,6 +20,7 @@ from modelyard.align.options import (
     RolloutEngine,
     RolloutOptions,
     RolloutStops,
+    TemplateName,
     check_apart,
     check_rollout_options,
 )
@@ -58,6 +59,7 @@ class ReinforceJob(PackedJob):
     around: tuple[tuple[int, ...], tuple[int, ...]] = Field(
         ((), ()), description="token ids the chat template puts before and behind an observation of an environment"
     )
+    template: TemplateName = Field("own", description="chat template of prompts that an environment's reset returns")
     ppo: PpoOptions | None = Field(None, description="PPO with a value head; null = advantages from groups")
     engine: RolloutEngine = Field(RolloutEngine(), description="the inference engine that answers")
     stops: RolloutStops = Field(RolloutStops(), description="when it has gone wrong")
@@ -91,9 +93,9 @@ def reinforce(
     prompts = Prompts.read(Path(job.data) / "train.jsonl")
     held = Path(job.data) / "heldout.jsonl"
     heldout = Prompts.read(held).prompts if held.exists() else []
-    telling = Telling(options.environment, *job.around) if options.environment is not None else None
-    told = telling.longest if telling is not None else 0
-    longest = max(len(p.ids) for p in [*prompts.prompts, *heldout]) + options.max_tokens + told
+    telling = Telling(options.environment, *job.around, job.template) if options.environment is not None else None
+    told, asked = (telling.longest, telling.options.prompt_tokens) if telling is not None else (0, 0)
+    longest = max(asked, *(len(p.ids) for p in [*prompts.prompts, *heldout])) + options.max_tokens + told
     plain = load_model(source)
     _check_length(plain.config, longest)
     config = read_config(source)

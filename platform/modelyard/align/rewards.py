@@ -102,7 +102,7 @@ class RewardMix:
                 constrained.append((self.multipliers[name].value, weight * values))
             else:
                 plain += weight * values
-        self._check(failures, len(answers))
+        self._check(failures, len(answers), sum(bool(answer.failure) for answer in answers))
         return Rewards(mixed(plain, constrained), plain, means, failures)
 
     def steer(self, means: Mapping[str, float]) -> dict[str, float]:
@@ -131,11 +131,12 @@ class RewardMix:
                 values[i] = value
         return values
 
-    def _check(self, failures: Sequence[str], answers: int) -> None:
+    def _check(self, failures: Sequence[str], answers: int, episodes: int) -> None:
+        """`episodes`: how many of the failures, the first ones, are the environment's."""
         if len(failures) > self._bad * answers:
             raise DataError(
                 f"{len(failures)} rewards of {answers} answers failed; the first: {failures[0]}",
-                place="rollouts.rewards",
+                place="rollouts.environment" if episodes else "rollouts.rewards",
                 mend="mend the function, the environment or the judge, raise its timeout, or allow more (bad_rewards)",
             )
 

@@ -189,11 +189,12 @@ class Rollouts:
 
     def _measure(self, samples: Sequence[Sample], rewards: npt.NDArray[np.float64]) -> None:
         """Means over all workers of what was drawn first."""
-        lengths, ages = [len(s.written) for s in samples], [self._set - s.first for s in samples]
-        values = [float(rewards.sum()), float((rewards**2).sum()), float(sum(lengths)), float(len(samples)),
-                  float(sum(not s.ended for s in samples)), sum(repetition(s.written) for s in samples),
+        drawn = [s.drawn for s in samples]
+        lengths, ages = [len(d.written) for d in drawn], [self._set - d.first for d in drawn]
+        values = [float(rewards.sum()), float((rewards**2).sum()), float(sum(lengths)), float(len(drawn)),
+                  float(sum(not d.ended for d in drawn)), sum(repetition(d.written) for d in drawn),
                   float(undecided(rewards).sum()), float(len(rewards)), float(sum(ages)),
-                  float(sum(len(s.turns) // 2 + 1 for s in samples))]  # fmt: skip
+                  float(sum(len(d.turns) // 2 + 1 for d in drawn))]  # fmt: skip
         total = np.sum(self._strategy.world.gather(values), axis=0)
         count, groups = max(1.0, total[3]), max(1.0, total[7])
         mean = total[0] / count
@@ -207,7 +208,7 @@ class Rollouts:
         if self._options.environment is not None:
             self._means["turns"] = total[9] / count
         self.shown = [
-            {"prompt": s.prompt.text, "text": "\n| ".join(s.turns) or s.text, "reward": float(r)}
+            {"prompt": s.prompt.text, "text": "\n| ".join(s.drawn.turns) or s.drawn.text, "reward": float(r)}
             for s, r in zip(samples[:4], rewards.reshape(-1)[:4], strict=True)
         ]
 
@@ -223,7 +224,7 @@ class Rollouts:
         asked for them."""
         if self._before is None:
             return None
-        return self._before.begin([((*s.prompt.ids, *s.tokens), len(s.prompt.ids)) for s in samples])
+        return self._before.begin([((*s.prompt.ids, *s.drawn.tokens), len(s.prompt.ids)) for s in samples])
 
     def _scored(self, arrays: Arrays) -> MicroBatches:
         """Micro-batches, as many on every worker, with old and reference log-probabilities where they are needed."""

@@ -44,6 +44,7 @@ class Drawn:
         turns: what it wrote and what it was told, in turns, where it was told anything.
         earned: what its environment paid.
         failure: why its environment broke it off; empty = it did not.
+        prompt: what its environment asked in the place of what was to be answered; None = nothing else.
     """
 
     tokens: tuple[int, ...]
@@ -56,23 +57,7 @@ class Drawn:
     turns: tuple[str, ...] = ()
     earned: float = 0.0
     failure: str = ""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One answer with its prompt; fields as in `Drawn`."""
-
-    prompt: Prompt
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    text: str
-    ended: bool
-    version: int
-    first: int = 0
-    learnt: tuple[bool, ...] = ()
-    turns: tuple[str, ...] = ()
-    earned: float = 0.0
-    failure: str = ""
+    prompt: Prompt | None = None
 
     @property
     def written(self) -> tuple[int, ...]:
@@ -81,16 +66,19 @@ class Sample:
             return self.tokens
         return tuple(token for token, own in zip(self.tokens, self.learnt, strict=True) if own)
 
-    @classmethod
-    def of(cls, prompt: Prompt, drawn: Drawn) -> Sample:
-        """An answer to this prompt."""
-        return cls(prompt, **vars(drawn))
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer with its prompt."""
+
+    prompt: Prompt
+    drawn: Drawn
 
     def answered(self, after: Sequence[int] = ()) -> Answered:
         """For who rewards it; `after` are the tokens a chat template puts behind an answer that has ended."""
-        ids = (*self.prompt.ids, *self.tokens, *(after if self.ended else ()))
-        prompt = self.prompt
-        return Answered(prompt.row, prompt.place, prompt.text, self.text, ids, self.earned, self.failure)
+        prompt, drawn = self.prompt, self.drawn
+        ids = (*prompt.ids, *drawn.tokens, *(after if drawn.ended else ()))
+        return Answered(prompt.row, prompt.place, prompt.text, drawn.text, ids, drawn.earned, drawn.failure)
 
 
 class Prompts:
@@ -119,7 +107,7 @@ def pack(
     reference: Sequence[Sequence[float]] | None = None,
 ) -> Arrays:  # fmt: skip
     """Prompts with their answers packed whole into sequences of `options.rows` tokens or the longest, as arrays."""
-    lengths = [len(s.prompt.ids) + len(s.tokens) for s in samples]
+    lengths = [len(s.prompt.ids) + len(s.drawn.tokens) for s in samples]
     width = max([options.rows, *lengths])
     rows = assign(lengths, width)
     most = max((len(members) for members in rows), default=1)
@@ -138,10 +126,10 @@ def pack(
         for number, member in enumerate(members):
             sample = samples[member]
             begin, end = at + len(sample.prompt.ids), at + lengths[member]
-            found["input_ids"][row, at:end] = (*sample.prompt.ids, *sample.tokens)
+            found["input_ids"][row, at:end] = (*sample.prompt.ids, *sample.drawn.tokens)
             found["document_ids"][row, at:end] = number
-            found["loss_mask"][row, begin:end] = sample.learnt or True
-            found["engine"][row, begin:end] = sample.logprobs
+            found["loss_mask"][row, begin:end] = sample.drawn.learnt or True
+            found["engine"][row, begin:end] = sample.drawn.logprobs
             found["advantage"][row, number] = gains[member]
             if reference is not None:
                 found["reference"][row, begin:end] = reference[member]

@@ -117,7 +117,7 @@ class Supply:
             share = rank_slice(np.arange(len(everything)), self._strategy.reader, self._strategy.readers)
             found = [everything[i] for i in share]
         del self._batches[name]
-        return [Sample.of(p, d) for p, group in zip(batch.prompts, found, strict=True) for d in group]
+        return [Sample(d.prompt or p, d) for p, group in zip(batch.prompts, found, strict=True) for d in group]
 
     def agrees(self, mine: bool) -> bool:
         """Whether any worker says yes, where they have one pool and must ask it together; else what this one says."""

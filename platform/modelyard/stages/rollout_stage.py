@@ -82,6 +82,7 @@ def run_rollouts(ctx: StageContext[AlignOptions]) -> StageResult:
         stops=options.stops,
         after=facts["after"],
         around=facts.get("around", ((), ())),
+        template=options.examples.template,
         checkpoints=join(ctx.work, "checkpoints"),
         reports=ctx.output,
     )
