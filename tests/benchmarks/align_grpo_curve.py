@@ -92,9 +92,9 @@ def trl(folder: Path, seed: int) -> list[float]:
     arguments = GRPOConfig(
         output_dir=str(folder / f"trl-{seed}"), max_steps=STEPS, use_cpu=True, bf16=False, seed=seed,
         learning_rate=RATE, lr_scheduler_type="constant", optim="adamw_torch", adam_beta1=0.9, adam_beta2=0.999,
-        weight_decay=0.0, max_grad_norm=1.0, per_device_train_batch_size=BATCH * GROUP, num_generations=GROUP, temperature=1.0,
-        beta=0.0, max_completion_length=ANSWER, loss_type="grpo", gradient_checkpointing=False, report_to=[],
-        save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        weight_decay=0.0, max_grad_norm=1.0, per_device_train_batch_size=BATCH * GROUP, num_generations=GROUP,
+        temperature=1.0, beta=0.0, max_completion_length=ANSWER, loss_type="grpo", gradient_checkpointing=False,
+        report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     data = Dataset.from_list([{"prompt": words.decode(p)} for p in json.loads((folder / "prompts.json").read_text())])
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
