@@ -176,6 +176,7 @@ def test_what_a_gpu_cannot_do_is_refused(
         EngineCore(tiny_model, OPTIONS.model_copy(update={"device": "cuda", **changes}))
 
 
+@CPU
 def test_a_process_uses_the_gpus_it_was_given() -> None:
     options = EngineOptions()
     assert (options.placed(0).device, options.placed(1).device) == ("cpu", "cuda")
