@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -42,7 +42,7 @@ from modelyard.stages.rollout_roles import ApartRoles
 from modelyard.stages.scorers import RayScorer
 
 SMALL = EngineGroup(count=2, cpus=0.5)
-ONE, TWO = ScorerGroup(count=1, cpus=0.25), ScorerGroup(count=2, cpus=0.25)
+ONE, TWO = ScorerGroup(count=1, cpus=0.25), ScorerGroup(count=2, cpus=0.25, restarts=0)
 JUDGED = {"rewards": [{"kind": "regex", "pattern": "[a-m]"}, {"kind": "reward_model", "model": "judge"}]}
 
 
@@ -76,15 +76,17 @@ class Deadly(RayPool):
 
 
 class DeadlyScorer(RayScorer):
-    """Kills the process of its first actor when it has been asked for the second set of answers."""
+    """Kills the process of its first actor when that has been asked a second time, before it has answered."""
 
-    times = 0
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.times, self.victim = 0, process(self._actors[0])
 
     def begin(self, items: Sequence[Any]) -> Wait:
         wait = super().begin(items)
         self.times += 1
         if self.times == 2:
-            os.kill(process(self._actors[0]), signal.SIGKILL)
+            os.kill(self.victim, signal.SIGKILL)
         return wait
 
 
@@ -92,14 +94,16 @@ class DeadlyRoles(ApartRoles):
     """Roles apart of which each loses an actor."""
 
     engines: Deadly
+    scorers: ClassVar[dict[str, RayScorer]] = {}
 
     def pool(self, model: Path, settings: Any, telling: Any, leads: bool) -> Deadly:
         self.engines = Deadly(self._actors(ENGINES), settings, telling, SMALL, self._say, when=(1,))
         return self.engines
 
-    def _scorer(self, role: str, setup: Any) -> DeadlyScorer:
+    def _scorer(self, role: str, setup: Any) -> RayScorer:
         group = ONE if role == REFERENCE else TWO
-        return DeadlyScorer(role, self._actors(role), setup, group, self._say)
+        self.scorers[role] = DeadlyScorer(role, self._actors(role), setup, group, self._say)
+        return self.scorers[role]
 
 
 @pytest.mark.slow
@@ -121,6 +125,11 @@ def test_actors_that_are_killed_change_nothing(tmp_path: Path) -> None:
     with placed(roles, 60.0) as names:
         played = DeadlyRoles(RolloutOptions(), names, said.append)
         outcome = reinforce(apart, ALONE, roles=played)
+        last = played.scorers[reward_role("judge")]
+        (left,) = last._actors.values()
+        os.kill(process(left), signal.SIGKILL)
+        with pytest.raises(ResourceError, match="no reward_models/judge is left"):
+            last.begin([[1, 20, 21]])()
     for name in ("reward", "reward/reward_model_1", "kl", "loss", "answer_tokens", "grad_norm"):
         assert [r[name] for r in outcome.history] == pytest.approx([r[name] for r in whole.history], abs=1e-5)
     assert outcome.figures == pytest.approx(whole.figures, abs=1e-5)
@@ -128,9 +137,8 @@ def test_actors_that_are_killed_change_nothing(tmp_path: Path) -> None:
     assert all(played.engines.at_death), "it died with answers to write"
     assert sorted(played.engines.answered) == sorted(played.engines.asked), "each prompt is answered once"
     assert len([line for line in said if "is started again" in line and "asked again" in line]) == 1
-    assert {line for line in said if "was started again" in line} == {
-        f"{role} 0 died and was started again" for role in (REFERENCE, reward_role("judge"))
-    }
+    assert "reference 0 died and was started again" in said
+    assert "reward_models/judge 0 died more than 0 times and is left out" in said
 
 
 def check_adapter_alone(pool: RayPool, folder: Path) -> None:
