@@ -138,8 +138,6 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = _empty()
         app.add_middleware(Door, state=self._traffic)
-        if self._options.use_haproxy:
-            app.add_middleware(RequestId)  # of Serve's proxies only the one in Python does it
         return app
 
 

@@ -41,7 +41,7 @@ def holder_of(request: Request) -> str:
 class RequestId:
     """Gives every request a name, which its answer carries: the client's own `x-request-id` if it is a plain one.
 
-    Serve's Python proxy does the same; where it is not in between this does.
+    Serve does the same in its Python proxy and, behind HAProxy, in the ingress; this is for where it does not.
     """
 
     def __init__(self, app: ASGIApp) -> None:
