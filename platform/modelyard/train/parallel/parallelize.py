@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from modelyard.errors import RecipeError
 from modelyard.models.nf4 import quantized_layers
 from modelyard.train.fp8 import to_fp8
+from modelyard.train.fused import fuse
 from modelyard.train.options import TrainOptions
 from modelyard.train.parallel.blocks import blocks
 from modelyard.train.parallel.compress import Compression
@@ -106,6 +107,8 @@ def _split(model: PreTrainedModel, options: TrainOptions, topology: Topology) ->
 
 
 def _local_steps(model: nn.Module, options: TrainOptions) -> None:
+    if not options.compile and options.recompute != "selective":
+        fuse(model)
     for block in blocks(model):
         if options.recompute != "none":
             recompute(block, options.recompute)
