@@ -174,10 +174,10 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, weight, scale = ctx.saved_tensors
         flat = slope.reshape(rows.shape)
-        product = flat * rows
-        # dx = r w dy - x r^3 mean(w dy x); dw = sum of r x dy over rows.
-        found = torch.mv(product.t(), scale.squeeze(1)) if ctx.needs_input_grad[1] else None
-        inner = torch.mv(product, weight).unsqueeze(1).mul_(scale.pow(3)).div_(-rows.shape[1])
+        # dx = r (w dy - x r^2 mean(w dy x)); dw = sum of r x dy over rows, pairwise as torch sums.
+        product = (flat * rows).mul_(scale)
+        found = product.sum(0) if ctx.needs_input_grad[1] else None
+        inner = torch.mv(product, weight).unsqueeze(1).mul_(scale.square()).div_(-rows.shape[1])
         torch.mul(flat, weight, out=product)
         return product.mul_(scale).addcmul_(rows, inner).view(slope.shape), found, None
 

@@ -107,7 +107,8 @@ def _split(model: PreTrainedModel, options: TrainOptions, topology: Topology) ->
 
 
 def _local_steps(model: nn.Module, options: TrainOptions) -> None:
-    if not options.compile and options.recompute != "selective":
+    # Experts are chosen by rounding where two are close: models with experts keep the rounding they had.
+    if not options.compile and options.recompute != "selective" and not expert_layers(model):
         fuse(model)
     for block in blocks(model):
         if options.recompute != "none":
