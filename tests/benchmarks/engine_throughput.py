@@ -2,11 +2,12 @@
 
     python tests/benchmarks/engine_throughput.py [--model FOLDER] [--tokens 64] [--repeats 3]
 
-One random Llama of 32 M parameters, or the given model; one thread, 64-token prompts, greedy, the same number of tokens
-from every side. Ours keeps no prefixes, since the rounds repeat their prompts. Headline: 32 concurrent requests in
-float32 against transformers' continuous batching. vLLM's CPU build joins when .venv-vllm exists
-(requirements-vllm.txt) or MODELYARD_VLLM_PYTHON names an interpreter that has it, llama.cpp in q8_0 likewise
-(.venv-llama, requirements-llama.txt, MODELYARD_LLAMA_PYTHON).
+One random Llama of 32 M parameters stored in bfloat16, or the given model; one thread, 64-token prompts, greedy, the
+same number of tokens from every side. Ours keeps no prefixes, since the rounds repeat their prompts. Headline: 32
+concurrent requests in float32 against transformers' continuous batching. vLLM's CPU build joins when .venv-vllm exists
+(requirements-vllm.txt) or MODELYARD_VLLM_PYTHON names an interpreter that has it, in the precision it chooses itself,
+against what ours chooses, and in float32; llama.cpp in q8_0 likewise (.venv-llama, requirements-llama.txt,
+MODELYARD_LLAMA_PYTHON).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -27,6 +28,7 @@ from contract import CHECKOUT, in_turns, report, say
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from modelyard.engine import EngineCore, EngineOptions, Request, Sampling, generate
+from modelyard.engine.options import Precision
 
 SHAPE = {
     "vocab_size": 16_384, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
@@ -34,6 +36,9 @@ SHAPE = {
 }  # fmt: skip
 PROMPT = 64
 CONCURRENT = (1, 8, 32)
+SIDES: tuple[tuple[str, Precision | Literal["auto"]], ...] = (
+    ("native", "float32"), ("native default", "auto"), ("native fp16", "float16_packed"), ("native int8", "int8"),
+)  # fmt: skip
 
 Answers = list[list[int]]
 
@@ -42,7 +47,7 @@ def save_model(folder: Path) -> None:
     """A random checkpoint; wide initial weights keep greedy choices clear of ties."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, initializer_range=0.1, eos_token_id=None)).eval()
-    model.save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
 
 
 def load(folder: Path) -> LlamaForCausalLM:
@@ -99,10 +104,12 @@ def continuous(model: LlamaForCausalLM, prompts: list[list[int]], tokens: int) -
     return answers
 
 
-def foreign_rates(name: str, batches: Sequence[int], folder: Path, tokens: int, repeats: int) -> dict[str, Any]:
+def foreign_rates(
+    name: str, batches: Sequence[int], folder: Path, tokens: int, repeats: int, precision: str = ""
+) -> dict[str, Any]:
     """{"rates", "answers", "version"} of a peer with an interpreter of its own; empty when it is absent.
 
-    name: `vllm` (its CPU build, in float32) or `llama` (llama.cpp, in q8_0).
+    name: `vllm` (its CPU build, in `precision`) or `llama` (llama.cpp, in q8_0).
     """
     named = os.environ.get(f"MODELYARD_{name.upper()}_PYTHON")
     python = Path(named or CHECKOUT / f".venv-{name}" / "bin" / "python")
@@ -113,13 +120,14 @@ def foreign_rates(name: str, batches: Sequence[int], folder: Path, tokens: int, 
     done = subprocess.run(
         [str(python), str(script), str(folder), str(tokens), str(repeats)],
         input=json.dumps([make_prompts(n) for n in batches]),
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"},
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        | {"OMP_NUM_THREADS": "1", "PEER_DTYPE": precision},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    say(f"{name} {found['version']}: {found['rates']}")
+    say(f"{name} {precision} {found['version']}: {found['rates']}")
     return found
 
 
@@ -136,18 +144,17 @@ def main() -> None:
         if args.model is None:
             save_model(folder)
         results = measure(folder, args.tokens, args.repeats)
-        vllm = foreign_rates("vllm", CONCURRENT[1:], folder, args.tokens, args.repeats)
+        vllm, exact = (
+            foreign_rates("vllm", CONCURRENT[1:], folder, args.tokens, args.repeats, p) for p in ("auto", "float32")
+        )
         llama = foreign_rates("llama", CONCURRENT, folder, args.tokens, args.repeats)
-    finish(results, vllm, llama)
+    finish(results, vllm, exact, llama)
 
 
 def measure(folder: Path, tokens: int, repeats: int) -> dict[str, tuple[float, Answers]]:
     """Side -> (tokens a CPU-second, answers)."""
     options = EngineOptions(max_sequences=32, threads=1, max_length=512, prefix_cache=False, max_loss_increase=9.0)
-    cores = {
-        name: EngineCore(folder, options.model_copy(update={"precision": precision}))
-        for name, precision in (("native", "float32"), ("native fp16", "float16_packed"), ("native int8", "int8"))
-    }
+    cores = {name: EngineCore(folder, options.model_copy(update={"precision": precision})) for name, precision in SIDES}
     peer, peer_cb = load(folder), load(folder)
     found: dict[str, tuple[float, Answers]] = {}
     for count in CONCURRENT:
@@ -164,11 +171,16 @@ def measure(folder: Path, tokens: int, repeats: int) -> dict[str, tuple[float, A
     return found
 
 
-def finish(found: dict[str, tuple[float, Answers]], vllm: dict[str, Any], llama: dict[str, Any]) -> None:
+def finish(
+    found: dict[str, tuple[float, Answers]], vllm: dict[str, Any], exact: dict[str, Any], llama: dict[str, Any]
+) -> None:
     """Prints the result line; ratios to an absent peer are null."""
     rate = {name: value[0] for name, value in found.items()}
     against_vllm = {
-        f"ratio_vllm_{n}": rate[f"native fp16 {n}"] / vllm["rates"][str(n)] if vllm else None for n in CONCURRENT[1:]
+        f"ratio_vllm_{n}": rate[f"native default {n}"] / vllm["rates"][str(n)] if vllm else None for n in CONCURRENT[1:]
+    } | {
+        f"ratio_vllm_float32_{n}": rate[f"native {n}"] / exact["rates"][str(n)] if exact else None
+        for n in CONCURRENT[1:]
     }
     report(
         "engine_throughput",
@@ -179,8 +191,8 @@ def finish(found: dict[str, tuple[float, Answers]], vllm: dict[str, Any], llama:
         target=2.0,
         identical=all(found[f"native {n}"][1] == found[f"static {n}"][1] for n in CONCURRENT),
         identical_cb=all(found[f"native {n}"][1] == found[f"continuous {n}"][1] for n in CONCURRENT[1:]),
-        identical_vllm=all(found[f"native {n}"][1] == vllm["answers"][str(n)] for n in CONCURRENT[1:])
-        if vllm
+        identical_vllm=all(found[f"native {n}"][1] == exact["answers"][str(n)] for n in CONCURRENT[1:])
+        if exact
         else None,
         ratio_cb_8=rate["native 8"] / rate["continuous 8"],
         ratio_cb_32=rate["native 32"] / rate["continuous 32"],
@@ -194,6 +206,7 @@ def finish(found: dict[str, tuple[float, Answers]], vllm: dict[str, Any], llama:
         llama_version=llama.get("version"),
         rates=rate
         | {f"vllm {n}": r for n, r in vllm.get("rates", {}).items()}
+        | {f"vllm float32 {n}": r for n, r in exact.get("rates", {}).items()}
         | {f"llama.cpp q8_0 {n}": r for n, r in llama.get("rates", {}).items()},
     )
 

@@ -30,9 +30,8 @@ def main() -> None:
 
     folder, tokens, repeats = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     batches = json.load(sys.stdin)
-    # Its default precision on a CPU is bfloat16, which is emulated on CPUs without it; float32 is its faster one there.
     model = vllm.LLM(
-        folder, dtype=os.environ.get("PEER_DTYPE", "float32"), max_model_len=512, max_num_seqs=32,
+        folder, dtype=os.environ.get("PEER_DTYPE") or "auto", max_model_len=512, max_num_seqs=32,
         skip_tokenizer_init=True, enable_prefix_caching=False, disable_log_stats=True,
     )  # fmt: skip
     sampling = vllm.SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
