@@ -45,7 +45,7 @@ Answers = list[list[int]]
 
 def save_model(folder: Path) -> None:
     """A random checkpoint; wide initial weights keep greedy choices clear of ties."""
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # with 0, two tokens of a prompt come within rounding of each other
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, initializer_range=0.1, eos_token_id=None)).eval()
     model.bfloat16().save_pretrained(folder)
 

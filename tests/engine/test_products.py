@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from marks import CPU
 
+import modelyard
 from modelyard.engine import EngineCore, EngineOptions, Request, Sampling, generate, products
 from modelyard.engine.options import Precision
 
@@ -89,3 +94,25 @@ def test_a_step_in_one_call_computes_what_single_calls_do(
             monkeypatch.setattr(type(core.decoder), "_whole", lambda self, batch: None)
         answers.append([(o.output.tokens, o.output.logprobs) for o in generate(core, asked)])
     assert answers[0] == answers[1]
+
+
+def test_kernels_are_compiled_again_when_any_of_their_sources_has_changed(tmp_path: Path) -> None:
+    """`step.decode` has the tiles of another file in it; Numba alone would go on with those it took in once."""
+    folder = tmp_path / "modelyard"
+    shutil.copytree(Path(modelyard.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    program = (
+        "import numpy as np; from modelyard.engine import kernels, products, step\n"
+        "row = np.ones((1, 4), np.float32); out = np.empty((1, 2), np.float32); kernels.gated_silu(row, out)\n"
+        "print(sum(kernels.gated_silu.stats.cache_hits.values()))"
+    )
+    env = os.environ | {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+
+    def hits() -> str:
+        return subprocess.run(
+            [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    assert (hits(), hits()) == ("0", "1")
+    with (folder / "engine" / "tiles.py").open("a") as file:
+        file.write("# changed\n")
+    assert hits() == "0"

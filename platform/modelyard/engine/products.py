@@ -53,15 +53,13 @@ class Matrix:
 
     def dense(self) -> Tensor:
         """W as float32 [rows, columns], as exact as the packed form."""
-        kind, rows, w = int(self.descriptor[KIND]), int(self.descriptor[ROWS]), self.weights
-        group = _GROUPS[kind]
-        blocks = w.shape[0]
-        wide = w.float() - (128 if kind == INT8_VNNI else 0)
-        plain = wide.view(blocks, -1, BLOCK, group).transpose(1, 2).reshape(blocks * BLOCK, -1)[:rows, : self.columns]
+        kind, rows = int(self.descriptor[KIND]), int(self.descriptor[ROWS])
+        wide = self.weights.float() - (128 if kind == INT8_VNNI else 0)
+        lines = wide.permute(0, 2, 4, 1, 3, 5) if kind == BFLOAT16_AMX else wide.transpose(1, 2)
+        plain = lines.reshape(wide.shape[0] * BLOCK, -1)[:rows, : self.columns]
         return (plain * self.scales[:rows, None] if self.scales is not None else plain).contiguous()
 
 
-_GROUPS = {HALF: 1, BFLOAT16: 1, INT8: 1, INT8_VNNI: 4, BFLOAT16_AMX: 2}
 _MULTIPLE = {HALF: 1, BFLOAT16: 1, INT8: 1, INT8_VNNI: 4, BFLOAT16_AMX: 32}
 
 
@@ -99,7 +97,10 @@ def pack(weight: Tensor, bias: Tensor | None, precision: str) -> Matrix:
         padded = values.new_zeros(blocks * BLOCK, depth)
         padded[:rows, :columns] = values
         values = padded
-    packed = values.view(blocks, BLOCK, -1, _GROUPS[kind]).transpose(1, 2).contiguous()
+    if kind == BFLOAT16_AMX:
+        packed = values.view(blocks, 4, 16, -1, 16, 2).permute(0, 3, 1, 4, 2, 5).contiguous()
+    else:
+        packed = values.view(blocks, BLOCK, -1, 4 if kind == INT8_VNNI else 1).transpose(1, 2).contiguous()
     descriptor = np.array(
         [kind, rows, depth, packed.data_ptr(), 0 if scales is None else scales.data_ptr(),
          0 if bias is None else bias.data_ptr()], np.int64,

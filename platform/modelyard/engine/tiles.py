@@ -160,9 +160,11 @@ def _tile(generate: Callable[..., Any], count: int) -> Any:
 
 
 def amx_tile() -> Any:
-    """tile(W, X, stride, depth, S): float32 sums [16, BLOCK] of bfloat16 x and weights, laid out [depth, 16, BLOCK, 2].
+    """tile(W, X, stride, depth, S): float32 sums [16, BLOCK] of bfloat16 x and weights, laid out [depth, 4, 16, 16, 2].
 
-    depth: thirty-twos of columns; stride: bytes from a row of x to the next. `amx_begin` says how many rows there are.
+    depth: thirty-twos of columns, sixteen rows of the matrix beside each other by pairs of them: whatever a register
+    loads lies in one piece (where it does not, memory is read at half the speed). stride: bytes from a row of x to the
+    next. `amx_begin` says how many rows there are.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -177,7 +179,7 @@ def amx_tile() -> Any:
             line = builder.add(w, builder.mul(loop.index, _fixed(16 * 4 * BLOCK)))
             for column in range(4):
                 weights = registers[5 + column % 3]
-                builder.call(load, [weights, _at(builder, line, _fixed(64 * column), _I8), _fixed(4 * BLOCK)])
+                builder.call(load, [weights, _at(builder, line, _fixed(1024 * column), _I8), _fixed(64)])
                 builder.call(dot, [registers[column], registers[4], weights])
         for column in range(4):
             at = _at(builder, sums, _fixed(64 * column), _I8)
