@@ -17,7 +17,7 @@ STAMP = hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for 
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compiled by Numba once a machine (cached on disk), without the GIL."""
-    compiled = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy", fastmath=_FAST)(function)
+    compiled: Any = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy", fastmath=_FAST)(function)
     # Numba compiles again when the function's own file has changed, not when one has whose functions it has taken in.
     compiled._cache._cache_file._source_stamp = STAMP
     return compiled
