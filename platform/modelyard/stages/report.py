@@ -66,10 +66,15 @@ def _predictions(found: list[tuple[Artifact, Estimate]]) -> str:
     return f"<h2>Predicted against measured</h2><table>{head}{body}</table>" if rows else ""
 
 
+def _figure(value: float) -> str:
+    """Whole where the figure is large, else to six digits: 10,548,600 and 0.51906 rather than 1.05486e+07."""
+    return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:,.6g}"
+
+
 def _row(artifact: Artifact, target: str) -> str:
     manifest = artifact.manifest
     figures: dict[str, float] = {**manifest.counts, **manifest.metrics}
-    terms = "".join(f"<dt>{html.escape(k)}<dd>{v:,.6g}" for k, v in figures.items())
+    terms = "".join(f"<dt>{html.escape(k)}<dd>{_figure(v)}" for k, v in figures.items())
     page = artifact.join("report.html")
     link = f'<a href="{html.escape(_relative(page, target))}">report</a><br>' if exists(page) else ""
     return (
