@@ -68,13 +68,27 @@ def test_threads_share_a_product(precision: str, kind: int, most: float, monkeyp
     assert torch.equal(products.multiply(m, x), whole)
 
 
-def test_what_is_not_finite_stays_visible() -> None:
-    m = products.pack(torch.randn(70, 30), None, "float16_packed")
-    x = torch.randn(3, 30)
-    x[1, 4] = torch.nan
+@pytest.mark.parametrize(("precision", "kind", "most"), KINDS)
+def test_what_is_not_finite_stays_visible(precision: str, kind: int, most: float) -> None:
+    if not THERE.get(kind, True):
+        pytest.skip("not on this CPU")
+    m = packed(kind, torch.randn(70, 30), None, precision)
+    x = torch.randn(4, 30)
+    x.view(torch.int32)[1, 4] = -1  # a NaN that overflows where it is rounded like a number
+    x[2, 7] = torch.inf
     y = products.multiply(m, x)
-    assert y[1].isnan().all()
-    assert y[[0, 2]].isfinite().all()
+    assert not y[[1, 2]].isfinite().any()
+    assert y[[0, 3]].isfinite().all()
+
+
+def test_many_rows_after_another_do_not_disturb_each_other() -> None:
+    """Large buffers go back to the system when they are freed: one that is freed too early would end the process."""
+    for precision in ("bfloat16", "int8", "float16_packed"):
+        m = products.pack(torch.eye(512), None, precision)
+        for count in (2048, 300, 4096):
+            x = torch.randint(-127, 128, (count, 512)).float()
+            x[:, 0] = 127.0
+            assert torch.equal(products.multiply(m, x), x)
 
 
 @CPU
