@@ -283,7 +283,7 @@ if HAS_AMX:
                 values[t, i] = np.uint16(0x7FC0) if is_nan else np.uint16(up)
 
     @kernel
-    def _line(buffer: Any) -> int:
+    def _line(buffer: Any) -> Any:
         """The first element of a buffer that begins a cache line: rows across two load at a third of the speed."""
         return (-buffer.ctypes.data) % 64 // buffer.itemsize
 
