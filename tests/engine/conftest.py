@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from marks import DEVICE
 from tiny import save_model
+
+from modelyard.engine import EngineCore
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,3 +35,12 @@ def _device() -> None:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def cores() -> Iterator[list[EngineCore]]:
+    """Engines that are closed whatever happens."""
+    made: list[EngineCore] = []
+    yield made
+    for core in made:
+        core.close()

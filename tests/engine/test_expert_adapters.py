@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +73,6 @@ def answers(core: EngineCore, asked: list[Request]) -> list[tuple[int, ...]]:
     found = [c.output.tokens for c in generate(core, asked)]
     assert core.invariants() == []
     return found
-
-
-@pytest.fixture
-def cores() -> Iterator[list[EngineCore]]:
-    """Engines that are closed whatever happens."""
-    made: list[EngineCore] = []
-    yield made
-    for core in made:
-        core.close()
 
 
 @pytest.mark.parametrize(("name", "workers"), [("mixtral", 1), pytest.param("qwen2-moe", 2, marks=CPU)])

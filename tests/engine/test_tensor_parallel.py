@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,15 +22,6 @@ from modelyard.errors import DataError
 pytestmark = CPU
 WHOLE = EngineOptions(max_sequences=3, step_tokens=17, threads=1, precision="float32", block_tokens=4)
 SPLIT = WHOLE.model_copy(update={"tensor_parallel": 2})
-
-
-@pytest.fixture
-def cores() -> Iterator[list[EngineCore]]:
-    """Engines that are closed whatever happens."""
-    made: list[EngineCore] = []
-    yield made
-    for core in made:
-        core.close()
 
 
 @pytest.mark.parametrize("name", ["llama-biases", "qwen3-moe"])

@@ -37,8 +37,8 @@ KIND, ROWS, DEPTH, WEIGHTS, SCALES, BIAS, FIELDS = 0, 1, 2, 3, 4, 5, 6
 HALF, BFLOAT16, INT8, INT8_VNNI, BFLOAT16_AMX = range(5)
 
 _half_1, _half_2, _half_4 = (float_tile("half", rows) for rows in (1, 2, 4))
-_bfloat16_1, _bfloat16_4 = (float_tile("bfloat16", rows) for rows in (1, 4))
-_int8_1, _int8_4 = (float_tile("int8", rows) for rows in (1, 4))
+_bfloat16_1, _bfloat16_2, _bfloat16_4 = (float_tile("bfloat16", rows) for rows in (1, 2, 4))
+_int8_1, _int8_2, _int8_4 = (float_tile("int8", rows) for rows in (1, 2, 4))
 
 
 @dataclass(frozen=True)
@@ -126,67 +126,49 @@ def _write(y: Any, first: int, count: int, block: int, sums: Any, m: Any) -> Non
 
 
 @kernel
-def _half(m: Any, x: Any, y: Any, first: int, last: int) -> None:
-    depth, stride = m[DEPTH], x.strides[0]
+def _sum(kind: int, rows: int, w: Any, x: Any, stride: int, depth: int, to: Any) -> None:
+    """The tile of a layout for 1, 2 or 4 rows of x."""
+    if kind == HALF:
+        if rows == 4:
+            _half_4(w, x, stride, depth, to)
+        elif rows == 2:
+            _half_2(w, x, stride, depth, to)
+        else:
+            _half_1(w, x, stride, depth, to)
+    elif kind == BFLOAT16:
+        if rows == 4:
+            _bfloat16_4(w, x, stride, depth, to)
+        elif rows == 2:
+            _bfloat16_2(w, x, stride, depth, to)
+        else:
+            _bfloat16_1(w, x, stride, depth, to)
+    elif rows == 4:
+        _int8_4(w, x, stride, depth, to)
+    elif rows == 2:
+        _int8_2(w, x, stride, depth, to)
+    else:
+        _int8_1(w, x, stride, depth, to)
+
+
+@kernel
+def _widened(m: Any, x: Any, y: Any, first: int, last: int) -> None:
+    """Weights of half the size or less, which become float32 as they are read."""
+    kind, depth, stride = m[KIND], m[DEPTH], x.strides[0]
     sums = np.empty((4, BLOCK), np.float32)
     to, start = sums.ctypes.data, x.ctypes.data
+    scaled = (m[ROWS] + BLOCK - 1) // BLOCK if m[SCALES] != 0 else 0
+    scales = carray(floats_at(m[SCALES]), (scaled, BLOCK))
     for block in range(first, last):
-        w = m[WEIGHTS] + block * BLOCK * depth * 2
+        w = m[WEIGHTS] + block * BLOCK * depth * (1 if kind == INT8 else 2)
         t = 0
         while t < x.shape[0]:
             left = x.shape[0] - t
-            if left >= 4:
-                _half_4(w, start + t * stride, stride, depth, to)
-                done = 4
-            elif left >= 2:
-                _half_2(w, start + t * stride, stride, depth, to)
-                done = 2
-            else:
-                _half_1(w, start + t * stride, stride, depth, to)
-                done = 1
-            _write(y, t, done, block, sums, m)
-            t += done
-
-
-@kernel
-def _bfloat16(m: Any, x: Any, y: Any, first: int, last: int) -> None:
-    depth, stride = m[DEPTH], x.strides[0]
-    sums = np.empty((4, BLOCK), np.float32)
-    to, start = sums.ctypes.data, x.ctypes.data
-    for block in range(first, last):
-        w = m[WEIGHTS] + block * BLOCK * depth * 2
-        t = 0
-        while t < x.shape[0]:
-            if x.shape[0] - t >= 4:
-                _bfloat16_4(w, start + t * stride, stride, depth, to)
-                done = 4
-            else:
-                _bfloat16_1(w, start + t * stride, stride, depth, to)
-                done = 1
-            _write(y, t, done, block, sums, m)
-            t += done
-
-
-@kernel
-def _int8(m: Any, x: Any, y: Any, first: int, last: int) -> None:
-    depth, stride = m[DEPTH], x.strides[0]
-    sums = np.empty((4, BLOCK), np.float32)
-    to, start = sums.ctypes.data, x.ctypes.data
-    blocks = (m[ROWS] + BLOCK - 1) // BLOCK
-    scales = carray(floats_at(m[SCALES]), (blocks, BLOCK))
-    for block in range(first, last):
-        w = m[WEIGHTS] + block * BLOCK * depth
-        t = 0
-        while t < x.shape[0]:
-            if x.shape[0] - t >= 4:
-                _int8_4(w, start + t * stride, stride, depth, to)
-                done = 4
-            else:
-                _int8_1(w, start + t * stride, stride, depth, to)
-                done = 1
-            for i in range(done):
-                for n in range(BLOCK):
-                    sums[i, n] *= scales[block, n]
+            done = 4 if left >= 4 else 2 if left >= 2 else 1
+            _sum(kind, done, w, start + t * stride, stride, depth, to)
+            if scaled:
+                for i in range(done):
+                    for n in range(BLOCK):
+                        sums[i, n] *= scales[block, n]
             _write(y, t, done, block, sums, m)
             t += done
 
@@ -256,7 +238,7 @@ if HAS_VNNI:
                 t += done
 
 else:
-    _vnni = _int8
+    _vnni = _widened
 
 if HAS_AMX:
     _amx_16 = amx_tile()
@@ -314,7 +296,7 @@ if HAS_AMX:
         amx_end()
 
 else:
-    _amx = _bfloat16
+    _amx = _widened
 
 
 @kernel
@@ -328,17 +310,12 @@ def product(m: Any, x: Any, y: Any, first: int, last: int) -> None:
         first: block.
         last: block after the last one.
     """
-    kind = m[KIND]
-    if kind == HALF:
-        _half(m, x, y, first, last)
-    elif kind == BFLOAT16:
-        _bfloat16(m, x, y, first, last)
-    elif kind == INT8:
-        _int8(m, x, y, first, last)
-    elif kind == INT8_VNNI:
+    if m[KIND] == INT8_VNNI:
         _vnni(m, x, y, first, last)
-    else:
+    elif m[KIND] == BFLOAT16_AMX:
         _amx(m, x, y, first, last)
+    else:
+        _widened(m, x, y, first, last)
 
 
 SHARED_WORK = 2**22
