@@ -4,7 +4,8 @@
 
 A random Llama in bfloat16, prompts of 32 to 256 tokens, greedy, the same answers' length from both sides, wall time.
 The floor of a decode step is reading every weight and the keys and values of the batch once, at the rate of a
-device-to-device copy measured in the same run. Time to first token is that of one prompt of 512 tokens.
+device-to-device copy measured in the same run. Time to first token is that of one prompt of 512 tokens. `fp8` is the
+same engine with keys and values in e4m3, on prompts of 512 to 768 tokens beside bfloat16 on the same ones.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +44,10 @@ def save_model(folder: Path, preset: str) -> None:
     model.save_pretrained(folder)
 
 
-def make_prompts(count: int, vocabulary: int) -> list[list[int]]:
+def make_prompts(count: int, vocabulary: int, shortest: int = 32, longest: int = 256) -> list[list[int]]:
     """Random token ids, the same in every run."""
     generator = torch.Generator().manual_seed(count)
-    lengths = torch.randint(32, 257, (count,), generator=generator).tolist()
+    lengths = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
     return [torch.randint(5, vocabulary, (n,), generator=generator).tolist() for n in lengths]
 
 
@@ -151,6 +153,19 @@ def main() -> None:
     )
 
 
+@dataclass
+class Found:
+    """What both sides did."""
+
+    rates: dict[str, float] = field(default_factory=dict)
+    """Tokens a second, by side and number of requests."""
+    shares: dict[str, float] = field(default_factory=dict)
+    """Of the floor's rate, by number of requests."""
+    answers: dict[str, list[list[int]]] = field(default_factory=dict)
+    first: dict[str, float] = field(default_factory=dict)
+    """Seconds to the first token."""
+
+
 def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Rates of both sides, steps against the floor, and first tokens."""
     rate = copy_rate()
@@ -158,44 +173,73 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     options = EngineOptions(
         device="cuda", max_sequences=CONCURRENT[-1], max_length=1024, prefix_cache=False, precision="bfloat16"
     )
-    core = EngineCore(folder, options)
-    vocabulary = core.config.vocabulary
-    rates: dict[str, float] = {}
-    shares: dict[str, float] = {}
-    answers: dict[str, list[list[int]]] = {}
-    for count in CONCURRENT:
-        prompts = make_prompts(count, vocabulary)
-        seconds, answers[f"ours {count}"] = timed(lambda p=prompts: ours(core, p, args.tokens), args.repeats)
-        short, _ = timed(lambda p=prompts: ours(core, p, 1), args.repeats)
-        step = (seconds - short) / (args.tokens - 1)
-        rates[f"ours {count}"] = count * args.tokens / seconds
-        shares[str(count)] = decode_floor(core, prompts, args.tokens, rate) / step
-        say(f"ours {count}: {rates[f'ours {count}']:,.0f} tokens/s, {step * 1e3:.2f} ms a step, "
-            f"{shares[str(count)]:.0%} of the floor's rate, prompts {short * 1e3:.1f} ms")  # fmt: skip
-    first = {"ours": timed(lambda: ours(core, make_first(vocabulary), 1), 10)[0]}
+    found = Found()
+    measure_ours(folder, options, args, rate, found)
+    fp8 = {kv: kept(folder, options.model_copy(update={"kv_precision": kv}), args) for kv in ("auto", "fp8")}
     if not args.no_peer:
-        del core
-        gc.collect()
-        torch.cuda.empty_cache()
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").cuda().eval()
-        with continuous(model, args.tokens) as peer:
-            for count in CONCURRENT:
-                prompts = make_prompts(count, vocabulary)
-                seconds, answers[f"continuous {count}"] = timed(lambda p=prompts: peer(p, args.tokens), args.repeats)
-                rates[f"continuous {count}"] = count * args.tokens / seconds
-                say(f"continuous {count}: {rates[f'continuous {count}']:,.0f} tokens/s")
-            first["continuous"] = timed(lambda: peer(make_first(vocabulary), 1), 10)[0]
+        measure_peer(folder, args, found)
     same = {
         str(n): statistics.fmean(
             a == b
-            for x, y in zip(answers[f"ours {n}"], answers[f"continuous {n}"], strict=True)
+            for x, y in zip(found.answers[f"ours {n}"], found.answers[f"continuous {n}"], strict=True)
             for a, b in zip(x, y, strict=True)
         )
         for n in CONCURRENT
-        if f"continuous {n}" in answers
+        if f"continuous {n}" in found.answers
     }
-    return {"tokens_per_second": rates, "share_of_floor": shares, "first_token_s": first, "copy_tb_s": rate / 1e12,
-            "same_tokens": same}  # fmt: skip
+    return {"tokens_per_second": found.rates, "share_of_floor": found.shares, "first_token_s": found.first,
+            "copy_tb_s": rate / 1e12, "same_tokens": same, "kv_precision": fp8}  # fmt: skip
+
+
+def measure_ours(folder: Path, options: EngineOptions, args: argparse.Namespace, copies: float, found: Found) -> None:
+    """Our side; `copies` in bytes a second."""
+    core = EngineCore(folder, options)
+    vocabulary = core.config.vocabulary
+    for count in CONCURRENT:
+        prompts = make_prompts(count, vocabulary)
+        seconds, found.answers[f"ours {count}"] = timed(lambda p=prompts: ours(core, p, args.tokens), args.repeats)
+        short, _ = timed(lambda p=prompts: ours(core, p, 1), args.repeats)
+        step = (seconds - short) / (args.tokens - 1)
+        rate = found.rates[f"ours {count}"] = count * args.tokens / seconds
+        share = found.shares[str(count)] = decode_floor(core, prompts, args.tokens, copies) / step
+        say(f"ours {count}: {rate:,.0f} tokens/s, {step * 1e3:.2f} ms a step, "
+            f"{share:.0%} of the floor's rate, prompts {short * 1e3:.1f} ms")  # fmt: skip
+    found.first["ours"] = timed(lambda: ours(core, make_first(vocabulary), 1), 10)[0]
+
+
+def measure_peer(folder: Path, args: argparse.Namespace, found: Found) -> None:
+    """The peer's side."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").cuda().eval()
+    vocabulary = model.config.vocab_size
+    with continuous(model, args.tokens) as peer:
+        for count in CONCURRENT:
+            prompts = make_prompts(count, vocabulary)
+            seconds, answers = timed(lambda p=prompts: peer(p, args.tokens), args.repeats)
+            found.answers[f"continuous {count}"] = answers
+            found.rates[f"continuous {count}"] = count * args.tokens / seconds
+            say(f"continuous {count}: {found.rates[f'continuous {count}']:,.0f} tokens/s")
+        found.first["continuous"] = timed(lambda: peer(make_first(vocabulary), 1), 10)[0]
+
+
+def kept(folder: Path, options: EngineOptions, args: argparse.Namespace) -> dict[str, float]:
+    """Long prompts with keys and values of one precision: rate, milliseconds a decode step, bytes a token."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    core = EngineCore(folder, options)
+    prompts = make_prompts(CONCURRENT[-1], core.config.vocabulary, 512, 768)
+    seconds, _ = timed(lambda: ours(core, prompts, args.tokens), args.repeats)
+    short, _ = timed(lambda: ours(core, prompts, 1), args.repeats)
+    head = core.config.head_dim + 4 if options.kv_precision == "fp8" else core.config.head_dim * 2
+    found = {
+        "tokens_per_second": len(prompts) * args.tokens / seconds,
+        "step_ms": (seconds - short) / (args.tokens - 1) * 1e3,
+        "prompt_ms": short * 1e3,
+        "bytes_per_token": core.config.kept_bytes(head),
+    }
+    say(f"keys and values {options.kv_precision}: {found}")
+    return found
 
 
 def make_first(vocabulary: int) -> list[list[int]]:
