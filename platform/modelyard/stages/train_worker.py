@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -181,10 +182,10 @@ def _process() -> Any:
     return psutil.Process()
 
 
-def matmul_rate(device: Any, rounds: int = 5) -> float:
+def matmul_rate(device: Any, seconds: float = 0.3) -> float:
     """FLOP/s of a large matrix product on this worker, as a measured peak: fp32 on a CPU, bf16 on CUDA.
 
-    The best of some rounds: on a machine that is busy the mean would not be a peak.
+    The best round of so many seconds: on a busy machine the mean is no peak, and a few milliseconds may all be slow.
     """
     import torch
 
@@ -192,12 +193,15 @@ def matmul_rate(device: Any, rounds: int = 5) -> float:
     n, dtype = (8192, torch.bfloat16) if cuda else (512, torch.float32)
     a = torch.ones(n, n, device=device, dtype=dtype)
 
-    def seconds() -> float:
+    def product() -> float:
         began = time.perf_counter()
         a @ a
         if cuda:
             torch.cuda.synchronize(device)
         return time.perf_counter() - began
 
-    seconds()
-    return 2 * n**3 / min(seconds() for _ in range(rounds))
+    product()
+    best, until = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        best = min(best, product())
+    return 2 * n**3 / best
