@@ -170,6 +170,7 @@ def test_concurrent_greedy_answers_are_identical(client: openai.OpenAI) -> None:
         ({"stream_options": {"include_usage": True}}, None),
         ({"top_logprobs": 50, "logprobs": True}, "top_logprobs"),
         ({"seed": 2**70}, "seed"),
+        ({"tool_choice": "required"}, "tool_choice"),
     ],
 )
 def test_bad_fields_are_400_and_named(local: LocalServer, change: dict[str, Any], param: str | None) -> None:
@@ -197,9 +198,30 @@ def test_malformed_bodies_are_400(local: LocalServer, body: bytes) -> None:
     refusal(post(local, body), 400)
 
 
+def test_a_body_that_is_not_called_json_is_explained(local: LocalServer) -> None:
+    form = {"content-type": "application/x-www-form-urlencoded"}  # what curl says of -d
+    error = refusal(post(local, CHAT, headers=form), 400)
+    assert "send the header content-type: application/json" in error["message"]
+
+
 def test_a_field_of_many_types_is_explained_by_the_nearest(local: LocalServer) -> None:
     assert refusal(post(local, CHAT | {"stop": ["a", ""]}), 400)["param"] == "stop.1"
+    assert "at most" in refusal(post(local, CHAT | {"stop": ["x"] * 10_000}), 400)["message"]
+    empty = refusal(post(local, {"model": "tiny", "prompt": []}, "/v1/completions"), 400)
+    assert "at least 1 item" in empty["message"]
     assert refusal(post(local, b'{"a": '), 400)["message"].startswith("the body is not JSON: ")
+
+
+def test_tools_reach_the_template_unless_told_none(local: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = local.service.tokenizer
+    monkeypatch.setattr(tokenizer, "template", "ask {{ tools[0].function.name if tools else '' }}")
+    monkeypatch.setattr(tokenizer, "_compiled", None)
+    tools = {"tools": [{"type": "function", "function": {"name": "weather " * 9}}], "max_tokens": 1}
+    lengths = [
+        post(local, CHAT | tools | choice).json()["usage"]["prompt_tokens"]
+        for choice in ({}, {"tool_choice": "auto"}, {"tool_choice": "none"})
+    ]
+    assert lengths[0] == lengths[1] > lengths[2] + 9
 
 
 def test_unknown_model_is_404(local: LocalServer) -> None:

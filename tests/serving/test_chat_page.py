@@ -50,6 +50,18 @@ def test_a_person_talks_and_says_what_they_think(server: LocalServer, tmp_path: 
             await page.run("$('system').value = 'word '.repeat(3000); $('text').value = 'again';"
                            "$('form').requestSubmit(); true")  # fmt: skip
             assert "tokens" in await page.until("document.querySelector('.turn.error span')?.textContent")
+            # What was refused is no part of the conversation, and can be sent again.
+            assert await page.run("[turns.length, $('talk').querySelectorAll('.user').length, $('text').value]") == [
+                2, 1, "again",
+            ]  # fmt: skip
+            await page.run("$('system').value = ''; $('tokens').value = 1500; $('form').requestSubmit(); true")
+            await page.until("$('talk').lastChild.querySelector('span')?.textContent")
+            await page.run("$('clear').click(); true")  # in the midst of an answer
+            await page.until("!$('send').disabled && $('stop').disabled")
+            await asyncio.sleep(0.3)
+            assert await page.run("[turns.length, $('talk').childElementCount]") == [0, 0]
+            await page.run("write(show('assistant', ''), 'so:\\n```python\\nx = 1\\n```'); true")
+            assert await page.run("document.querySelector('.assistant code').textContent") == "x = 1"
         return str(answer)
 
     shown = asyncio.run(talk())

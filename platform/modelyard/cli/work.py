@@ -239,6 +239,7 @@ def serve(
             shadow=Shadow(model=shadow, log=shadow_log) if shadow else None,
         ),
     )
+    console.print("starting; a machine's first start takes half a minute longer")  # the engine's kernels are compiled
     handle = serve_model(model, root, options, name, lambda text: console.print(text, markup=False, highlight=False))
     console.print(f"[bold]{handle.name}[/] at {handle.url}/v1  (chat page {handle.url}/, metrics {handle.url}/metrics)")
     _wait(console)

@@ -155,13 +155,18 @@ def _handle_errors(app: FastAPI, service: Service) -> None:
         return respond(error)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        sent = request.headers.get("content-type", "")
+        if "json" not in sent and error.errors()[0]["loc"] == ("body",):  # curl's -d alone calls it a form
+            named = f"with content-type {sent[:100]}" if sent else "without a content-type"
+            return respond(ApiError(400, f"the body came {named}; send the header content-type: application/json"))
         return respond(invalid_field(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> JSONResponse:
         unread = error.status_code == 400  # FastAPI's word for bytes that are not UTF-8, or brackets nested too deep
-        answer = respond(ApiError(error.status_code, "the body is not JSON in UTF-8" if unread else str(error.detail)))
+        told = "the body is not JSON in UTF-8, or is nested too deep" if unread else str(error.detail)
+        answer = respond(ApiError(error.status_code, told))
         answer.headers.update(error.headers or {})  # Allow, of a 405
         return answer
 

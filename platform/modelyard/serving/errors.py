@@ -71,7 +71,8 @@ def invalid_field(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """400: what pydantic found wrong with a body, as one sentence about one field.
 
     Where a field may be of several types, each alternative has its own complaint: the one that got furthest into the
-    value is the one the sender meant. errors: pydantic's, at least one, with `loc`, `msg` and `type`.
+    value is the one the sender meant, and of two that got as far the one whose type fits. errors: pydantic's, at least
+    one, with `loc`, `msg` and `type`.
     """
     first = errors[0]
     if first["type"] == "json_invalid":
@@ -80,7 +81,7 @@ def invalid_field(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if first["loc"] == ("body",):
         return ApiError(400, f"the body: {_sentence(first)}")
     mine = [e for e in errors if e["loc"][:2] == first["loc"][:2]]
-    best = max(mine, key=lambda e: len(_path(e["loc"])))
+    best = max(mine, key=lambda e: (len(_path(e["loc"])), not str(e["type"]).endswith("_type")))
     field = ".".join(_path(best["loc"]))
     return ApiError(400, f"{field}: {_sentence(best)}", param=field)
 

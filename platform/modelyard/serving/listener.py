@@ -10,6 +10,7 @@ import socket
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from modelyard.serving.options import ServeOptions
 
@@ -17,6 +18,46 @@ DRAIN_SECONDS = 20
 """How long answers in progress may take once the listener stops."""
 KEEP_ALIVE_SECONDS = 90
 """How long a connection may stay idle: Serve's own value for its proxy."""
+
+HEAD_SECONDS = 30.0
+"""How long a request line and its headers may take to arrive."""
+HEAD_BYTES = 65_536
+"""How large a request line and its headers may be together."""
+
+
+class BoundedHead(HttpToolsProtocol):
+    """Closes a connection whose next request's head is late or large: uvicorn waits for it for ever and keeps it all.
+
+    The body has bounds of its own (`middleware.Gate`), idleness between two requests uvicorn's.
+    """
+
+    _late: asyncio.TimerHandle | None = None
+    _head = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
+        super().connection_made(transport)
+        self._late = self.loop.call_later(HEAD_SECONDS, transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._complete()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._complete()
+            return
+        self._head += len(data)
+        if self._late is None:
+            self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+        if self._head > HEAD_BYTES:
+            self.transport.close()
+
+    def _complete(self) -> None:
+        self._head = 0
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
 
 class Listener:
@@ -30,8 +71,9 @@ class Listener:
         """Listens where the options say and returns when it does. Raises OSError when it cannot."""
         files = options.tls.absolute() if options.tls is not None else (None, None)
         config = uvicorn.Config(
-            app, ssl_certfile=files[0], ssl_keyfile=files[1], lifespan="off", access_log=False, log_config=None,
-            server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=DRAIN_SECONDS,
+            app, http=BoundedHead, ssl_certfile=files[0], ssl_keyfile=files[1], lifespan="off", access_log=False,
+            log_config=None, server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=DRAIN_SECONDS,
         )  # fmt: skip
         server = uvicorn.Server(config)
         task = asyncio.create_task(server.serve([_bound(options.host, options.port)]))

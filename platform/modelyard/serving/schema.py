@@ -232,6 +232,11 @@ class ChatRequest(_Common):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: list[dict[str, Any]] | None = Field(None, max_length=256, description="passed to the chat template")
+    tool_choice: Literal["auto", "none"] | None = Field(None, description="a call cannot be forced; none: no tools")
+
+    def offered(self) -> list[dict[str, Any]] | None:
+        """The tools for the chat template."""
+        return None if self.tool_choice == "none" else self.tools
 
     def turns(self) -> list[dict[str, Any]]:
         """The messages for the chat template."""

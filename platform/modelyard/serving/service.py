@@ -109,7 +109,7 @@ class Service:
 
     def _render(self, turns: list[dict[str, object]], body: ChatRequest) -> str:
         try:
-            return self.tokenizer.render(turns, body.tools)
+            return self.tokenizer.render(turns, body.offered())
         except DataError as error:
             raise ApiError(400, error.what, param=error.place) from None
 
