@@ -42,11 +42,16 @@ def test_chat_in_the_terminal(
 
 
 def test_bench_serve_writes_a_page(local: LocalServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = tmp_path / "latency.html"
+    page = tmp_path / "new" / "latency.html"
     arguments = ["bench-serve", local.url, "--rates", "5", "--seconds", "1", "--tokens", "3", "--prompt", "4"]
     with pytest.raises(SystemExit) as end:
         main([*arguments, "--html", str(page)])
-    assert not end.value.code and "first p99" in capsys.readouterr().out and "first token p50" in page.read_text()
+    out = capsys.readouterr().out
+    assert not end.value.code and "first token p50" in page.read_text()
+    assert out.count("p99") == 2 and "answer" in out and "\u2026" not in out
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, "--html", str(tmp_path)])
+    assert end.value.code == 2 and "cannot be written" in capsys.readouterr().err
 
 
 def test_mistakes_are_named(local: LocalServer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,7 +67,7 @@ def test_mistakes_are_named(local: LocalServer, capsys: pytest.CaptureFixture[st
         asyncio.run(model(f"http://127.0.0.1:{free_port()}"))
     with pytest.raises(Refused) as refused:
         asyncio.run(long(local.url))
-    assert refused.value.status == 400
+    assert refused.value.status == 400 and not refused.value.mend
     with pytest.raises(DataError, match="HTTP address"):
         base("ftp://x")
     assert base("localhost:8000/v1/") == "http://localhost:8000"
@@ -76,3 +81,15 @@ def test_mistakes_are_named(local: LocalServer, capsys: pytest.CaptureFixture[st
 
 def test_quantiles() -> None:
     assert quantile([3, 1, 2], 0.5) == 2 and quantile([1, 2, 3, 4], 0.99) == 4 and math.isnan(quantile([], 0.5))
+
+
+def test_options_of_a_server_are_checked_before_it_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, said in (
+        (["--canary", "x", "--percent", "200"], "traffic.canary.percent: Input should be less than 100 (got 200.0)"),
+        (["--set", "engine.precision=int9"], "engine.precision: Input should be 'auto'"),
+        (["--set", "engine.max_sequence=9"], "unknown key 'max_sequence'; did you mean 'max_sequences'?"),
+        (["--set", "cache.ttl_s=-1", "--cache"], "cache.ttl_s: "),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(["serve", "nowhere", *flags])
+        assert end.value.code == 2 and said in capsys.readouterr().err

@@ -62,7 +62,9 @@ def chat(
                 console.print("\n[dim]stopped[/]")
                 turns.pop()
             except ModelyardError as error:
-                console.print(f"[red]{error.what}[/]  {error.mend}")
+                console.print(error.what, style="red", markup=False, highlight=False)
+                if error.mend:
+                    console.print(error.mend, style="dim", markup=False)
                 turns.pop()
 
 
@@ -117,10 +119,11 @@ def bench_serve(
     loads = [load.Load(rate, seconds, prompt, tokens, seed) for seed, rate in enumerate(_rates(rates))]
     for one in loads:
         one.check()
+    _make_room(html)
     results = asyncio.run(_measure(_client(url, key, ca), model, loads))
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in load.HEAD:
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
     for result in results:
         table.add_row(*load.row(result))
     console = Console()
@@ -128,6 +131,17 @@ def bench_serve(
     if html is not None:
         html.write_text(load.plot(results, f"Latency of {url}"), encoding="utf-8")
         console.print(f"page: {html}", soft_wrap=True)
+
+
+def _make_room(page: Path | None) -> None:
+    """Raises RecipeError, before anything is measured, when the page could not be written."""
+    if page is None:
+        return
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.open("a").close()
+    except OSError as error:
+        raise RecipeError(f"the page cannot be written: {error.strerror}", place=str(page)) from error
 
 
 def _rates(text: str) -> list[float]:

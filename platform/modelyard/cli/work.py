@@ -15,7 +15,6 @@ from modelyard.errors import RecipeError, ResourceError
 
 if TYPE_CHECKING:
     from modelyard.recipe import Recipe
-    from modelyard.serving.tls import Tls
 
 RecipePath = Annotated[Path, typer.Argument(help="recipe file, such as pipelines/quickstart.yaml")]
 Assignments = Annotated[
@@ -173,15 +172,13 @@ def _adapters(pairs: list[str]) -> dict[str, str]:
     return found
 
 
-def _tls(certificate: Path | None, key: Path | None) -> Tls | None:
-    from modelyard.serving.tls import Tls
-
+def _tls(certificate: Path | None, key: Path | None) -> dict[str, str] | None:
     if certificate is None and key is None:
         return None
     if certificate is None or key is None:
         missing = "--tls-certificate" if certificate is None else "--tls-key"
         raise RecipeError("HTTPS takes a certificate and its key", place=missing, mend=f"give {missing}, too")
-    return Tls(certificate=str(certificate), key=str(key))
+    return {"certificate": str(certificate), "key": str(key)}
 
 
 def serve(
@@ -216,30 +213,34 @@ def serve(
     shadow_log: Annotated[
         str | None, typer.Option(help="folder or s3:// URI for how the shadow's answers compare")
     ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="any option of a server, such as engine.max_sequences=8"),
+    ] = None,
 ) -> None:
     """Serves a model behind an OpenAI-compatible API until Ctrl-C. An alias that moves is followed."""
-    from modelyard.serving import Autoscaling, ServeOptions
-    from modelyard.serving.options import AsyncOptions, CacheOptions, Canary, Limits, Shadow, Traffic
+    from modelyard.recipe import build_options
+    from modelyard.serving import ServeOptions
     from modelyard.stages.serve import serve_model
 
     console = Console()
-    options = ServeOptions(
-        host=host,
-        port=port,
-        autoscaling=Autoscaling(min_replicas=min_replicas, max_replicas=max(min_replicas, max_replicas)),
-        api_keys=str(api_keys) if api_keys else None,
-        tls=_tls(tls_certificate, tls_key),
-        cache=CacheOptions(redis_url=redis_url) if cache or redis_url else None,
-        limits=Limits(requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute),
-        feedback=feedback,
-        adapters=_adapters(adapter or []),
-        asynchronous=AsyncOptions(redis_url=async_redis) if async_redis else None,
-        traffic=Traffic(
-            canary=Canary(model=canary, percent=percent) if canary else None,
-            shadow=Shadow(model=shadow, log=shadow_log) if shadow else None,
-        ),
-    )
-    console.print("starting; a machine's first start takes half a minute longer")  # the engine's kernels are compiled
+    flags = {
+        "host": host,
+        "port": port,
+        "autoscaling": {"min_replicas": min_replicas, "max_replicas": max(min_replicas, max_replicas)},
+        "api_keys": str(api_keys) if api_keys else None,
+        "tls": _tls(tls_certificate, tls_key),
+        "cache": {"redis_url": redis_url} if cache or redis_url else None,
+        "limits": {"requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute},
+        "feedback": feedback,
+        "adapters": _adapters(adapter or []),
+        "asynchronous": {"redis_url": async_redis} if async_redis else None,
+        "traffic": {
+            "canary": {"model": canary, "percent": percent} if canary else None,
+            "shadow": {"model": shadow, "log": shadow_log} if shadow else None,
+        },
+    }
+    options = build_options(ServeOptions, flags, assignments or ())
     handle = serve_model(model, root, options, name, lambda text: console.print(text, markup=False, highlight=False))
     console.print(f"[bold]{handle.name}[/] at {handle.url}/v1  (chat page {handle.url}/, metrics {handle.url}/metrics)")
     _wait(console)

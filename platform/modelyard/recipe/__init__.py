@@ -5,7 +5,7 @@ what a stage does.
 """
 
 from modelyard.recipe.fingerprint import decisive, differences, fingerprint
-from modelyard.recipe.load import load_recipe
+from modelyard.recipe.load import build_options, load_recipe
 from modelyard.recipe.schema import Bytes, FileInput, Options, Recipe, Resources, StageOptions, runtime
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Recipe",
     "Resources",
     "StageOptions",
+    "build_options",
     "decisive",
     "differences",
     "fingerprint",

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -14,6 +14,7 @@ from modelyard.errors import RecipeError
 from modelyard.recipe.schema import Recipe, StageOptions
 from modelyard.recipe.source import Source, override, parse
 
+Model = TypeVar("Model", bound=BaseModel)
 Kinds = Mapping[str, type[StageOptions]]
 _CREDENTIALS = re.compile(r"//[^/@\s]+@")
 _MAX_ERRORS = 8
@@ -66,6 +67,26 @@ def build_recipe(source: Source, kinds: Kinds) -> Recipe:
     return recipe
 
 
+def build_options(model: type[Model], data: dict[str, Any], overrides: Sequence[str] = ()) -> Model:
+    """One option model from plain values, as a command without a recipe takes them.
+
+    Args:
+        model: the option model.
+        data: its values; changed by the overrides.
+        overrides: `key.sub=value` assignments, as of `--set`.
+
+    Raises:
+        RecipeError: a value, a key or an assignment is wrong.
+    """
+    source = Source("the command line", {"stages": {"options": data}})
+    override(source, [f"options.{assignment}" for assignment in overrides])
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        mistakes = [f"{'.'.join(str(part) for part in item['loc'])}: {_message(item, model)}" for item in _items(error)]
+    raise RecipeError("\n  - ".join(["wrong options", *mistakes]), place=source.name)
+
+
 def _summary(mistakes: list[str]) -> str:
     shown = mistakes[:_MAX_ERRORS]
     if len(mistakes) > _MAX_ERRORS:
@@ -100,17 +121,26 @@ def nearest(word: str, valid: Mapping[str, Any] | Sequence[str]) -> str:
 
 def _describe(error: ValidationError, model: type[BaseModel], source: Source, path: tuple[str | int, ...]) -> list[str]:
     lines: dict[str, None] = {}
-    for item in error.errors(include_url=False, include_context=False):
+    for item in _items(error):
         # Union tags and list wrappers stand in `loc` but not in the file: keep what the file has.
         where = path + tuple(part for part in item["loc"] if _in_file(source, path, item["loc"], part))
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            key = str(item["loc"][-1])
-            message = f"unknown key {key!r}{nearest(key, sorted(set(field_names(model, item['loc'][:-1]))))}"
-        elif item["type"] != "missing" and isinstance(item["input"], (str, int, float, bool)):
-            message = f"{message} (got {_CREDENTIALS.sub('//***@', repr(item['input']))})"
-        lines[f"{source.place(where)}: {message}"] = None
+        lines[f"{source.place(where)}: {_message(item, model)}"] = None
     return list(lines)
+
+
+def _items(error: ValidationError) -> Iterator[Mapping[str, Any]]:
+    yield from error.errors(include_url=False, include_context=False)
+
+
+def _message(item: Mapping[str, Any], model: type[BaseModel]) -> str:
+    """What is wrong, in one sentence, of one of pydantic's complaints."""
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        key = str(item["loc"][-1])
+        return f"unknown key {key!r}{nearest(key, sorted(set(field_names(model, item['loc'][:-1]))))}"
+    if item["type"] != "missing" and isinstance(item["input"], (str, int, float, bool)):
+        return f"{message} (got {_CREDENTIALS.sub('//***@', repr(item['input']))})"
+    return message
 
 
 def _in_file(source: Source, path: tuple[str | int, ...], loc: tuple[str | int, ...], part: str | int) -> bool:

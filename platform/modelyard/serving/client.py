@@ -27,16 +27,13 @@ class Piece:
 class Refused(StageError):
     """The server answered with an error. `status` is the HTTP status, 200 when it came in the midst of a stream."""
 
-    def __init__(self, status: int, message: str, place: str) -> None:
-        super().__init__(message, place=place, mend=_MENDS.get(status, ""))
+    def __init__(self, status: int, message: str, place: str, mend: str = "") -> None:
+        super().__init__(message, place=place, mend=mend or _MENDS.get(status, ""))
         self.status = status
 
 
-_MENDS = {
-    401: "give a key with --key, or in MODELYARD_API_KEY",
-    404: "is this the address of an OpenAI-compatible server, without /v1 twice?",
-    429: "wait, or lower the rate",
-}
+_MENDS = {401: "give a key with --key, or in MODELYARD_API_KEY", 429: "wait, or lower the rate"}
+_STRANGE = "is this the address of an OpenAI-compatible server?"
 
 
 def base(url: str) -> str:
@@ -87,11 +84,11 @@ class Client:
                 mend=_mend(error),
             ) from error
         if answer.status_code != 200:
-            raise Refused(answer.status_code, _message(answer.content), self.url)
+            raise _refused(answer.status_code, answer.content, self.url)
         try:
             return str(answer.json()["data"][0]["id"])
         except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise Refused(404, "the answer of /v1/models is not OpenAI's", self.url) from error
+            raise Refused(404, "the answer of /v1/models is not OpenAI's", self.url, _STRANGE) from error
 
     async def chat(self, model: str, messages: Sequence[Mapping[str, Any]], **options: Any) -> AsyncIterator[Piece]:
         """Pieces of an answer as they come, the last with token counts. Raises Refused or ResourceError."""
@@ -110,7 +107,7 @@ class Client:
         try:
             async with self._http.stream("POST", path, json=body) as answer:
                 if answer.status_code != 200:
-                    raise Refused(answer.status_code, _message(await answer.aread()), self.url)
+                    raise _refused(answer.status_code, await answer.aread(), self.url)
                 async for line in answer.aiter_lines():
                     if line.startswith("data: {"):
                         yield self._piece(json.loads(line[6:]), time.perf_counter() - began)
@@ -135,8 +132,9 @@ def _mend(error: httpx.TransportError) -> str:
     return "start one with `modelyard serve`, or check the address"
 
 
-def _message(content: bytes) -> str:
+def _refused(status: int, content: bytes, place: str) -> Refused:
     try:
-        return str(json.loads(content)["error"]["message"])
+        return Refused(status, str(json.loads(content)["error"]["message"]), place)
     except (ValueError, KeyError, TypeError):
-        return content[:200].decode("utf-8", "replace") or "no reason given"
+        told = content[:200].decode("utf-8", "replace") or "no reason given"
+        return Refused(status, f"HTTP {status}: {told}", place, _STRANGE)

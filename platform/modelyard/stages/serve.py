@@ -74,6 +74,8 @@ def serve_model(
     # One version's replicas more: a new version starts beside the old one.
     replicas = options.autoscaling.max_replicas * options.cpus_per_replica
     session.start(replicas * (1 + len(others)) + max(1, options.autoscaling.min_replicas) * options.cpus_per_replica)
+    say = say or log.info
+    say("starting; a machine's first start takes half a minute longer")  # the engine compiles its kernels
     handle = launch(stable.model, name or found, options, stable.version, others)
-    Served(handle, wanted, absolute(root), options, say or log.info)
+    Served(handle, wanted, absolute(root), options, say)
     return handle
