@@ -86,7 +86,7 @@ def test_quantiles() -> None:
 def test_options_of_a_server_are_checked_before_it_starts(capsys: pytest.CaptureFixture[str]) -> None:
     for flags, said in (
         (["--canary", "x", "--percent", "200"], "traffic.canary.percent: Input should be less than 100 (got 200.0)"),
-        (["--set", "engine.precision=int9"], "engine.precision: Input should be 'auto'"),
+        (["--set", "engine.precision=int9"], "engine.precision: Input should be 'auto' (got 'int9')"),
         (["--set", "engine.max_sequence=9"], "unknown key 'max_sequence'; did you mean 'max_sequences'?"),
         (["--set", "cache.ttl_s=-1", "--cache"], "cache.ttl_s: "),
     ):

@@ -83,7 +83,11 @@ def build_options(model: type[Model], data: dict[str, Any], overrides: Sequence[
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        mistakes = [f"{'.'.join(str(part) for part in item['loc'])}: {_message(item, model)}" for item in _items(error)]
+        mistakes = [
+            # `literal[...]` is pydantic's name for one of several types, not a key.
+            f"{'.'.join(str(part) for part in item['loc'] if '[' not in str(part))}: {_message(item, model)}"
+            for item in _items(error)
+        ]
     raise RecipeError("\n  - ".join(["wrong options", *mistakes]), place=source.name)
 
 
