@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import json
 import struct
 import time
 import uuid
+from collections.abc import Mapping
+from json.encoder import encode_basestring
 from typing import Any, Protocol
 
 from modelyard.engine.request import StepOutput, TokenLogprob
@@ -34,6 +37,15 @@ def _vector(values: tuple[float, ...], form: str) -> list[float] | str:
     return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode("ascii")
 
 
+# Made once: json.dumps with options makes an encoder a call, which costs as much as a chunk.
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def event(value: Mapping[str, Any]) -> bytes:
+    """An object as a server-sent event."""
+    return b"data: " + _encode(value).encode() + b"\n\n"
+
+
 class Form(Protocol):
     """How one endpoint writes answers. `id` names the whole response."""
 
@@ -47,8 +59,8 @@ class Form(Protocol):
         """The chunk before a choice's first text, None when there is none."""
         ...
 
-    def chunk(self, index: int, output: StepOutput) -> dict[str, Any] | None:
-        """The chunk for a message from the engine, None when it holds nothing to send."""
+    def chunk(self, index: int, output: StepOutput) -> bytes | None:
+        """The event for a message from the engine, None when it holds nothing to send."""
         ...
 
     def closing(self, prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
@@ -67,6 +79,26 @@ class _Base:
         self._head = {"id": self.id, "object": self.chunk_kind, "created": int(time.time()), "model": model}
         # With include_usage every chunk carries the field, null until the last.
         self._usage: dict[str, Any] = {"usage": None} if include_usage else {}
+        self._around: dict[int, tuple[bytes, bytes]] = {}
+
+    def chunk(self, index: int, output: StepOutput) -> bytes | None:
+        if output.finish is not None or output.logprobs:
+            return event(self._chunk(self._choice(index, output)))
+        if not output.text:
+            return None
+        # Most chunks of a choice differ in their text alone: the rest is encoded once (1.3 us a chunk, not 5).
+        before, after = self._around.get(index) or self._surround(index)
+        return before + encode_basestring(output.text).encode() + after
+
+    def _surround(self, index: int) -> tuple[bytes, bytes]:
+        """What stands before and after the text in events that bring nothing else."""
+        before, _, after = event(self._chunk(self._choice(index, StepOutput((), "\0")))).rpartition(b'"\\u0000"')
+        self._around[index] = before, after
+        return before, after
+
+    def _choice(self, index: int, output: StepOutput) -> dict[str, Any]:
+        """A choice of a streamed chunk."""
+        raise NotImplementedError
 
     def closing(self, prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
         return self._head | {"choices": [], "usage": usage(prompt_tokens, completion_tokens)}
@@ -97,11 +129,6 @@ class TextForm(_Base):
 
     def opening(self, index: int) -> dict[str, Any] | None:
         return None
-
-    def chunk(self, index: int, output: StepOutput) -> dict[str, Any] | None:
-        if not output.text and output.finish is None and not output.logprobs:
-            return None
-        return self._chunk(self._choice(index, output))
 
     def _choice(self, index: int, output: StepOutput) -> dict[str, Any]:
         logprobs = self._logprobs(index, output.logprobs) if output.logprobs else None
@@ -144,12 +171,10 @@ class ChatForm(_Base):
         delta = {"role": "assistant", "content": ""}
         return self._chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
 
-    def chunk(self, index: int, output: StepOutput) -> dict[str, Any] | None:
-        if not output.text and output.finish is None and not output.logprobs:
-            return None
+    def _choice(self, index: int, output: StepOutput) -> dict[str, Any]:
         delta = {"content": output.text} if output.text else {}
         logprobs = self._logprobs(output.logprobs) if output.logprobs else None
-        return self._chunk({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": output.finish})
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": output.finish}
 
     def _logprobs(self, entries: tuple[TokenLogprob, ...]) -> dict[str, Any]:
         def entry(token: int, logprob: float) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -14,9 +13,10 @@ from operator import add
 from modelyard.engine.request import UNSATISFIED, EngineStopped, Request, Sampling, StepOutput
 from modelyard.engine.tokenizer import Tokenizer
 from modelyard.errors import DataError, ResourceError
-from modelyard.serving.answers import Form
+from modelyard.serving.answers import Form, event
 from modelyard.serving.backend import Backend
 from modelyard.serving.cache import Cache, cache_key, deterministic, dump, parse
+from modelyard.serving.deadline import Deadline
 from modelyard.serving.errors import ApiError, overloaded, unavailable
 from modelyard.serving.limits import Limiter
 from modelyard.serving.metrics import Metrics
@@ -220,12 +220,12 @@ class Service:
     async def _computed(self, job: Job) -> AsyncGenerator[StepOutput, None]:
         """Messages of one choice, counted; ApiError instead of the engine's errors."""
         watch = self.metrics.watch(len(job.request.prompt))
-        deadline = asyncio.get_running_loop().time() + self.timeout
+        deadline = Deadline(self.timeout)
         try:
             async with aclosing(self.backend.stream(job.request)) as stream:
                 while True:
                     # Around each message, because a stream's first is awaited in another task than the rest.
-                    async with asyncio.timeout_at(deadline):
+                    with deadline:
                         output = await anext(stream, None)
                     if output is None:
                         return
@@ -241,6 +241,8 @@ class Service:
             raise overloaded() from None
         except EngineStopped:
             raise unavailable("the engine has stopped; try again") from None
+        finally:
+            deadline.end()
 
     async def whole(self, jobs: list[Job]) -> list[StepOutput]:
         """Every choice's full answer. The first failure cancels the others."""
@@ -322,15 +324,15 @@ class Service:
                 if index not in opened:
                     opened.add(index)
                     if (opening := form.opening(index)) is not None:
-                        yield _event(opening)
+                        yield event(opening)
                 if (chunk := form.chunk(index, output)) is not None:
-                    yield _event(chunk)
+                    yield chunk
         except ApiError as error:
             self.metrics.errors.labels(error.code or error.kind).inc()
-            yield _event(error.body())
+            yield event(error.body())
         else:
             if include_usage:
-                yield _event(form.closing(_prompt_tokens(jobs), completion))
+                yield event(form.closing(_prompt_tokens(jobs), completion))
         yield b"data: [DONE]\n\n"
 
     def usage_tokens(self, jobs: list[Job]) -> int:
@@ -364,11 +366,3 @@ def _prompt_tokens(jobs: list[Job]) -> int:
 def _seeded(sampling: Sampling, copy: int) -> Sampling:
     """The n answers of a seeded request differ from each other and repeat together."""
     return sampling if sampling.seed is None or copy == 0 else replace(sampling, seed=sampling.seed + copy)
-
-
-# Made once: json.dumps with options makes an encoder a call, which costs as much as a chunk.
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-
-
-def _event(value: dict[str, object]) -> bytes:
-    return b"data: " + _encode(value).encode() + b"\n\n"
