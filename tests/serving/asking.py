@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import psutil
 
 MINUTES = 180.0
 """Seconds anything may take before a test gives it up: long, because the machine may be busy with other tests."""
@@ -38,6 +39,19 @@ def until_refused(ask: Callable[[], httpx.Response], callers: int) -> list[httpx
 
     with ThreadPoolExecutor(callers) as pool:
         return [answer for answers in pool.map(call, range(callers)) for answer in answers]
+
+
+def replica_processes() -> list[psutil.Process]:
+    """The engine replicas of this test's Ray."""
+
+    def title(process: psutil.Process) -> str:
+        try:
+            return " ".join(process.cmdline())
+        except psutil.Error:
+            return ""
+
+    named = [(process, title(process)) for process in psutil.Process().children(recursive=True)]
+    return [p for p, name in named if name.startswith("ray::ServeReplica:") and ":engine" in name]
 
 
 def wait_for(done: Callable[[], Any], what: str, every: float = 0.02) -> Any:

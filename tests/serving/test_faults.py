@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
-from asking import CHAT, ENDLESS, HTTP, until_refused
+from asking import CHAT, ENDLESS, HTTP, replica_processes, until_refused
 
 from modelyard.engine import EngineOptions
 from modelyard.serving import Autoscaling, ServeOptions, ServerHandle, launch
@@ -47,18 +46,10 @@ def text(response: httpx.Response) -> str:
 
 def kill_replicas() -> int:
     """Kills the engine replicas of this test's Ray; how many there were."""
-    mine = [p for p in psutil.Process().children(recursive=True) if _title(p).startswith("ray::ServeReplica:")]
-    mine = [p for p in mine if ":engine" in _title(p)]
+    mine = replica_processes()
     for process in mine:
         process.kill()
     return len(mine)
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
 
 
 def test_the_first_request_wakes_a_model_scaled_to_zero(server: ServerHandle) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import openai
 import pytest
-from asking import CHAT, ENDLESS, HTTP, MESSAGES, until_refused, wait_for
+from asking import CHAT, ENDLESS, HTTP, MESSAGES, replica_processes, until_refused, wait_for
 
 from modelyard.engine import EngineOptions
 from modelyard.errors import DataError, RecipeError, ResourceError
@@ -155,6 +155,25 @@ def test_metrics_count_replicas(server: ServerHandle) -> None:
     text = HTTP.get(server.url + "/metrics", headers={"authorization": f"Bearer {server.key}"}).text
     assert "modelyard_replicas " in text
     assert 'modelyard_tokens_total{direction="completion",version="1"}' in text
+
+
+def test_metrics_of_a_replica_that_does_not_answer_are_the_last_known(server: ServerHandle) -> None:
+    def page() -> dict[str, float]:
+        response = HTTP.get(server.url + "/metrics", headers=server.headers)
+        assert response.status_code == 200, response.text
+        lines = [line.rpartition(" ") for line in response.text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, _, value in lines}
+
+    replicas, missed = 'modelyard_replicas{version="1"}', 'modelyard_engine_stats_missed_total{version="1"}'
+    before = page()
+    frozen = replica_processes()[0]
+    frozen.suspend()
+    try:
+        during = page()
+    finally:
+        frozen.resume()
+    assert during[missed] == before[missed] + 1 and during[replicas] == before[replicas] > 0
+    assert page()[missed] == during[missed]
 
 
 def test_a_second_server_on_the_same_cluster_is_refused(server: ServerHandle, tiny_model: Path) -> None:

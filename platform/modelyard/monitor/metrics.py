@@ -93,6 +93,10 @@ PREFIX_HITS = Metric(
     "modelyard_prefix_hit_ratio", "gauge", "Share of prompt tokens that the running engines took from the prefix cache."
 )
 REPLICAS = Metric("modelyard_replicas", "gauge", "Engine replicas that answer.")
+UNREAD = Metric(
+    "modelyard_engine_stats_missed_total", "counter",
+    "Times an engine replica did not say how it is: the engines' gauges kept what they showed.",
+)  # fmt: skip
 SHADOW = Metric(
     "modelyard_shadow_answers_total", "counter",
     "Copies answered in the shadow: result is same, different, failed or dropped.", ("result",),
@@ -115,7 +119,7 @@ CURATE_BYTES_KEPT = Metric("modelyard_curate_kept_bytes", "gauge", "UTF-8 bytes 
 
 SERVING = (
     REQUESTS, ERRORS, TOKENS, CACHE, TIME_TO_FIRST_TOKEN, INTER_TOKEN, QUEUE, REQUEST_SECONDS, BATCH_OCCUPANCY,
-    KV_SLOTS_USED, KV_USED, PREFIX_HITS, REPLICAS, SHADOW,
+    KV_SLOTS_USED, KV_USED, PREFIX_HITS, REPLICAS, UNREAD, SHADOW,
 )  # fmt: skip
 TRAINING = (
     TRAIN_LOSS, TRAIN_HELDOUT_LOSS, TRAIN_STEP, TRAIN_TOKENS, TRAIN_TOKENS_PER_SECOND, TRAIN_LEARNING_RATE,

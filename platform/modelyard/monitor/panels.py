@@ -86,7 +86,8 @@ SERVING = Row(
     (
         Panel("Requests a second", "By HTTP status.", "reqps", _rate(m.REQUESTS, "code")),
         Panel("Errors a second", "By type of error.", "reqps", _rate(m.ERRORS, "type")),
-        Panel("Replicas", "Engine replicas that answer.", "short", (Query(f"sum({m.REPLICAS.name})", "replicas"),),
+        Panel("Replicas", "Engine replicas that answer; times in 5 minutes that one did not say how it is.", "short",
+              (Query(f"sum({m.REPLICAS.name})", "replicas"), Query(f"sum(increase({m.UNREAD.name}[5m]))", "silent")),
               "stat"),
         Panel("Time to first token", "From arrival.", "s", _quantiles(m.TIME_TO_FIRST_TOKEN)),
         Panel("Time between tokens", "Of one request.", "s", _quantiles(m.INTER_TOKEN)),

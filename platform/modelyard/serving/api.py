@@ -135,7 +135,8 @@ def _information(
         if exposition is not None:
             text = await exposition()
         else:
-            text = service.metrics.render(await service.backend.stats())
+            await service.metrics.ask(service.backend)
+            text = service.metrics.render()
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)

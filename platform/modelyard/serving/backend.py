@@ -24,7 +24,7 @@ class Backend(Protocol):
         ...
 
     async def stats(self) -> list[EngineStats]:
-        """A snapshot of every engine that answers."""
+        """A snapshot of every engine. Raises TimeoutError when one is there and does not answer soon."""
         ...
 
 

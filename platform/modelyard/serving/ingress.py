@@ -123,9 +123,8 @@ class Ingress:
                       texts=shadow is not None and shadow.texts)  # fmt: skip
 
     async def _render(self) -> bytes:
-        for version, service in list(self._services.items()):
-            if version in self._metrics:
-                self._metrics[version].observe(await service.backend.stats())
+        known = [(self._metrics[v], service.backend) for v, service in self._services.items() if v in self._metrics]
+        await asyncio.gather(*(metrics.ask(backend) for metrics, backend in known))
         return self._exposition.render()
 
     async def __del__(self) -> None:

@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 
 from modelyard.engine.request import EngineStats, StepOutput
 from modelyard.monitor import metrics as names
+from modelyard.serving.backend import Backend
 
 
 class Metrics:
@@ -33,11 +34,20 @@ class Metrics:
         self._slots = names.KV_SLOTS_USED.gauge(self.registry)
         self._kv, self._prefix = names.KV_USED.gauge(self.registry), names.PREFIX_HITS.gauge(self.registry)
         self._replicas = names.REPLICAS.gauge(self.registry)
+        self._unread = names.UNREAD.counter(self.registry)
 
-    def render(self, engines: Sequence[EngineStats]) -> bytes:
+    def render(self) -> bytes:
         """Everything in Prometheus' text format."""
-        self.observe(engines)
         return generate_latest(self.registry)
+
+    async def ask(self, backend: Backend) -> None:
+        """Sets the gauges to what the engines say of themselves now; where one does not, they stay as they are."""
+        try:
+            engines = await backend.stats()
+        except TimeoutError:
+            self._unread.inc()
+        else:
+            self.observe(engines)
 
     def observe(self, engines: Sequence[EngineStats]) -> None:
         """Sets the gauges to what the engines say of themselves now."""

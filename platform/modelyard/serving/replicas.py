@@ -10,7 +10,6 @@ import asyncio
 import logging
 import uuid
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import suppress
 from typing import Any
 
 from grpc import RpcError
@@ -35,6 +34,9 @@ ATTEMPTS = 4
 
 LOST = (RayActorError, DeploymentUnavailableError, RpcError, RuntimeError, WireLost)
 """How a replica that is gone or going shows. Serve says RuntimeError when it does not know if a replica took a call."""
+
+STATS_SECONDS = 4.0
+"""How long replicas may take to say how they are: who reads `/metrics` waits for that, Prometheus 10 s for the page."""
 
 LATE_SECONDS = 5.0
 """How much later than the end of its call an answer's last outputs may come over the wire."""
@@ -202,6 +204,11 @@ class ServeBackend:
 
     async def stats(self) -> list[EngineStats]:
         """See `Backend.stats`."""
-        with suppress(DeploymentUnavailableError):
-            return list(await self._all.broadcast("stats").results_async(timeout_s=5))
-        return []
+        try:
+            said = await self._all.broadcast("stats").results_async(timeout_s=STATS_SECONDS, return_exceptions=True)
+        except DeploymentUnavailableError:
+            return []
+        except LOST as error:
+            raise TimeoutError("a replica was lost as it was asked") from error
+        # One that is going says so by an error, and is no longer there to count.
+        return [stats for stats in said if isinstance(stats, EngineStats)]
