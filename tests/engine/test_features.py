@@ -16,9 +16,11 @@ from tiny import save_model
 from transformers import AutoModelForCausalLM
 
 from modelyard.engine import EngineCore, EngineOptions, Grammar, NativeEngine, Request, Sampling, generate
-from modelyard.engine.calibrate import pack_int8
+from modelyard.engine.calibrate import _loss, pack_int8
 from modelyard.engine.checkpoint import read_tensors
+from modelyard.engine.decoder import Decoder
 from modelyard.engine.options import Speculation
+from modelyard.engine.speculate import DraftModel
 from modelyard.errors import DataError, ResourceError
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
@@ -206,6 +208,17 @@ def test_a_draft_of_another_vocabulary_is_refused(tiny_model: Path, tmp_path: Pa
     other = save_model(tmp_path / "draft", vocab_size=500)
     with pytest.raises(DataError, match="500 tokens"):
         EngineCore(tiny_model, options(speculation=Speculation(method="draft_model", model=str(other))))
+
+
+@CPU
+def test_a_draft_is_never_of_int8_which_nothing_would_check(tiny_model: Path) -> None:
+    speculation = Speculation(method="draft_model", model=str(tiny_model))
+    core = EngineCore(tiny_model, options(precision="int8", max_loss_increase=5.0, speculation=speculation))
+    assert isinstance(core.guesser, DraftModel) and isinstance(core.guesser.decoder, Decoder)
+    text = list(range(5, 45))
+    exact = _loss(EngineCore(tiny_model, options(precision="float32")).decoder, text)
+    draft, own = (abs(_loss(decoder, text) - exact) for decoder in (core.guesser.decoder, core.decoder))
+    assert 5 * draft < own
 
 
 @CPU

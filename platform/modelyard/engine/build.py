@@ -6,6 +6,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -62,7 +63,7 @@ def build(folder: Path, options: EngineOptions) -> Parts:
     config = read_config(folder)
     length = _length(config, options)
     blocks = _blocks(config, length, options)
-    precision = _precision(folder, options)
+    precision = _precision(folder, options.precision)
     gated = precision == "int8"
     weights = Weights(config, "float32" if gated else precision)
     # Reading and packing the weights is C++ without Python's lock: what is Python only stands beside it, not behind it.
@@ -184,10 +185,10 @@ def gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _precision(folder: Path, options: EngineOptions) -> Precision:
+def _precision(folder: Path, wanted: Precision | Literal["auto"]) -> Precision:
     """What `auto` means on this CPU: bfloat16 where AMX multiplies it and the checkpoint's own weights are of it."""
-    if options.precision != "auto":
-        return options.precision
+    if wanted != "auto":
+        return wanted
     file = folder / "config.json"
     raw = json.loads(file.read_text()) if file.is_file() else {}
     stored = raw.get("dtype") or raw.get("torch_dtype")
@@ -207,7 +208,9 @@ def _guesser(
     slots, reach, size = min(s.max_running, options.max_sequences), draft.length(length), options.block_tokens
     decoder: Decoder | PagedDecoder
     if device is None:
-        weights = Weights(draft, _precision(folder, options))
+        # No gate stands before a draft: it changes no answer, it would only guess worse, and nobody would be told.
+        wanted = "auto" if options.precision == "int8" else options.precision
+        weights = Weights(draft, _precision(folder, wanted))
         decoder = Decoder(weights, Cache(draft, slots, reach), reach, torch.get_num_threads())
     else:
         weights = dense_weights(draft, device, dtype)

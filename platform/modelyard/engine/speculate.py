@@ -95,7 +95,7 @@ class DraftModel:
     """
 
     def __init__(self, options: Speculation, decoder: Drafts, slots: int, length: int, size: int) -> None:
-        self._options, self._decoder, self._length = options, decoder, length
+        self._options, self.decoder, self._length = options, decoder, length
         self._blocks = -(-length // size)
         self._free = list(range(slots))
         # By arrival, least recently used first: the slot, and how many of its tokens are computed.
@@ -108,7 +108,7 @@ class DraftModel:
         for _ in range(self._options.tokens if shadows else 0):
             batch = lay_out([Piece(s, s.computed, s.missing) for s in shadows])
             owners = [span.piece.sequence for span in batch.spans]
-            choices = sample(self._decoder.logits(self._decoder.forward(batch)), owners)
+            choices = sample(self.decoder.logits(self.decoder.forward(batch)), owners)
             for shadow, choice in zip(owners, choices, strict=True):
                 shadow.computed = len(shadow.tokens)
                 shadow.tokens.append(max(choice.token, 0))
