@@ -21,6 +21,7 @@ from alignment_parts import write_policy
 from training_stage import artifact, plan, run_stage
 
 from modelyard.errors import DataError, RecipeError
+from modelyard.planner.estimate import Estimate
 from modelyard.stages import api
 from modelyard.stages.align import AlignOptions, AlignStage
 from modelyard.stages.import_model import import_model
@@ -205,6 +206,40 @@ def test_the_recipes_are_planned(policy: Artifact, tmp_path: Path, monkeypatch: 
              "rlhf_ppo": [f"{name}.sequence_length=64" for name in ("chat", "judge", "policy")]}  # fmt: skip
     stages = api.plan(api.load(PIPELINES / f"{name}.yaml", short[name]))
     assert [stage.cached for stage in stages] == [False] * len(stages)
+    trained = [stage.estimate for stage in stages if stage.kind in ("finetune", "reward", "align")]
+    # Also where the model is that of a stage which has yet to run.
+    assert {estimate.parameters for estimate in trained} == {28_192}
+    assert all(e.memory_bytes and (e.seconds or "a step takes" in " ".join(e.notes)) for e in trained)
+
+
+def test_the_plan_of_rollouts_counts_writing_scoring_and_roles(policy: Artifact) -> None:
+    def planned(**changes: Any) -> Estimate:
+        rollouts = {"group": 4, "max_tokens": 8, "rows": 64, "rewards": [{"kind": "exact"}]} | changes
+        chosen = options(method="grpo", rollouts=rollouts, steps=6, global_batch=2, adapter={"lora": None})
+        return AlignStage().estimate(plan(chosen, {"model": policy}))
+
+    plain, scored, longer = planned(), planned(kl=0.1), planned(max_tokens=16)
+    assert plain.seconds is not None
+    assert scored.seconds is not None
+    assert longer.seconds is not None
+    assert plain.seconds < min(scored.seconds, longer.seconds)
+    assert (plain.flops or 0) < (scored.flops or 0) < 3 * (plain.flops or 0)
+    assert "engine" in dict(plain.memory_parts)
+    assert dict(scored.memory_parts)["reference"] == 4 * (plain.parameters or 0)
+    assert "engine" not in dict(planned(engines={"count": 1}).memory_parts)
+    assert any("writing" in note and "scoring" not in note for note in plain.notes)
+    assert any("scoring" in note for note in scored.notes)
+
+
+def test_a_plan_of_epochs_guesses_or_says_what_a_step_takes(policy: Artifact, tmp_path: Path) -> None:
+    data = lines(tmp_path / "pairs.jsonl", [pair(i) for i in range(400)])
+    guessed = AlignStage().estimate(plan(options(steps=None), {"model": policy, "data": data}))
+    assert guessed.seconds
+    assert any("guessed" in note for note in guessed.notes)
+    unknown = AlignStage().estimate(plan(options(steps=None), {"model": policy}))
+    assert unknown.seconds is None
+    assert unknown.memory_bytes
+    assert any("a step takes" in note for note in unknown.notes)
 
 
 @pytest.mark.slow

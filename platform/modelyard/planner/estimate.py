@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 
 @dataclass(frozen=True)
@@ -27,3 +27,16 @@ class Estimate:
     """`memory_bytes` by component, bytes."""
     basis: Mapping[str, Any] | None = None
     """What a training run was predicted from, JSON-able: `calibrate.measurement` makes a measured run of it."""
+
+    def longer(self, seconds: float, flops: float) -> Self:
+        """The same with so much more work, cost and energy in proportion to time; unchanged while time is unknown."""
+        if not self.seconds:
+            return self
+        scale = 1 + seconds / self.seconds
+        return replace(
+            self,
+            flops=(self.flops or 0.0) + flops,
+            seconds=self.seconds + seconds,
+            cost_usd=None if self.cost_usd is None else self.cost_usd * scale,
+            energy_kwh=None if self.energy_kwh is None else self.energy_kwh * scale,
+        )

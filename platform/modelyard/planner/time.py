@@ -182,7 +182,8 @@ def work(
         flops=mine / saturation(a, layout, kind),
         bytes=_PASSES[kind] * traffic(a, layout, sequence_length, p.compute) * tokens / layout.data,
         optimizer=held * trainable * p.gradients / (layout.shard if layout.zero else 1) * _OPTIMIZER_PASSES,
-        model_flops=tokens * counted.model, hardware_flops=tokens * counted.hardware,
+        model_flops=tokens * (counted.model - (1 - trainable) * counted.forward),
+        hardware_flops=tokens * (counted.hardware - (1 - trainable) * counted.forward),
     )  # fmt: skip
 
 
@@ -229,6 +230,22 @@ def step_time(
         compute=compute, bubble=waiting, communication=exposed, optimizer=updating,
         flops=w.hardware_flops, mfu=w.model_flops / (step * layout.devices * peak),
     )  # fmt: skip
+
+
+def forward_seconds(
+    config: Mapping[str, Any] | Architecture, tokens: float, *, sequence_length: int, hardware: Hardware,
+    precision_name: str | Precision = "fp32",
+) -> float:  # fmt: skip
+    """Predicted time of forward passes over `tokens` on one device, nothing kept for a backward pass.
+
+    Raises:
+        RecipeError: bad config, or the device lacks the arithmetic.
+    """
+    a = config if isinstance(config, Architecture) else parse(config)
+    p, layout = precision(precision_name), Layout()
+    flops = flops_per_token(a, sequence_length, attention="causal").forward / saturation(a, layout, hardware.kind)
+    moved = _PASSES[hardware.kind] / 2 * traffic(a, layout, sequence_length, p.compute)
+    return tokens * (flops / (peak_flops(hardware, p) * hardware.efficiency) + moved / hardware.bandwidth)
 
 
 def check_positive(**values: float | None) -> None:

@@ -30,9 +30,13 @@ _IDLE = frozenset(("architectures", "torch_dtype", "dtype", "transformers_versio
 """Keys of a config that decide no shape."""
 
 
-def training_flops(config: Mapping[str, Any], tokens: float, sequence_length: int) -> float:
-    """Model FLOPs of training on `tokens`, attention included, without recomputation."""
-    return flops_per_token(config, sequence_length).model * tokens
+def training_flops(config: Mapping[str, Any], tokens: float, sequence_length: int, trainable: float = 1.0) -> float:
+    """Model FLOPs of training on `tokens`, attention included, without recomputation.
+
+    `trainable` is the share of the weights that get gradients: frozen ones ask for a third less.
+    """
+    per_token = flops_per_token(config, sequence_length)
+    return (per_token.model - (1 - trainable) * per_token.forward) * tokens
 
 
 def estimate_training(
@@ -71,9 +75,7 @@ def estimate_training(
     """
     check_positive(tokens=tokens, sequence_length=sequence_length, global_batch=global_batch, workers=workers)
     hw = find_hardware(hardware)
-    hw = hw if efficiency is None else hw.calibrated(efficiency)
-    if hw.kind == "cpu" and hw.cores <= 1:
-        hw = several_cores(hw, cores_per_worker)
+    hw = worker_hardware(hw if efficiency is None else hw.calibrated(efficiency), cores_per_worker)
     mine = max(global_batch // workers, 1)
     layout = layout or Layout(data=workers, shard=workers, micro_batch=micro_batch or mine, recompute=recompute)  # type: ignore[arg-type]
     a = parse(config)
@@ -95,7 +97,7 @@ def estimate_training(
     hours = seconds / 3600 * layout.devices
     rate = price(hw, spot)
     return Estimate(
-        parameters=p.total, tokens=int(tokens), flops=training_flops(config, tokens, sequence_length),
+        parameters=p.total, tokens=int(tokens), flops=training_flops(config, tokens, sequence_length, share),
         memory_bytes=int(memory.peak), seconds=seconds, cost_usd=None if rate is None else rate * hours,
         energy_kwh=hours * hw.watts * utilisation / 1000, notes=_notes(p.exact, layout, hw, step, memory),
         memory_parts=tuple(memory.rows()),
@@ -112,6 +114,11 @@ def essential(config: Mapping[str, Any]) -> dict[str, Any]:
     plain = (bool, int, float, str, list)
     found = {k: v for k, v in config.items() if isinstance(v, plain) and not k.startswith("_") and k not in _IDLE}
     return {k: v for k, v in found.items() if not isinstance(v, list) or all(isinstance(x, int | str) for x in v)}
+
+
+def worker_hardware(hw: Hardware, cores: float) -> Hardware:
+    """The device of one worker: on a CPU the table's core so many times."""
+    return several_cores(hw, cores) if hw.kind == "cpu" and hw.cores <= 1 else hw
 
 
 def several_cores(hw: Hardware, cores: float) -> Hardware:

@@ -24,9 +24,10 @@ from modelyard.stages.alignment import (
 )
 from modelyard.stages.base import InputSpec, PlanContext, Stage, StageContext, StageResult
 from modelyard.stages.roles import REWARDED, roles_apart, roles_need
+from modelyard.stages.rollout_plan import estimate_rollouts
 from modelyard.stages.rollout_rewards import check_no_more
 from modelyard.stages.rollout_stage import check_rollouts, run_rollouts
-from modelyard.stages.training import MODELS, clear, model_place, warnings
+from modelyard.stages.training import MODELS, clear, known_model, model_place, warnings
 from modelyard.stages.training_report import RESULTS, write_results
 from modelyard.storage import Artifact, join
 
@@ -82,13 +83,14 @@ class AlignStage(Stage[AlignOptions]):
             )
 
     def estimate(self, ctx: PlanContext[AlignOptions]) -> Estimate:
-        """By the planner, for a budget in steps; how long answers take is not known beforehand."""
+        """By the planner: see `estimate_rollouts` and `estimate_alignment`."""
         if ctx.options.method in REWARDED:
-            roles = roles_apart(ctx.options)
-            need = " and ".join(f"{amount:g} {name}" for name, amount in roles_need(roles).items())
-            beside = (f"beside the trainers {need}: {', '.join(map(str, roles))}",) if roles else ()
-            return Estimate(notes=("time depends on how long the answers are", *beside, *warnings(ctx.options)))
-        return estimate_alignment(ctx)
+            return estimate_rollouts(ctx)
+        return estimate_alignment(ctx, ctx.options.method not in ("orpo", "simpo"))
+
+    def leaves(self, ctx: PlanContext[AlignOptions]) -> Mapping[str, Any] | None:
+        """That of its base."""
+        return known_model(ctx)
 
     def demand(self, options: AlignOptions) -> dict[str, float]:
         """Of the trainers, and of the actors that play roles apart."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,16 @@ from modelyard.errors import DataError, RecipeError
 from modelyard.models.options import AdapterOptions
 from modelyard.planner.estimate import Estimate
 from modelyard.stages.base import PlanContext, StageContext, StageResult
-from modelyard.stages.examples import name_of, read_examples, split
+from modelyard.stages.examples import guessed_sequences, name_of, read_examples, split
 from modelyard.stages.finetune import read_tokenizer, say_losses
 from modelyard.stages.training import (
     TrainingStageOptions,
     check_training,
+    foreseen,
+    known_model,
     model_config,
-    predict,
+    planned_device,
+    planned_precision,
     predicted,
     speed_metrics,
     warnings,
@@ -37,6 +40,9 @@ if TYPE_CHECKING:
     from modelyard.train.report import Page
 
 Facts = dict[str, Any]
+
+_TOKEN_BYTES = 2.0
+"""Of preferences, a token: their prompt is written once and encoded twice (measured: 160 short pairs)."""
 
 
 class AlignmentOptions(TrainingStageOptions):
@@ -72,28 +78,50 @@ def check_alignment_stage(ctx: PlanContext[Any]) -> None:
     for name in ("objective", "mixture", "denoising", "batch_warmup"):
         if getattr(options, name) is not None:
             raise RecipeError(f"{name} has no meaning here: the method decides", place=name, mend=f"leave {name} out")
-    check_training(options, model_config(ctx.inputs.get("model"), "model"), options.sequence_length, None)
+    check_training(options, known_model(ctx), options.sequence_length, None)
     data = ctx.inputs.get("data")
     if isinstance(data, Artifact) and not data.manifest.counts.get("documents", 1):
         raise DataError("there is nothing to train on", place=data.uri, mend="give more input or looser rules")
 
 
-def estimate_alignment(ctx: PlanContext[Any]) -> Estimate:
-    """By the planner, for a budget in steps; rows hold two conversations, and a reference is one forward pass more."""
+def estimate_alignment(ctx: PlanContext[Any], reference: bool = False) -> Estimate:
+    """By the planner; rows hold two conversations. A budget in epochs from the bytes of the data. With a `reference`
+    one forward pass over every row besides."""
     options: AlignmentOptions = ctx.options
-    config = model_config(ctx.inputs.get("model"), "model")
-    if config is None or options.steps is None:
+    config, length = known_model(ctx), 2 * options.sequence_length
+    if config is None:
         return Estimate(notes=("size and time are known once its inputs are", *warnings(options)))
-    tokens = options.steps * options.global_batch * 2 * options.sequence_length
-    return predict(options, config, tokens, options.sequence_length, options.adapter, ctx.root)
+    sequences = guessed_sequences(ctx.inputs.get("data"), length, options.heldout, _TOKEN_BYTES)
+    found = foreseen(options, config, sequences, length, options.adapter, ctx.root)
+    return _with_reference(found, ctx.options, config, length, ctx.root) if reference else found
+
+
+def _with_reference(
+    found: Estimate, options: AlignmentOptions, config: Mapping[str, Any], length: int, root: str
+) -> Estimate:
+    """The estimate and the forward passes of the model before training, where the number of tokens is known."""
+    from modelyard.planner import formatting as fmt
+    from modelyard.planner.flops import flops_per_token
+    from modelyard.planner.time import forward_seconds
+
+    if found.tokens is None:
+        return found
+    device, workers = planned_device(options, root), options.resources.workers
+    seconds = forward_seconds(
+        config, found.tokens / workers, sequence_length=length, hardware=device,
+        precision_name=planned_precision(options),
+    )  # fmt: skip
+    longer = found.longer(seconds, flops_per_token(config, length).forward * found.tokens)
+    note = f"the reference's log-probabilities take {fmt.duration(seconds)} of it"
+    return replace(longer, notes=(*longer.notes, note))
 
 
 def prediction(ctx: StageContext[Any], steps: int) -> Estimate | None:
     """What the planner says of this run, now that its data are there."""
     options: AlignmentOptions = ctx.options
     config = model_config(ctx.inputs.get("model"), "model")
-    tokens = steps * options.global_batch * 2 * options.sequence_length
-    return predicted(options, config, tokens, options.sequence_length, options.adapter, ctx.root)
+    length = 2 * options.sequence_length
+    return predicted(options, config, steps * options.global_batch * length, length, options.adapter, ctx.root)
 
 
 def prepared(ctx: StageContext[Any], pack: Callable[[StageContext[Any], Path], Facts]) -> Facts:

@@ -43,6 +43,8 @@ class PlanContext(Generic[O]):
     inputs: Mapping[str, Artifact | Files]
     upstream: Mapping[str, StageOptions]
     """Options of the stages this one reads from, by input name, whether they have run or not."""
+    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Configurations of the models that stages this one reads from have yet to leave, by input name, where known."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,10 @@ class Stage(Generic[O]):
     def estimate(self, ctx: PlanContext[O]) -> Estimate:
         """Predicted needs, for `modelyard plan`."""
         return Estimate()
+
+    def leaves(self, ctx: PlanContext[O]) -> Mapping[str, Any] | None:
+        """The configuration of the model this stage will leave; None = no model, or not known yet."""
+        return None
 
     def demand(self, options: O) -> dict[str, float]:
         """Ray resources the stage holds while it runs, so that the runner knows what fits side by side."""

@@ -111,6 +111,18 @@ def name_of(data: Artifact | Files) -> str:
     return data.uri if isinstance(data, Artifact) else data.refs[0].uri
 
 
+def guessed_sequences(
+    data: Artifact | Files | None, length: int, heldout: float, token_bytes: float = 4.0
+) -> int | None:
+    """About how many training sequences of `length` tokens an input packs into, from its bytes alone, which are 3 times
+    as many where they are compressed. None = it is not there yet."""
+    if data is None:
+        return None
+    files = list_files(data.join("data")) if isinstance(data, Artifact) else [(r.uri, r.bytes) for r in data.refs]
+    text = sum(size * (3 if name.endswith((".gz", ".parquet")) else 1) for name, size in files)
+    return max(1, round(text * (1 - heldout) / token_bytes / length))
+
+
 def read_records(data: Artifact | Files) -> Iterator[tuple[dict[str, Any], str]]:
     """Every record with its place. Raises DataError at the first that is not a JSON object."""
     for record, place in _records(data):

@@ -16,15 +16,16 @@ from modelyard.errors import DataError, RecipeError
 from modelyard.models.options import AdapterOptions
 from modelyard.planner.estimate import Estimate
 from modelyard.stages.base import InputSpec, PlanContext, Stage, StageContext, StageResult
-from modelyard.stages.examples import Examples, name_of, read_examples, split
+from modelyard.stages.examples import Examples, guessed_sequences, name_of, read_examples, split
 from modelyard.stages.training import (
     MODELS,
     TrainingStageOptions,
     check_training,
     clear,
+    foreseen,
+    known_model,
     model_config,
     model_place,
-    predict,
     predicted,
     speed_metrics,
     warnings,
@@ -96,19 +97,22 @@ class FinetuneStage(Stage[FinetuneOptions]):
                 place="add_tokens",
                 mend="use lora, or train all parameters (adapter: {lora: null})",
             )
-        check_training(ctx.options, model_config(ctx.inputs.get("model"), "model"), ctx.options.sequence_length, None)
+        check_training(ctx.options, known_model(ctx), ctx.options.sequence_length, None)
         data = ctx.inputs.get("data")
         if isinstance(data, Artifact) and not data.manifest.counts.get("documents", 1):
             raise DataError("there are no pairs to train on", place=data.uri, mend="give more input or looser rules")
 
     def estimate(self, ctx: PlanContext[FinetuneOptions]) -> Estimate:
-        """By the planner, for a budget in steps or tokens."""
-        options = ctx.options
-        config = model_config(ctx.inputs.get("model"), "model")
-        if config is None or (options.steps is None and options.tokens is None):
+        """By the planner; a budget in epochs from the bytes of the data."""
+        options, config = ctx.options, known_model(ctx)
+        if config is None:
             return Estimate(notes=("size and time are known once its inputs are", *warnings(options)))
-        tokens = options.total_steps(1, options.sequence_length) * options.global_batch * options.sequence_length
-        return predict(options, config, tokens, options.sequence_length, options.adapter, ctx.root)
+        sequences = guessed_sequences(ctx.inputs.get("data"), options.sequence_length, options.heldout)
+        return foreseen(options, config, sequences, options.sequence_length, options.adapter, ctx.root)
+
+    def leaves(self, ctx: PlanContext[FinetuneOptions]) -> Mapping[str, Any] | None:
+        """That of its base, unless only learned vectors come out."""
+        return None if ctx.options.adapter.prompt is not None else known_model(ctx)
 
     def run(self, ctx: StageContext[FinetuneOptions]) -> StageResult:
         """Encodes and packs the pairs, trains on Ray Train workers, writes models, held-out pairs and report."""

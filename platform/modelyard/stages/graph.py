@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modelyard.errors import DataError, RecipeError
+from modelyard.errors import DataError, ModelyardError, RecipeError
 from modelyard.recipe import FileInput, Recipe, StageOptions, decisive, differences, fingerprint
 from modelyard.recipe.schema import NAME, InputValue
 from modelyard.stages import registry
@@ -40,6 +40,8 @@ class Planned:
     files: dict[str, Files | Artifact] = field(default_factory=dict)
     """Inputs that are not stages of this recipe: raw files, or a published artifact by URI."""
     why: list[str] = field(default_factory=list)
+    before: Mapping[str, Planned] = field(default_factory=dict)
+    """The stages it reads from, by input name."""
 
 
 def anchored(recipe: Recipe) -> Recipe:
@@ -159,7 +161,8 @@ def plan_graph(recipe: Recipe, force: frozenset[str] = frozenset()) -> list[Plan
         }
         digest = fingerprint(node.options.kind, node.stage.version, decisive(node.options), inputs)
         artifact = None if node.name in force else store.find(node.name, digest)
-        entry = Planned(node, digest, artifact, outside)
+        before = {key: planned[name] for key, name in node.after.items()}
+        entry = Planned(node, digest, artifact, outside, before=before)
         if artifact is None:
             entry.why = ["asked for by --force"] if node.name in force else _why(store, entry, inputs)
         planned[node.name] = entry
@@ -210,7 +213,17 @@ def plan_context(recipe: Recipe, entry: Planned, artifacts: Mapping[str, Artifac
     known: dict[str, Artifact | Files] = dict(entry.files)
     known |= {key: artifacts[before] for key, before in entry.node.after.items() if before in artifacts}
     upstream = {key: recipe.stages[before] for key, before in entry.node.after.items()}
-    return PlanContext(entry.node.name, entry.node.options, recipe.name, recipe.root, known, upstream)
+    models = {key: _foreseen(recipe, before, artifacts) for key, before in entry.before.items() if key not in known}
+    told = {key: config for key, config in models.items() if config is not None}
+    return PlanContext(entry.node.name, entry.node.options, recipe.name, recipe.root, known, upstream, told)
+
+
+def _foreseen(recipe: Recipe, entry: Planned, artifacts: Mapping[str, Artifact]) -> Mapping[str, Any] | None:
+    """The configuration of the model a stage will leave; None too where its inputs are bad, which its check says."""
+    try:
+        return entry.node.stage.leaves(plan_context(recipe, entry, artifacts))
+    except ModelyardError:
+        return None
 
 
 def input_entries(entry: Planned, inputs: Mapping[str, Artifact | Files]) -> dict[str, InputEntry]:

@@ -13,7 +13,7 @@ from modelyard.planner.estimate import Estimate
 from modelyard.recipe.schema import StageOptions
 from modelyard.stages.base import InputSpec, PlanContext, Stage, StageContext, StageResult
 from modelyard.stages.remote import plain_errors
-from modelyard.stages.training import MODELS, model_config, model_place
+from modelyard.stages.training import MODELS, known_model, model_config, model_place
 
 if TYPE_CHECKING:
     from modelyard.stages.train_worker import Place
@@ -63,6 +63,10 @@ class MergeStage(Stage[MergeOptions]):
     def estimate(self, ctx: PlanContext[MergeOptions]) -> Estimate:
         """Nothing to predict: it reads and writes each tensor once."""
         return Estimate(notes=("the merged model is held in memory, in float32",))
+
+    def leaves(self, ctx: PlanContext[MergeOptions]) -> Mapping[str, Any] | None:
+        """That of the models it merges, which are alike."""
+        return next(filter(None, (known_model(ctx, name) for name in merged_inputs(ctx.options))), None)
 
     def run(self, ctx: StageContext[MergeOptions]) -> StageResult:
         """Merges on a worker and writes `model/` with the first model's tokenizer."""

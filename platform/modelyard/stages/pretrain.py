@@ -20,6 +20,7 @@ from modelyard.stages.training import (
     TrainingStageOptions,
     check_training,
     clear,
+    known_model,
     model_config,
     model_place,
     planned_config,
@@ -97,6 +98,12 @@ class PretrainStage(Stage[PretrainOptions]):
             notes = ("size and time are known once its inputs are", *warnings(ctx.options))
             return Estimate(tokens=tokens, notes=notes)
         return predict(ctx.options, config, tokens, length, root=ctx.root)
+
+    def leaves(self, ctx: PlanContext[PretrainOptions]) -> Mapping[str, Any] | None:
+        """That of the model it trains, once its vocabulary is known."""
+        model = ctx.options.model
+        unknown = model is not None and token_shape(ctx)[1] is None and "vocab_size" not in model.settings()
+        return None if unknown else _config(ctx)
 
     def run(self, ctx: StageContext[PretrainOptions]) -> StageResult:
         """Trains on Ray Train workers and writes model, loss table and report."""
@@ -216,7 +223,7 @@ def _prediction(ctx: StageContext[PretrainOptions], steps: int, facts: Mapping[s
 def _config(ctx: PlanContext[PretrainOptions]) -> Config | None:
     """The model's configuration, if it can be known yet."""
     if ctx.options.model is None:
-        return model_config(ctx.inputs.get("model"), "model")
+        return known_model(ctx)
     return planned_config(ctx.options.model, token_shape(ctx)[1] or 1)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -22,7 +22,7 @@ from modelyard.stages.alignment import (
     result,
 )
 from modelyard.stages.base import InputSpec, PlanContext, Stage, StageContext, StageResult
-from modelyard.stages.training import MODELS, clear, warnings
+from modelyard.stages.training import MODELS, clear, known_model, warnings
 from modelyard.stages.training_report import RESULTS, write_results
 from modelyard.storage import join
 
@@ -51,8 +51,12 @@ class RewardStage(Stage[RewardStageOptions]):
         check_alignment_stage(ctx)
 
     def estimate(self, ctx: PlanContext[RewardStageOptions]) -> Estimate:
-        """By the planner, for a budget in steps."""
+        """See `estimate_alignment`."""
         return estimate_alignment(ctx)
+
+    def leaves(self, ctx: PlanContext[RewardStageOptions]) -> Mapping[str, Any] | None:
+        """That of its base, with one number for the output layer."""
+        return known_model(ctx)
 
     def run(self, ctx: StageContext[RewardStageOptions]) -> StageResult:
         """Packs the preferences, trains on Ray Train workers, writes the classifier, held-out pairs and report."""

@@ -12,12 +12,13 @@ from modelyard.errors import DataError, ModelyardError, RecipeError, ResourceErr
 from modelyard.models.options import AdapterOptions, ModelOptions, PromptOptions
 from modelyard.planner.estimate import Estimate
 from modelyard.recipe.schema import Resources, StageOptions, runtime
-from modelyard.stages.base import StageContext
+from modelyard.stages.base import PlanContext, StageContext
 from modelyard.storage import Artifact, Files, exists, join, read_bytes
 from modelyard.train.options import TrainOptions
 from modelyard.train.parallel.layout import check_layout, degrees, micro_batches, plan_layout
 
 if TYPE_CHECKING:
+    from modelyard.planner.hardware import Hardware
     from modelyard.train.loop import Outcome
 
 Config = dict[str, Any]
@@ -77,6 +78,12 @@ def model_config(value: Artifact | Files | None, name: str) -> Config | None:
     folder = place if isinstance(place, str) else place[0].join(place[1])
     config: Config = json.loads(read_bytes(join(folder, "config.json")))
     return config
+
+
+def known_model(ctx: PlanContext[Any], name: str = "model") -> Config | None:
+    """The configuration of a model input: of what exists already, or of what the stage before will leave."""
+    foreseen = ctx.models.get(name)
+    return model_config(ctx.inputs.get(name), name) or (None if foreseen is None else dict(foreseen))
 
 
 def planned_config(options: ModelOptions, vocab_size: int) -> Config:
@@ -194,14 +201,12 @@ def predict(
     Raises:
         ResourceError: the memory predicted is above what a worker has; names the knob to turn.
     """
-    from modelyard.planner.hardware import find_hardware
     from modelyard.planner.training import estimate_training
     from modelyard.stages.calibration import calibrated
 
     resources: Resources = options.resources
     layout = plan_layout(options, resources.workers)
     parts = micro_batches(options, degrees(options.parallel, resources.workers))
-    gpu = bool(resources.gpus_per_worker) or find_hardware(resources.hardware).kind != "cpu"
     estimate = estimate_training(
         config,
         tokens,
@@ -211,7 +216,7 @@ def predict(
         resources.workers,
         calibrated(root, resources.hardware, resources.cpus_per_worker),
         layout=layout,
-        precision_name="mixed" if options.precision == "bf16" or (options.precision == "auto" and gpu) else "fp32",
+        precision_name=planned_precision(options),
         trainable=None if adapter is None else trainable_parameters(config, adapter),
         frozen_bits=None if adapter is None else adapter.frozen_bits,
         cores_per_worker=resources.cpus_per_worker,
@@ -219,6 +224,68 @@ def predict(
         fused_loss=True,
     )
     return _with_notes(estimate, warnings(options))
+
+
+def planned_precision(options: TrainingStageOptions) -> str:
+    """The precision of training in the planner's words."""
+    from modelyard.planner.hardware import find_hardware
+
+    resources = options.resources
+    gpu = bool(resources.gpus_per_worker) or find_hardware(resources.hardware).kind != "cpu"
+    return "mixed" if options.precision == "bf16" or (options.precision == "auto" and gpu) else "fp32"
+
+
+def planned_device(options: StageOptions, root: str | None, cores: float | None = None) -> Hardware:
+    """The device of one worker as predictions take it; with `cores` that of an actor of so many."""
+    from modelyard.planner.training import worker_hardware
+    from modelyard.stages.calibration import calibrated
+
+    cores = cores or options.resources.cpus_per_worker
+    return worker_hardware(calibrated(root, options.resources.hardware, cores), cores)
+
+
+def foreseen(
+    options: TrainingStageOptions,
+    config: Config,
+    sequences: int | None,
+    length: int,
+    adapter: AdapterOptions | None = None,
+    root: str | None = None,
+) -> Estimate:
+    """`predict` before the data have been packed.
+
+    Args:
+        options: how to train.
+        config: of the model.
+        sequences: training sequences as guessed from the data's bytes; None = the data are not there yet.
+        length: tokens of a sequence.
+        adapter: see `predict`.
+        root: see `predict`.
+
+    Raises:
+        ResourceError: as `predict`.
+    """
+    counted = options.steps is not None or options.tokens is not None
+    steps = options.total_steps(sequences or 1, length) if counted or sequences else 1
+    estimate = predict(options, config, steps * options.global_batch * length, length, adapter, root)
+    if counted:
+        return estimate
+    if sequences:
+        return _with_notes(estimate, (f"about {steps:,} steps, guessed from the bytes of the data",))
+    return one_step(estimate, "how many there are is known once the data are there")
+
+
+def one_step(estimate: Estimate, unknown: str) -> Estimate:
+    """What is known where the number of steps is not: `estimate`, which is of one step, without totals."""
+    from dataclasses import replace
+
+    from modelyard.planner import formatting as fmt
+
+    note = f"a step takes {fmt.duration(estimate.seconds)}; {unknown}"
+    return replace(
+        estimate, tokens=None, flops=None, seconds=None, cost_usd=None, energy_kwh=None, basis=None,
+        notes=(*estimate.notes, note),
+    )  # fmt: skip
 
 
 def predicted(
