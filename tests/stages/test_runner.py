@@ -127,7 +127,9 @@ def test_killed_driver_resumes_from_work(no_ray: None, recipe_file: Path, tmp_pa
     )
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); from modelyard.stages import registry;"
-        "registry.add('fragile', 'kinds:FragileStage'); from modelyard.cli import main; main(['run', sys.argv[2]])"
+        "registry.add('fragile', 'kinds:FragileStage'); from modelyard.cli import main; import signal\n"
+        "try: main(['run', sys.argv[2]])\n"
+        "finally: print(signal.getsignal(signal.SIGTERM) is signal.default_int_handler)"  # Ray has one of its own
     )
     command = [sys.executable, "-c", script, str(HERE), str(recipe_file)]
     killed = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -136,6 +138,7 @@ def test_killed_driver_resumes_from_work(no_ray: None, recipe_file: Path, tmp_pa
     flag.touch()
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("True\n"), "SIGTERM cleans up as Ctrl-C does"
     (artifact,) = ArtifactStore(str(tmp_path / "root")).all()
     assert artifact.manifest.metrics["resumed"] == 1.0
     assert read_bytes(artifact.join("part.txt")) == b"whole"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,7 @@ def _start_local(cpus: int, tries: int = 2) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     for name, value in IDLE_WORKERS.items():
         os.environ.setdefault(name, value)
+    ended_by = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             # Without it Ray joins any cluster that `ray start` left on this machine, and refuses num_cpus there.
@@ -88,6 +91,9 @@ def _start_local(cpus: int, tries: int = 2) -> None:
             place="ray.init",
             mend="the machine is too busy: try again when its load is lower (uptime)",
         ) from error
+    if callable(ended_by) and threading.current_thread() is threading.main_thread():
+        # Ray's own handler kills its processes at once: a server would lose what its clients wait for.
+        signal.signal(signal.SIGTERM, ended_by)
 
 
 def _object_store() -> int:
