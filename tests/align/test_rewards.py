@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from alignment_parts import write_reward_model
 from transformers import AutoModelForSequenceClassification
 
 from modelyard.align.answered import Answered
+from modelyard.align.code_sandbox import can_confine
 from modelyard.align.encode import after_answer, use_template
 from modelyard.align.options import RolloutOptions
 from modelyard.align.rewards import RewardMix
@@ -157,3 +159,30 @@ def test_a_judge_that_fails_too_often_or_has_no_key_ends_the_run(monkeypatch: py
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     with pytest.raises(RecipeError, match="NO_SUCH_KEY is not set"):
         mix({**source, "key": "NO_SUCH_KEY"})
+
+
+@pytest.mark.skipif(not can_confine(), reason="no Landlock here")
+@pytest.mark.parametrize(
+    ("text", "worth"),
+    [
+        ("Here:\n```python\nimport math\ndef add(a, b):\n    return math.fsum([a, b])\n```\nDone.", 1.0),
+        ("def add(a, b):\n    return a - b", 0.0),
+        ("import os\nos._exit(0)", 0.0),
+        ("while True: pass", 0.0),
+        ("add = lambda a, b: a + b\nx = bytearray(2**30)", 0.0),
+        ("add = lambda a, b: a + b\nopen(PLACE + '/new', 'w')", 0.0),
+        ("import os\nadd = lambda a, b: a + b\nos.remove(PLACE + '/kept')", 0.0),
+        ("add = lambda a, b: a + b\nopen(PLACE + '/kept').read()", 0.0),
+        ("import socket\nadd = lambda a, b: a + b\nsocket.create_connection(('127.0.0.1', PORT), 1)", 0.0),
+    ],
+)
+def test_code_is_run_against_tests_and_can_do_no_harm(text: str, worth: float, tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("here")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        known = f"PLACE, PORT = {str(tmp_path)!r}, {server.getsockname()[1]}\n"
+        text = text if text.startswith("Here") else known + text
+        code = mix({"kind": "code", "timeout": 1})
+        assert code([answered(text=text, row={"tests": ["assert add(1, 2) == 3", "assert add(2, 2) == 4"]})]).total == [
+            worth
+        ]
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]

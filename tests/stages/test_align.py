@@ -24,6 +24,7 @@ from modelyard.errors import DataError, RecipeError
 from modelyard.planner.estimate import Estimate
 from modelyard.stages import api
 from modelyard.stages.align import AlignOptions, AlignStage
+from modelyard.stages.examples import read_records
 from modelyard.stages.import_model import import_model
 from modelyard.stages.inspect_data import inspect_stage
 from modelyard.stages.reward import RewardStageOptions
@@ -165,6 +166,23 @@ def test_bad_rows_end_the_stage_with_their_place(
 def test_broken_configurations_fail_before_work(policy: Artifact, changes: dict[str, Any], complaint: str) -> None:
     with pytest.raises(RecipeError, match=complaint):
         AlignStage().check(plan(options(**changes), {"model": policy}))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("x.jsonl.gz", b"plain", "cannot be unpacked"),
+        ("x.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], "cannot be unpacked"),
+        ("x.jsonl", '{"prompt": "\u00e4"}'.encode("latin-1"), "not UTF-8"),
+        ("x.json", b"[{]", "not JSON"),
+        ("x.parquet", b"PAR", "cannot be read as Parquet"),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes, complaint: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=complaint) as caught:
+        list(read_records(files(tmp_path / name)))
+    assert caught.value.place.endswith(name)
 
 
 def test_the_report_draws_what_there_is() -> None:

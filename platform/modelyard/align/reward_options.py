@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from modelyard.recipe.schema import Options, runtime
+from modelyard.recipe.schema import Bytes, Options, runtime
 
 INSTRUCTION = (
     "Rate the answer of an assistant to the request below for being correct, helpful and harmless, with a whole number "
@@ -38,10 +38,11 @@ class VerifierOptions(WeightedOptions):
     """One rule that judges an answer with a number, usually 0 or 1."""
 
     kind: Literal[
-        "exact", "contains", "numeric", "regex", "json", "json_schema", "function", "length", "refusal"
+        "exact", "contains", "numeric", "regex", "json", "json_schema", "function", "code", "length", "refusal"
     ] = Field(
         description="exact or contains: the record's answer; numeric: its last number; regex; json: the answer is the "
-        "record's as JSON; json_schema; a Python function; length: 1 up to `limit` words, then less; refusal: 1 where "
+        "record's as JSON; json_schema; a Python function; code: 1 where the answer's Python (its last fenced block) "
+        "passes the record's `tests`, in a sandbox; length: 1 up to `limit` words, then less; refusal: 1 where "
         "the answer refuses and the record's label is unsafe, or helps and it is safe"
     )  # fmt: skip
     pattern: str | None = Field(None, description="for regex: searched in the answer")
@@ -51,7 +52,8 @@ class VerifierOptions(WeightedOptions):
         pattern=r"^[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*$",
         description="for function: package.module:function(prompt, completion, row) -> number, run in a process apart",
     )
-    timeout: float = Field(5.0, gt=0, description="seconds a function may take for one answer")
+    timeout: float = Field(5.0, gt=0, description="seconds a function or code may take for one answer")
+    memory: Bytes = Field(512 * 2**20, description="for code: memory it may have, bytes")
     limit: int = Field(128, ge=1, description="for length: words that cost nothing")
     tolerance: float = Field(1e-6, ge=0, description="for numeric: largest relative difference")
 

@@ -68,6 +68,8 @@ def _rule(options: VerifierOptions) -> Rule:
         return _regex(str(options.pattern))
     if options.kind == "json_schema":
         return _schema(options.json_schema or {})
+    if options.kind == "code":
+        return _code(options)
     if options.kind == "json":
         return lambda row, text: float(_same_json(row["answer"], text))
     if options.kind == "numeric":
@@ -79,6 +81,21 @@ def _rule(options: VerifierOptions) -> Rule:
     if options.kind == "contains":
         return lambda row, text: float(str(row["answer"]).strip().lower() in text.lower())
     return lambda row, text: float(str(row["answer"]).strip() == text.strip())
+
+
+def _code(options: VerifierOptions) -> Rule:
+    from modelyard.align.code_sandbox import can_confine, passes
+
+    if not can_confine():
+        raise RecipeError("this system cannot confine code: Linux's Landlock is not there", place="rollouts.rewards",
+                          mend="use a kernel from 5.13 with Landlock switched on, or a function you trust")  # fmt: skip
+    if not passes("", "", options.timeout, options.memory):
+        raise RecipeError(
+            f"not even empty code runs confined in {options.memory:,} bytes and {options.timeout:g} s",
+            place="rollouts.rewards",
+            mend="raise memory or timeout",
+        )
+    return lambda row, text: float(passes(text, row["tests"], options.timeout, options.memory))
 
 
 def _rightly_refused(row: Mapping[str, Any], text: str) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -139,10 +140,14 @@ def _records(data: Artifact | Files) -> Iterator[tuple[dict[str, Any] | DataErro
 
 
 def _parquet(uri: str) -> Iterator[tuple[dict[str, Any], str]]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     filesystem, path = arrow_filesystem(uri)
-    file = pq.ParquetFile(path, filesystem=filesystem)
+    try:
+        file = pq.ParquetFile(path, filesystem=filesystem)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"cannot be read as Parquet: {error}", place=uri, mend="write the file again") from error
     if not set(KNOWN) & set(file.schema_arrow.names):
         raise DataError(
             f"the data has no column prompt, nor any of {', '.join(KNOWN[1:])}",
@@ -157,10 +162,13 @@ def _parquet(uri: str) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _lines(uri: str) -> Iterator[tuple[dict[str, Any] | DataError, str]]:
-    content = read_bytes(uri)
-    text = (gzip.decompress(content) if uri.endswith(".gz") else content).decode("utf-8")
+    text = _text(uri)
     if uri.removesuffix(".gz").endswith(".json") and text.lstrip().startswith("["):
-        for number, record in enumerate(json.loads(text)):
+        try:
+            records = json.loads(text)
+        except ValueError as error:
+            raise DataError(f"not JSON: {error}", place=uri, mend="mend the file, or give one object a line") from error
+        for number, record in enumerate(records):
             yield _object(record, f"{uri}:record {number}"), f"{uri}:record {number}"
         return
     for number, line in enumerate(text.split("\n"), 1):
@@ -173,6 +181,16 @@ def _lines(uri: str) -> Iterator[tuple[dict[str, Any] | DataError, str]]:
             yield DataError(f"not JSON: {error}", place=place), place
             continue
         yield _object(record, place), place
+
+
+def _text(uri: str) -> str:
+    content = read_bytes(uri)
+    try:
+        return (gzip.decompress(content) if uri.endswith(".gz") else content).decode("utf-8")
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot be unpacked: {error}", place=uri, mend="gzip the file again") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8: {error}", place=uri, mend="convert the file to UTF-8") from error
 
 
 def _object(record: Any, place: str) -> dict[str, Any] | DataError:
