@@ -11,14 +11,19 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 os.environ |= {
@@ -33,14 +38,17 @@ from test_expert_adapters import save_adapter
 from test_identity import prompts, reference
 from tiny import save_model
 
-from modelyard.engine import EngineOptions, Grammar, Request, Sampling, StepOutput, Tokenizer
+from modelyard.engine import EngineOptions, Grammar, Request, Sampling, StepOutput, Tokenizer, generate
 from modelyard.engine.checkpoint import read_tensors
 from modelyard.engine.protocol import Engine
 from modelyard.engine.request import EngineStopped
+from modelyard.engine.stepped import Stepped
 from modelyard.engine.vllm_engine import VllmEngine
 from modelyard.errors import DataError, ModelyardError, ResourceError
 
-OPTIONS = EngineOptions(max_sequences=8, precision="float32", block_tokens=16, cache_bytes=64 << 20)
+OPTIONS = EngineOptions(
+    max_sequences=8, precision="float32", threads=1, cache_bytes=64 << 20, backend="vllm", vllm={"enforce_eager": True}
+)
 GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
 
 
@@ -56,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> Iterator[VllmEngine]:
     """One for all tests: a start takes most of a minute. Tests leave it as they found it."""
-    made = VllmEngine(folder, OPTIONS, enforce_eager=True)
+    made = VllmEngine(folder, OPTIONS)
     yield made
     made.close()
 
@@ -216,11 +224,57 @@ def test_new_weights_reach_running_requests(engine: VllmEngine, folder: Path, tm
     assert (after.weights_first, after.weights, engine.stats().weights) == (3, 3, 3)
     with pytest.raises(DataError, match="no place"):
         engine.update_weights([("nobody.weight", torch.zeros(3))], 4)
-    with pytest.raises(DataError, match="tensors are missing, first lm_head"):
+    with pytest.raises(DataError, match="missing, first lm_head"):
         engine.update_weights([t for t in read_tensors(other) if "layers" in t[0]], 4)
     assert engine.stats().weights == 3
     engine.update_weights(read_tensors(folder), 5)
     assert list(ask(engine, Request("c", tuple(prompt), GREEDY))[0].tokens) == reference(folder, prompt, 12)
+    engine._replaced.clear()
+
+
+def test_what_an_update_leaves_out_is_the_folder_s(engine: VllmEngine, folder: Path, tmp_path: Path) -> None:
+    other, mixed = model(tmp_path / "other", seed=1), tmp_path / "mixed"
+    shutil.copytree(folder, mixed)
+    some = [t for t in read_tensors(other) if "q_proj" in t[0]]
+    save_file(dict(read_tensors(folder)) | dict(some), mixed / "model.safetensors", {"format": "pt"})
+    engine.update_weights(some, 6)
+    given = prompts(engine.vocabulary, [20, 7])
+    assert [list(o.tokens) for o in ask(engine, *greedy(given))] == [reference(mixed, p, 12) for p in given]
+    engine.update_weights([t for t in read_tensors(folder) if "q_proj" in t[0]], 7)
+    assert [list(o.tokens) for o in ask(engine, *greedy(given))] == [reference(folder, p, 12) for p in given]
+
+
+def test_whoever_steps_it_gets_what_steps_give(engine: VllmEngine, folder: Path) -> None:
+    core = Stepped(engine, folder, OPTIONS)
+    given = prompts(engine.vocabulary, [9] * 11)
+    got = generate(core, greedy(given))
+    assert [list(c.output.tokens) for c in got] == [reference(folder, p, 12) for p in given]
+    core.add(Request("a", tuple(given[0]), replace(GREEDY, max_tokens=200)))
+    assert core.busy and core.step()[0][0] == "a"
+    core.abort("a")
+    assert not core.busy and core.step() == []
+    with pytest.raises(DataError, match="empty"):
+        core.add(Request("a", ()))
+    again = generate(core, [Request("a", tuple(given[0]), GREEDY)])  # the name of one that was aborted
+    assert list(again[0].output.tokens) == reference(folder, given[0], 12)
+    assert engine.invariants() == [] and core.end_tokens == (1,) and core.version == engine.stats().weights
+
+
+def test_its_processes_end_with_a_killed_owner(folder: Path) -> None:
+    script = (
+        "import sys, time; from modelyard.engine import EngineOptions; from modelyard.engine.choose import start\n"
+        "if __name__ == '__main__':\n"
+        "    engine = start(sys.argv[1], EngineOptions.model_validate_json(sys.argv[2]))\n"
+        "    print('ready', flush=True); time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", script, str(folder), OPTIONS.model_dump_json()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        assert any(line == "ready\n" for line in owner.stdout)
+        started = psutil.Process(owner.pid).children(recursive=True)
+        owner.kill()
+        _, left = psutil.wait_procs(started, timeout=30)
+    assert len(started) >= 2 and not left
 
 
 def test_what_cannot_be_is_refused_by_name(engine: VllmEngine, folder: Path) -> None:
@@ -234,16 +288,17 @@ def test_what_cannot_be_is_refused_by_name(engine: VllmEngine, folder: Path) -> 
     ):
         with pytest.raises(DataError, match=says):
             ask(engine, request)
-    for changes in ({"precision": "int8"}, {"speculation": {"method": "prompt_lookup"}}):
-        with pytest.raises(ResourceError, match="engine"):
-            VllmEngine(folder, EngineOptions.model_validate(changes))
+    for device in ("cpu", "cuda"):
+        if device != engine._engine.vllm_config.device_config.device_type:
+            with pytest.raises(ResourceError, match=f"compute on '{device}'"):
+                VllmEngine(folder, OPTIONS.model_copy(update={"device": device}))
 
 
 @torch.no_grad()
 def test_an_engine_started_to_embed(folder: Path) -> None:
     from transformers import AutoModel
 
-    engine = VllmEngine(folder, OPTIONS, embeds="mean", enforce_eager=True)
+    engine = VllmEngine(folder, OPTIONS, embeds="mean")
     try:
         given = prompts(engine.vocabulary, [30, 3])
         got = asyncio.run(engine.embed(given))
@@ -259,4 +314,4 @@ def test_an_engine_started_to_embed(folder: Path) -> None:
     with pytest.raises(EngineStopped):
         ask(engine, Request("a", (5, 6), task="embed"))
     with pytest.raises(ModelyardError):
-        VllmEngine(folder, OPTIONS, max_model_len=10**9)
+        VllmEngine(folder, OPTIONS.model_copy(update={"max_length": 10**9}))

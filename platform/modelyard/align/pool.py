@@ -20,7 +20,8 @@ from modelyard.align.episodes import Episode
 from modelyard.align.function_process import FunctionFailed
 from modelyard.align.samples import Drawn, Prompt
 from modelyard.align.weights import BaseWeights, Weights
-from modelyard.engine import EngineCore, Request, Sampling, Tokenizer
+from modelyard.engine import Request, Sampling, Tokenizer
+from modelyard.engine.protocol import Stepper
 
 _LOOK_SECONDS = 0.05
 """How long a step waits for an environment when there is nothing to write."""
@@ -99,7 +100,7 @@ class LocalPool:
     """
 
     def __init__(
-        self, engines: Sequence[EngineCore], model: Path, shared: bool = False, telling: Telling | None = None
+        self, engines: Sequence[Stepper], model: Path, shared: bool = False, telling: Telling | None = None
     ) -> None:
         self._engines, self.shared, self._base = list(engines), shared, BaseWeights(model)
         self._queue: list[tuple[int, int, Ask]] = []
@@ -161,12 +162,14 @@ class LocalPool:
         for name, place in self._writing.items():
             place.group.engine.abort(name)
         self._queue, self._open, self._writing, self._told, self._asked = [], {}, {}, {}, {}
-        self.close()
+        if self._environment is not None:
+            self._environment.close()
 
     def close(self) -> None:
         """See `Pool`."""
-        if self._environment is not None:
-            self._environment.close()
+        self.clear()
+        for engine in self._engines:
+            engine.close()
 
     @property
     def _tokenizer(self) -> Tokenizer:
@@ -177,7 +180,7 @@ class LocalPool:
     def _decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens)
 
-    def _fill(self, engine: EngineCore) -> None:
+    def _fill(self, engine: Stepper) -> None:
         """Lets a prompt in when an engine has fewer waiting than it has slots: the others stay free to go elsewhere."""
         environment = self._environment
         while self._queue and self._waiting(engine) < engine.options.max_sequences:
@@ -190,8 +193,8 @@ class LocalPool:
                 else:
                     self._write(place)
 
-    def _waiting(self, engine: EngineCore) -> int:
-        return engine.scheduler.waiting + sum(place.group.engine is engine for place in self._asked.values())
+    def _waiting(self, engine: Stepper) -> int:
+        return engine.waiting + sum(place.group.engine is engine for place in self._asked.values())
 
     def _begin(self) -> None:
         """Begins the episodes that are reset, with the prompts they were given. One whose reset failed is written a
@@ -252,7 +255,7 @@ class LocalPool:
         telling, episode = self._environment.telling, place.episode
         if told.observation is None or episode.turn + 1 >= telling.options.turns or episode.room < 1:
             return False
-        if telling.options.form == "plain" and episode.last in place.group.engine.config.end_tokens:
+        if telling.options.form == "plain" and episode.last in place.group.engine.end_tokens:
             return False  # the answer has ended itself
         episode.tell(told.observation, telling.ids(self._environment.encode(told.observation), episode.last))
         self._write(place)
@@ -275,7 +278,7 @@ class _Open:
     """A prompt in an engine, with its answers as far as they are done."""
 
     ask: Ask
-    engine: EngineCore
+    engine: Stepper
     drawn: list[Drawn | None]
 
 

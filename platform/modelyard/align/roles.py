@@ -12,7 +12,7 @@ from modelyard.align.environment import Telling
 from modelyard.align.options import RolloutEngine, RolloutOptions
 from modelyard.align.pool import LocalPool, Pool
 from modelyard.align.scoring import ReferenceSetup, RewardSetup, Scorer
-from modelyard.engine import EngineCore
+from modelyard.engine.choose import stepper
 from modelyard.errors import RecipeError
 
 
@@ -30,14 +30,19 @@ class Roles:
         """What answers: this worker's own, or one that serves all workers, which the one that `leads` asks alone.
 
         Raises:
-            DataError, ResourceError: as `EngineCore`.
+            DataError, ResourceError: as `engine.choose.start`.
         """
-        return LocalPool([EngineCore(model, settings)], model, telling=telling)
+        return LocalPool([stepper(model, beside_trainer(settings))], model, telling=telling)
 
     def reference(self, model: Path, settings: RolloutEngine) -> Scorer:
         """The model before training, of a policy without an adapter."""
-        return ReferenceSetup(settings).build(model)
+        return ReferenceSetup(beside_trainer(settings)).build(model)
 
     def reward_models(self, folders: Mapping[str, str], setup: RewardSetup) -> dict[str, Scorer]:
         """Reward models by name; `folders` are those this worker has."""
         return {name: setup.build(Path(folder)) for name, folder in folders.items()}
+
+
+def beside_trainer(settings: RolloutEngine) -> RolloutEngine:
+    """Of an engine in the trainer's process: `backend: auto` is native, for vLLM takes a GPU's memory for itself."""
+    return settings.model_copy(update={"backend": "native"}) if settings.backend == "auto" else settings

@@ -19,7 +19,8 @@ from modelyard.align.answered import Answered
 from modelyard.align.objectives import document_rewards
 from modelyard.align.options import RolloutEngine
 from modelyard.align.reward_model import load_classifier
-from modelyard.engine import EngineCore, Request, generate
+from modelyard.engine import Request, generate
+from modelyard.engine.choose import stepper
 from modelyard.models.build import check_shape
 from modelyard.train.pairs import assign
 
@@ -65,11 +66,11 @@ class ReferenceScorer(Here):
         settings: of the engine.
 
     Raises:
-        DataError, ResourceError: as `EngineCore`.
+        DataError, ResourceError: as `engine.choose.start`.
     """
 
     def __init__(self, folder: Path, settings: RolloutEngine) -> None:
-        self._engine = EngineCore(folder, settings)
+        self._engine = stepper(folder, settings)
 
     def __call__(self, items: Sequence[Written]) -> list[list[float]]:
         """Log-probabilities (natural) of the answers' tokens."""

@@ -49,7 +49,10 @@ def build(folder: Path, options: EngineOptions) -> Parts:
     Raises:
         DataError: the folder is incomplete, unsafe or of another architecture.
         ResourceError: the key/value cache does not fit, or int8 costs too much quality.
+        ValueError: the options ask for vLLM, which steps by itself (`choose`).
     """
+    if options.backend == "vllm":
+        raise ValueError("EngineCore is no vLLM: use modelyard.engine.choose")
     check_folder(folder)
     if options.backend == "transformers":
         if options.kv_precision == "fp8":
@@ -83,7 +86,7 @@ def build(folder: Path, options: EngineOptions) -> Parts:
 
 def on_gpu(options: EngineOptions) -> bool:
     """Whether these options mean a GPU: asked for, or there and able to do what is asked."""
-    if options.backend != "native" or options.device != "auto":
+    if options.backend == "transformers" or options.device != "auto":
         return options.device == "cuda"
     return torch.cuda.is_available() and options.precision != "int8"
 

@@ -174,7 +174,7 @@ def read_config(folder: Path) -> DecoderConfig:
         raise DataError("quantized checkpoints are not supported", place=place, mend="use the unquantized weights")
     try:
         shape = _gpt2_config if family == "gpt2" else _llama_config
-        return shape(raw, family, _end_tokens(folder, raw))
+        return shape(raw, family, read_end_tokens(folder, raw))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"config.json lacks or garbles {error}", place=place, mend="restore the file") from error
 
@@ -280,7 +280,8 @@ def _windows(raw: dict[str, Any], family: str, layers: int) -> tuple[int, ...]:
     return tuple(window if i >= int(raw.get("max_window_layers", 0)) else 0 for i in range(layers))
 
 
-def _end_tokens(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:
+def read_end_tokens(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:
+    """Token ids that end an answer of a model; `raw`: its config.json."""
     generation = read_json(folder / "generation_config.json", missing={})
     found = generation.get("eos_token_id", raw.get("eos_token_id"))
     if found is None:

@@ -62,7 +62,7 @@ class EngineCore:
         self.config, self.max_length, self.tokenizer = parts.config, parts.max_length, parts.tokenizer
         self.decoder, self.guesser = parts.decoder, parts.guesser
         blocks = Blocks(parts.blocks, o.block_tokens)
-        native = o.backend == "native"
+        native = o.backend != "transformers"
         # Another backend takes prompts whole and keeps keys and values its own way.
         budget = (o.step_tokens or parts.step_tokens) if native else o.max_sequences * self.max_length
         self.scheduler = Scheduler(o.max_sequences, budget, blocks, prefix_cache=native and o.prefix_cache)
@@ -82,6 +82,16 @@ class EngineCore:
     def busy(self) -> bool:
         """Whether a step would do something."""
         return bool(self._sequences) and not self.paused
+
+    @property
+    def waiting(self) -> int:
+        """Requests that no step has begun."""
+        return self.scheduler.waiting
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Token ids that end an answer."""
+        return tuple(self.config.end_tokens)
 
     def check(self, request: Request) -> None:
         """Raises DataError for a request that can never run."""

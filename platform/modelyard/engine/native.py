@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelyard.engine.calls import carry_out
 from modelyard.engine.core import EngineCore
-from modelyard.engine.mailbox import Mailbox
 from modelyard.engine.options import EngineOptions
-from modelyard.engine.request import EngineStats, EngineStopped, Pooling, Request, Scored, StepOutput
-from modelyard.engine.tasks import embed_all, score_all
+from modelyard.engine.protocol import Put
+from modelyard.engine.request import EngineStats, EngineStopped, Request, StepOutput, Task
+from modelyard.engine.tasks import Streams
 from modelyard.engine.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -23,10 +23,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Put = Callable[[StepOutput], None]
 
-
-class NativeEngine:
+class NativeEngine(Streams):
     """Implements `protocol.Engine` for one model in this process.
 
     Args:
@@ -60,28 +58,17 @@ class NativeEngine:
         return self._core.tokenizer
 
     @property
+    def tasks(self) -> frozenset[Task]:
+        """What requests may ask for."""
+        return frozenset({"generate", "score", "embed"})
+
+    @property
     def alive(self) -> bool:
         """Whether the step thread runs."""
         return self._thread.is_alive()
 
-    async def submit(self, request: Request) -> AsyncGenerator[StepOutput, None]:
-        """See `protocol.Engine.submit`."""
-        box, finished = Mailbox(), False
-        await self.start(request, box.put)
-        try:
-            while not finished:
-                output = await box.get()
-                finished = output.finish is not None
-                yield output
-        finally:
-            if not finished:
-                self.abort(request.id)
-
     async def start(self, request: Request, put: Put) -> None:
-        """Queues a request whose outputs go to `put`, one call a step in this event loop, the last with `finish`.
-
-        For a reader of many requests: those that a step advanced are told one after the other. Raises as `submit`.
-        """
+        """See `protocol.Engine.start`."""
         loop = asyncio.get_running_loop()
         # A grammar may take a second to compile, in which the other requests would stand still.
         matcher = await asyncio.to_thread(self._core.compile, request) if request.sampling.grammar else None
@@ -114,23 +101,6 @@ class NativeEngine:
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See `protocol.Engine.update_weights`. Blocks until the step in progress has ended."""
         self._call(lambda: self._core.update_weights(weights, version)).result()
-
-    async def score(
-        self, prompts: Sequence[Sequence[int]], *, start: int = 1, adapter: str | None = None, priority: int = 0
-    ) -> list[Scored]:
-        """See `protocol.Engine.score`."""
-        return await score_all(self.submit, prompts, start, adapter, priority)
-
-    async def embed(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        pooling: Pooling = "mean",
-        adapter: str | None = None,
-        priority: int = 0,
-    ) -> list[tuple[float, ...]]:
-        """See `protocol.Engine.embed`."""
-        return await embed_all(self.submit, prompts, pooling, adapter, priority)
 
     def pause(self) -> None:
         """See `protocol.Engine.pause`. Blocks until the step in progress has ended."""

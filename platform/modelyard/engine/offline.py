@@ -1,4 +1,4 @@
-"""Many requests through an engine core in the caller's thread, for programs that need no streaming."""
+"""Many requests through an engine in the caller's thread, for programs that need no streaming."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from modelyard.engine.request import Request, StepOutput
 from modelyard.errors import DataError
 
 if TYPE_CHECKING:
-    from modelyard.engine.core import EngineCore
+    from modelyard.engine.protocol import Stepper
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Completion:
     output: StepOutput
 
 
-def generate(core: EngineCore, requests: Iterable[Request]) -> list[Completion]:
+def generate(core: Stepper, requests: Iterable[Request]) -> list[Completion]:
     """Continues all requests and returns their answers in order.
 
     Raises DataError when the engine is paused: nobody could resume it meanwhile.
@@ -33,7 +33,7 @@ def generate(core: EngineCore, requests: Iterable[Request]) -> list[Completion]:
     queue = iter(wanted)
     pending = next(queue, None)
     while pending is not None or core.busy:
-        while pending is not None and core.scheduler.waiting < core.options.max_sequences:
+        while pending is not None and core.waiting < core.options.max_sequences:
             core.add(pending)
             pending = next(queue, None)
         for name, output in core.step():

@@ -10,6 +10,7 @@ from modelyard.errors import RecipeError
 from modelyard.recipe.schema import Bytes, Options, runtime
 
 Precision = Literal["float32", "float16_packed", "bfloat16", "int8"]
+Backend = Literal["native", "transformers", "vllm"]
 
 
 class Speculation(Options):
@@ -28,7 +29,7 @@ class Speculation(Options):
 
 
 class EngineOptions(Options):
-    """Sizes, token budget and precision of a native engine."""
+    """Which engine computes, its sizes, token budget and precision."""
 
     max_sequences: int = Field(
         32, ge=1, le=1024, description="requests computed in one step; each owns a contiguous key/value slot"
@@ -46,8 +47,13 @@ class EngineOptions(Options):
         "null = 256 on a CPU, 8192 on a GPU",
     )
     max_waiting: int = Field(1024, ge=0, description="requests that may wait for a slot; more are refused")
-    backend: Literal["native", "transformers"] = Field(
-        "native", description="native, or transformers for an architecture the native decoder does not know (slower)"
+    backend: Backend | Literal["auto"] = Field(
+        "auto",
+        description="auto: vllm where it is installed and a replica has several GPUs, else native; native; vllm (the "
+        "extra of this name); transformers for an architecture the native decoder does not know (slower)",
+    )
+    vllm: dict[str, bool | int | float | str] = Field(
+        {}, description="for vllm: further arguments of its engine by their names, such as gpu_memory_utilization"
     )
     device: Literal["auto", "cpu", "cuda"] = runtime(
         "auto",
@@ -83,16 +89,18 @@ class EngineOptions(Options):
     )
 
     def placed(self, gpus: float) -> Self:
-        """The same for a process that has been given so many GPUs: `auto` means them, or a CPU where there are none.
+        """The same for a process that has been given so many GPUs: `device: auto` means them, or a CPU where there are
+        none, and `backend: auto` is native unless they are several.
 
         Raises RecipeError where the model is to be cut over more of them.
         """
-        if self.device != "cpu" and 0 < gpus < self.tensor_parallel:
+        if self.device != "cpu" and self.tensor_parallel > 1 and 0 < gpus < self.tensor_parallel:
             raise RecipeError(
                 f"the model is to be cut over {self.tensor_parallel} GPUs, the replica has {gpus:g}",
                 place="engine.tensor_parallel",
                 mend=f"give resources.gpus_per_worker: {self.tensor_parallel}",
             )
-        if self.device != "auto":
-            return self
-        return self.model_copy(update={"device": "cuda" if gpus else "cpu"})
+        device = ("cuda" if gpus else "cpu") if self.device == "auto" else self.device
+        one = device == "cpu" or gpus <= 1
+        return self.model_copy(update={"device": device, "backend": "native" if self.backend == "auto" and one
+                                       else self.backend})  # fmt: skip

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from modelyard.engine.request import EngineStats, Pooling, Request, Scored, StepOutput
+from modelyard.engine.options import EngineOptions
+from modelyard.engine.request import EngineStats, Pooling, Request, Scored, StepOutput, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from modelyard.engine.tokenizer import Tokenizer
+
+Put = Callable[[StepOutput], None]
+"""Takes the outputs of one request."""
 
 
 @runtime_checkable
@@ -23,6 +29,28 @@ class Engine(Protocol):
     @property
     def max_length(self) -> int:
         """Tokens a prompt and its answer may have together."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, None when its folder has none."""
+        ...
+
+    @property
+    def tasks(self) -> frozenset[Task]:
+        """What requests may ask for."""
+        ...
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can still answer."""
+        ...
+
+    async def start(self, request: Request, put: Put) -> None:
+        """Queues a request whose outputs go to `put`, in this event loop, the last with `finish`.
+
+        For a reader of many requests: those that a step advanced are told one after the other. Raises as `submit`.
+        """
         ...
 
     def submit(self, request: Request) -> AsyncGenerator[StepOutput, None]:
@@ -92,6 +120,74 @@ class Engine(Protocol):
         """Takes an adapter away from new requests; running ones keep it. Raises DataError when it is not loaded."""
         ...
 
+    def invariants(self) -> list[str]:
+        """What is wrong with the bookkeeping; an empty list when nothing is."""
+        ...
+
     def close(self) -> None:
         """Stops the engine; requests still running end with finish `abort`."""
+        ...
+
+
+class Stepper(Protocol):
+    """An engine for one thread, which is told what each step gave when it asks for the step."""
+
+    @property
+    def options(self) -> EngineOptions:
+        """What it was made with."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, None when its folder has none."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """Tokens a prompt and its answer may have together."""
+        ...
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Token ids that end an answer."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """Of the weights."""
+        ...
+
+    @property
+    def paused(self) -> bool:
+        """Whether steps do nothing."""
+        ...
+
+    @property
+    def waiting(self) -> int:
+        """Requests that no step has begun."""
+        ...
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do something."""
+        ...
+
+    def add(self, request: Request) -> None:
+        """Queues a request. Raises as `Engine.submit`."""
+        ...
+
+    def abort(self, request_id: str) -> object:
+        """Ends a request at once; no step tells of it any more. Unknown ids are ignored."""
+        ...
+
+    def step(self) -> list[tuple[str, StepOutput]]:
+        """One step: what each request that it advanced gained, by its id."""
+        ...
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See `Engine.update_weights`."""
+        ...
+
+    def close(self) -> None:
+        """Ends what it started; it can do nothing afterwards."""
         ...

@@ -7,30 +7,28 @@ answers or embeds, with one pooling. New weights travel as files in memory to vL
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
-from concurrent.futures import Future
-from contextlib import suppress
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from modelyard.engine.checkpoint import check_adapter, check_folder, read_tensors
-from modelyard.engine.mailbox import Mailbox
 from modelyard.engine.options import EngineOptions
-from modelyard.engine.request import EngineStats, EngineStopped, Pooling, Request, Scored, StepOutput, check
-from modelyard.engine.tasks import embed_all, score_all
-from modelyard.engine.vllm_requests import Watch, parameters, step
+from modelyard.engine.protocol import Put
+from modelyard.engine.request import EngineStats, EngineStopped, Pooling, Request, StepOutput, Task, check
+from modelyard.engine.tasks import Streams
+from modelyard.engine.tokenizer import Tokenizer
+from modelyard.engine.vllm_options import arguments, check_installed, check_options, environment
+from modelyard.engine.vllm_requests import Watch, embedded, parameters, pooling, step
 from modelyard.errors import DataError, ModelyardError, ResourceError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ADAPTERS = 4
-"""LoRA adapters that may share a step."""
-ADAPTER_RANK = 64
-"""Rank of an adapter at most; vLLM reserves memory for it."""
 FILE_BYTES = 1 << 30
 """New weights travel to vLLM's workers in files of about this size."""
 
@@ -40,24 +38,23 @@ class _Reader:
     """Who waits for a request's outputs, and the task that fetches them. `started`: its prompt has been computed."""
 
     loop: asyncio.AbstractEventLoop
-    box: Mailbox
+    put: Put
     prompt: int
-    work: Future[None] | None = None
+    work: asyncio.Task[None] | None = None
     started: bool = False
 
-    def tell(self, action: Any, *arguments: Any) -> None:
+    def tell(self, output: StepOutput) -> None:
         with suppress(RuntimeError):  # its loop is closed: nobody listens any more
-            self.loop.call_soon_threadsafe(action, *arguments)
+            self.loop.call_soon_threadsafe(self.put, output)
 
 
-class VllmEngine:
+class VllmEngine(Streams):
     """Implements `protocol.Engine` by vLLM's asynchronous engine, which runs in processes of its own.
 
     Args:
         folder: a Hugging Face model folder.
-        options: sizes, `precision`, `prefix_cache`, `tensor_parallel`, `cache_bytes` are passed on.
+        options: sizes, `precision`, `prefix_cache`, `tensor_parallel`, `cache_bytes`, `vllm` are passed on.
         embeds: None = the model answers and scores; else it embeds with this pooling, and does nothing else.
-        **arguments: more of vLLM's engine arguments; they win over what the options say.
 
     Raises:
         ResourceError: vLLM is not installed, cannot start, or is asked for what only the native engine does.
@@ -65,19 +62,22 @@ class VllmEngine:
     """
 
     def __init__(
-        self, folder: str | Path, options: EngineOptions | None = None, *, embeds: Pooling | None = None,
-        **arguments: Any,
-    ) -> None:  # fmt: skip
+        self, folder: str | Path, options: EngineOptions | None = None, *, embeds: Pooling | None = None
+    ) -> None:
         self._options, self._folder, self._embeds = options or EngineOptions(), Path(folder), embeds
+        check_installed()
+        check_options(self._options)
         check_folder(self._folder)
-        self._tokenizer = (self._folder / "tokenizer.json").exists()
-        given = _arguments(self._folder, self._options, embeds, self._tokenizer) | arguments
+        self._tokenizer = Tokenizer(self._folder) if (self._folder / "tokenizer.json").exists() else None
+        given = arguments(self._folder, self._options, embeds, self._tokenizer is not None)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
         self._thread.start()
         self._watch = Watch()
+        threads = self._options.threads or len(os.sched_getaffinity(0))
         try:
-            self._engine: Any = self._wait(_start(given, self._watch))
+            with _variables(environment(threads, os.getpid())):
+                self._engine: Any = self._wait(_start(given, self._watch, self._options.device))
         except ModelyardError:
             self._end_loop()
             raise
@@ -87,7 +87,9 @@ class VllmEngine:
         self._config = self._engine.model_config
         self._adapters: dict[str, Any] = {}
         self._readers: dict[str, _Reader] = {}
+        """In vLLM's loop alone."""
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._replaced: set[str] = set()
         self._prompt = self._output = self._finished = self._aborted = self._adapters_read = self._version = 0
         self._paused = self._closed = False
 
@@ -101,78 +103,94 @@ class VllmEngine:
         """Tokens a prompt and its answer may have together."""
         return int(self._config.max_model_len)
 
-    async def submit(self, request: Request) -> AsyncGenerator[StepOutput, None]:
-        """See `protocol.Engine.submit`."""
-        self._check(request)
-        reader = _Reader(asyncio.get_running_loop(), Mailbox(), len(request.prompt))
-        self._readers[request.id] = reader
-        finished: str | None = None
-        try:
-            fetch = self._embed if request.task == "embed" else self._answer
-            reader.work = asyncio.run_coroutine_threadsafe(self._pump(request, reader, fetch), self._loop)
-            while finished is None:
-                output = await reader.box.get()
-                finished = output.finish
-                yield output
-        finally:
-            if finished is None and reader.work is not None:
-                reader.work.cancel()
-            self._readers.pop(request.id, None)
-            self._finished += finished in ("stop", "length")
-            self._aborted += finished in (None, "abort")
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, None when its folder has none."""
+        return self._tokenizer
 
-    async def _pump(self, request: Request, reader: _Reader, fetch: Any) -> None:
-        """Runs in vLLM's loop, hands over to the reader's."""
-        from vllm.exceptions import VLLMClientError
+    @property
+    def tasks(self) -> frozenset[Task]:
+        """What requests may ask for."""
+        return frozenset({"generate", "score"} if self._embeds is None else {"embed"})
 
-        try:
-            async for output in fetch(request):
-                self._prompt += 0 if reader.started else reader.prompt
-                self._output += len(output.tokens)
-                reader.started = True
-                reader.tell(reader.box.put, output)
-        except asyncio.CancelledError:
-            reader.tell(reader.box.put, StepOutput((), finish="abort", weights=self._version))
-            raise
-        except (VLLMClientError, ValueError, TypeError) as error:
-            what = DataError(f"vLLM refuses the request: {error}", place="request", mend="see the message")
-            reader.tell(reader.box.fail, what)
-        except Exception as error:  # handed to the reader, whatever it is
-            reader.tell(reader.box.fail, EngineStopped(f"vLLM failed: {error}", place="engine", mend="start a new one"))
+    @property
+    def alive(self) -> bool:
+        """Whether vLLM's processes run."""
+        return not self._closed and not self._engine.errored
 
-    async def _answer(self, request: Request) -> AsyncGenerator[StepOutput, None]:
-        outputs = self._engine.generate(
-            {"prompt_token_ids": list(request.prompt)},
-            parameters(request),
-            request.id,
-            lora_request=self._adapters.get(request.adapter or ""),
-            priority=request.priority,
-        )
-        async for output in outputs:
-            yield step(request, output, self._version)
-
-    async def _embed(self, request: Request) -> AsyncGenerator[StepOutput, None]:
-        from vllm import PoolingParams
-
-        outputs = self._engine.encode(
-            {"prompt_token_ids": list(request.prompt)},
-            PoolingParams(task="embed", use_activation=True),  # its activation is scaling to length one
-            request.id,
-            lora_request=self._adapters.get(request.adapter or ""),
-            priority=request.priority,
-        )
-        async for output in outputs:
-            if output.finished:
-                vector, v = tuple(output.outputs.data.float().tolist()), self._version
-                yield StepOutput((), finish="stop", weights=v, weights_first=v, embedding=vector)
-
-    def _check(self, request: Request) -> None:
+    async def start(self, request: Request, put: Put) -> None:
+        """See `protocol.Engine.start`."""
         if self._closed:
             raise EngineStopped("the engine is closed", place="engine", mend="start a new one")
-        check(request, self.vocabulary, self.max_length, self._adapters, self._tokenizer)
-        if (request.task == "embed") != (self._embeds is not None):
+        reader = _Reader(asyncio.get_running_loop(), put, len(request.prompt))
+        added = asyncio.run_coroutine_threadsafe(self._add(request, reader), self._loop)
+        try:
+            await asyncio.shield(asyncio.wrap_future(added))
+        except asyncio.CancelledError:
+            self.abort(request.id)  # it may have been taken in already
+            raise
+
+    async def _add(self, request: Request, reader: _Reader) -> None:
+        """Runs in vLLM's loop, as all that follows with a name of `_` and works on readers."""
+        from vllm.exceptions import VLLMClientError
+
+        self._check(request)
+        self._readers[request.id] = reader
+        try:
+            collector = await self._engine.add_request(
+                request.id,
+                {"prompt_token_ids": list(request.prompt)},
+                pooling() if request.task == "embed" else parameters(request),
+                lora_request=self._adapters.get(request.adapter or ""),
+                priority=request.priority,
+            )
+        except (VLLMClientError, ValueError, TypeError) as error:
+            self._readers.pop(request.id, None)
+            raise DataError(f"vLLM refuses the request: {error}", place="request", mend="see the message") from error
+        except Exception as error:
+            self._readers.pop(request.id, None)
+            raise EngineStopped(f"vLLM failed: {error}", place="engine", mend="start a new one") from error
+        reader.work = self._loop.create_task(self._pump(request, reader, collector))
+        if self._readers.get(request.id) is not reader:  # aborted meanwhile
+            reader.work.cancel()
+
+    async def _pump(self, request: Request, reader: _Reader, collector: Any) -> None:
+        """From vLLM to the reader."""
+        finished = False
+        try:
+            while not finished:
+                output = collector.get_nowait() or await collector.get()
+                finished = output.finished
+                if request.task == "embed":
+                    if finished:
+                        self._deliver(request.id, reader, embedded(output, self._version))
+                else:
+                    self._deliver(request.id, reader, step(request, output, self._version))
+        except asyncio.CancelledError:
+            await self._engine.abort(collector.request_id, internal=True)
+            raise
+        except Exception as error:  # handed to the reader, whatever it is
+            self._deliver(request.id, reader, StepOutput((), finish="error", error=f"vLLM failed: {error}"))
+        finally:
+            collector.close()
+
+    def _deliver(self, name: str, reader: _Reader, output: StepOutput) -> None:
+        if self._readers.get(name) is not reader:
+            return  # aborted, and told so
+        self._prompt += 0 if reader.started else reader.prompt
+        self._output += len(output.tokens)
+        reader.started = True
+        if output.finish is not None:
+            del self._readers[name]
+            self._finished += output.finish in ("stop", "length")
+            self._aborted += output.finish == "abort"
+        reader.tell(output)
+
+    def _check(self, request: Request) -> None:
+        check(request, self.vocabulary, self.max_length, self._adapters, self._tokenizer is not None)
+        if request.task not in self.tasks:
             raise DataError("vLLM runs a model either to answer or to embed", place="task",
-                            mend="start VllmEngine with embeds, or without it, or use the native engine")  # fmt: skip
+                            mend="use backend: native, or VllmEngine with embeds or without it")  # fmt: skip
         if request.task == "embed" and request.pooling != self._embeds:
             raise DataError(f"this engine was started to embed with {self._embeds!r}", place="pooling",
                             mend="use that pooling, or start another engine")  # fmt: skip
@@ -186,8 +204,16 @@ class VllmEngine:
 
     def abort(self, request_id: str) -> None:
         """See `protocol.Engine.abort`."""
-        reader = self._readers.get(request_id)
-        if reader is not None and reader.work is not None:
+        with suppress(RuntimeError):  # closed
+            self._loop.call_soon_threadsafe(self._abort, request_id)
+
+    def _abort(self, request_id: str) -> None:
+        reader = self._readers.pop(request_id, None)
+        if reader is None:
+            return
+        self._aborted += 1
+        reader.tell(StepOutput((), finish="abort", weights=self._version, weights_first=self._version))
+        if reader.work is not None:
             reader.work.cancel()
 
     def stats(self) -> EngineStats:
@@ -219,28 +245,12 @@ class VllmEngine:
             adapters=tuple(self._adapters),
         )
 
-    async def score(
-        self, prompts: Sequence[Sequence[int]], *, start: int = 1, adapter: str | None = None, priority: int = 0
-    ) -> list[Scored]:
-        """See `protocol.Engine.score`. vLLM computes the whole prompt, whatever lies before `start`."""
-        return await score_all(self.submit, prompts, start, adapter, priority)
-
-    async def embed(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        pooling: Pooling = "mean",
-        adapter: str | None = None,
-        priority: int = 0,
-    ) -> list[tuple[float, ...]]:
-        """See `protocol.Engine.embed`. Raises DataError unless the engine was started to embed so."""
-        return await embed_all(self.submit, prompts, pooling, adapter, priority)
-
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See `protocol.Engine.update_weights`. vLLM's workers must be on this machine.
 
-        Raises DataError, before anything is replaced, for weights that are not all of the model's: vLLM packs matrices
-        together and cannot replace a part of one.
+        vLLM packs matrices together and cannot replace a part of one: what is not given is read from the model's
+        folder. Raises DataError, before anything is replaced, for a tensor that is none of the model's, and where one
+        is left out that was replaced before.
         """
         memory = Path("/dev/shm")  # noqa: S108 - a folder of a name of its own is made there
         with TemporaryDirectory(prefix="modelyard-", dir=memory if memory.is_dir() else None) as folder:
@@ -263,7 +273,12 @@ class VllmEngine:
         from safetensors.torch import save_file
 
         self._shapes = self._shapes or {name: tuple(t.shape) for name, t in read_tensors(self._folder)}
-        missing, held, files = set(self._shapes), dict[str, Any](), list[str]()
+        held, files, given = dict[str, Any](), list[str](), set[str]()
+
+        def hold(name: str, tensor: Tensor) -> None:
+            held[name] = tensor.detach().cpu().contiguous()
+            if sum(t.nbytes for t in held.values()) >= FILE_BYTES:
+                flush()
 
         def flush() -> None:
             files.append(str(folder / f"{len(files)}.safetensors"))
@@ -274,15 +289,17 @@ class VllmEngine:
             if self._shapes.get(name) != tuple(tensor.shape):
                 raise DataError(f"tensor {name} of shape {tuple(tensor.shape)} has no place in this model",
                                 place="update_weights", mend="use the checkpoint's names")  # fmt: skip
-            missing.discard(name)
-            held[name] = tensor.detach().cpu().contiguous()
-            if sum(t.nbytes for t in held.values()) >= FILE_BYTES:
-                flush()
-        if missing:
-            raise DataError(f"{len(missing)} tensors are missing, first {min(missing)}", place="update_weights",
-                            mend="send all of the model's")  # fmt: skip
+            given.add(name)
+            hold(name, tensor)
+        if missing := self._replaced - given:
+            raise DataError(f"{len(missing)} tensors were replaced before and are missing, first {min(missing)}",
+                            place="update_weights", mend="send the same ones every time, or all")  # fmt: skip
+        for name, tensor in read_tensors(self._folder):
+            if name not in given:
+                hold(name, tensor)
         if held:
             flush()
+        self._replaced = given
         return files
 
     def pause(self) -> None:
@@ -315,6 +332,11 @@ class VllmEngine:
         if self._adapters.pop(name, None) is None:
             raise DataError(f"adapter {name!r} is not loaded", place="adapter", mend="load it first")
 
+    def invariants(self) -> list[str]:
+        """What is wrong with the bookkeeping; vLLM's own is its own."""
+        ended = [name for name, reader in list(self._readers.items()) if reader.work is not None and reader.work.done()]
+        return [f"request {name} has ended and is kept" for name in ended]
+
     def close(self) -> None:
         """See `protocol.Engine.close`."""
         if self._closed:
@@ -324,9 +346,8 @@ class VllmEngine:
         self._end_loop()
 
     async def _shut(self) -> None:
-        for reader in list(self._readers.values()):
-            if reader.work is not None:
-                reader.work.cancel()
+        for name in list(self._readers):
+            self._abort(name)
         for _ in range(3):  # the cancelled tasks end, and tell vLLM
             await asyncio.sleep(0)
         self._engine.shutdown()
@@ -339,42 +360,29 @@ class VllmEngine:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
-async def _start(arguments: dict[str, Any], watch: Watch) -> Any:
-    try:
-        from vllm import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
-    except ImportError as error:
-        raise ResourceError("vLLM is not installed", place="engine", mend="pip install 'modelyard[vllm]'") from error
+async def _start(arguments: dict[str, Any], watch: Watch, device: str) -> Any:
+    from vllm import AsyncEngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    if device not in ("auto", current_platform.device_type):
+        raise ResourceError(
+            f"this vLLM computes on {current_platform.device_type!r}, the engine is to compute on {device!r}",
+            place="engine.backend", mend="give the replica the GPUs it needs, or install vLLM's other build",
+        )  # fmt: skip
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=[watch.logger()])
 
 
-def _arguments(folder: Path, o: EngineOptions, embeds: Pooling | None, tokenizer: bool) -> dict[str, Any]:
-    """vLLM's engine arguments. Raises ResourceError for options vLLM does not have in our sense."""
-    if o.precision == "int8":
-        raise ResourceError("int8 products are the native engine's", place="engine.precision", mend="use bfloat16")
-    if o.speculation is not None:
-        raise ResourceError("guesses of vLLM may change answers", place="engine.speculation", mend="leave it out")
-    given: dict[str, Any] = {
-        "model": str(folder),
-        "dtype": o.precision if o.precision in ("float32", "bfloat16") else "auto",
-        "max_num_seqs": o.max_sequences,
-        "max_model_len": o.max_length,
-        "max_num_batched_tokens": max(o.step_tokens or 8192, o.max_sequences),
-        "enable_prefix_caching": o.prefix_cache,
-        "kv_cache_memory_bytes": o.cache_bytes,
-        "tensor_parallel_size": o.tensor_parallel,
-        "enable_lora": True,
-        "max_loras": ADAPTERS,
-        "max_lora_rank": ADAPTER_RANK,
-        "scheduling_policy": "priority",
-        "worker_extension_cls": "modelyard.engine.vllm_worker.Worker",
-        # As the native engine does: JSON without white space between its parts.
-        "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
-        "skip_tokenizer_init": not tokenizer,
-        "trust_remote_code": False,
-        "load_format": "safetensors",
-    }
-    if embeds is not None:
-        given |= {"runner": "pooling", "convert": "embed", "pooler_config": {"pooling_type": embeds.upper()}}
-        given["enable_prefix_caching"] = False
-    return given
+@contextmanager
+def _variables(given: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for processes that start meanwhile; those that a person has set for vLLM stay."""
+    before = {name: os.environ.get(name) for name in given}
+    os.environ |= {name: v for name, v in given.items() if not (name.startswith("VLLM_") and name in os.environ)}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

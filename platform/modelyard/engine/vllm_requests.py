@@ -73,6 +73,19 @@ def step(request: Request, output: Any, version: int) -> StepOutput:
     return StepOutput(tokens, text, chosen, finish, version, waited, error, version, scored, (), cached)
 
 
+def pooling() -> Any:
+    """vLLM's parameters of a request to embed."""
+    from vllm import PoolingParams
+
+    return PoolingParams(task="embed", use_activation=True)  # its activation is scaling to length one
+
+
+def embedded(output: Any, version: int) -> StepOutput:
+    """What a finished request to embed gave. `version`: of the weights now."""
+    vector = tuple(output.outputs.data.float().tolist())
+    return StepOutput((), finish="stop", weights=version, weights_first=version, embedding=vector)
+
+
 def _waited(metrics: Any) -> float:
     """Seconds from the queue to the first step."""
     queued, begun = getattr(metrics, "queued_ts", 0.0), getattr(metrics, "scheduled_ts", 0.0)

@@ -10,7 +10,7 @@ from modelyard.engine.request import EngineStats, Request, StepOutput
 from modelyard.serving.shelf import Shelf
 
 if TYPE_CHECKING:
-    from modelyard.engine.native import NativeEngine
+    from modelyard.engine.protocol import Engine
 
 
 class Backend(Protocol):
@@ -37,7 +37,7 @@ class LocalBackend:
         most: adapters loaded at a time.
     """
 
-    def __init__(self, engine: NativeEngine, adapters: Mapping[str, str] | None = None, most: int = 8) -> None:
+    def __init__(self, engine: Engine, adapters: Mapping[str, str] | None = None, most: int = 8) -> None:
         self._engine, self._shelf = engine, Shelf(engine, adapters or {}, most)
 
     async def stream(self, request: Request) -> AsyncGenerator[StepOutput, None]:

@@ -43,7 +43,7 @@ LATE_SECONDS = 5.0
 
 
 class EngineReplica:
-    """One native engine behind a deployment handle."""
+    """One engine behind a deployment handle."""
 
     def __init__(
         self,
@@ -54,12 +54,12 @@ class EngineReplica:
         *,
         warm: bool = True,
     ) -> None:
-        from modelyard.engine.native import NativeEngine
+        from modelyard.engine.choose import start
         from modelyard.engine.options import EngineOptions
         from modelyard.serving.warm import warm_up
 
         chosen = EngineOptions.model_validate(options)
-        self._engine = NativeEngine(local_folder(model, weights=True), chosen)
+        self._engine = start(local_folder(model, weights=True), chosen)
         if warm:
             log.warning("warmed up in %.1f s", warm_up(self._engine, chosen))
         self._shelf = Shelf(self._engine, adapters or {}, most, lambda place: local_folder(place, weights=True))
@@ -118,6 +118,7 @@ class EngineReplica:
     async def __del__(self) -> None:
         """Serve's hook at a graceful stop, when no request is left."""
         self._exchange.close()
+        await asyncio.to_thread(self._engine.close)
 
     async def stats(self) -> EngineStats:
         """The engine's statistics."""
@@ -137,7 +138,7 @@ class EngineReplica:
     def check_health(self) -> None:
         """Serve restarts the replica when this raises."""
         if not self._engine.alive:
-            raise RuntimeError("the engine thread has ended")
+            raise RuntimeError("the engine has ended")
 
 
 class ServeBackend:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from modelyard.engine import choose
 from modelyard.errors import RecipeError, ResourceError
 from modelyard.serving import tls
 from modelyard.serving.keys import digest, new_key, read_keys
@@ -103,7 +104,7 @@ def launch(
     """
     started = time.monotonic()
     o = options or ServeOptions()
-    keys = check(o)
+    keys = check(o, here=_here())
     key = new_key() if keys else None
     if key is not None:
         keys = {**(keys or {}), digest(key): "launcher"}
@@ -130,17 +131,24 @@ def launch(
     return ServerHandle(name, url, time.monotonic() - started, key, rollout, verify)
 
 
+def _here() -> bool:
+    """Whether this process will start the Ray that replicas run in."""
+    ray = sys.modules.get("ray")
+    return "RAY_ADDRESS" not in os.environ and not (ray is not None and ray.is_initialized())
+
+
 def _url(options: ServeOptions) -> str:
     host = "127.0.0.1" if options.host in ANYWHERE else options.host
     return f"{'https' if options.tls else 'http'}://{f'[{host}]' if ':' in host else host}:{options.port}"
 
 
-def check(options: ServeOptions) -> Mapping[str, str] | None:
-    """Checks address, port, keys and certificate before any work; returns the keys' digests and holders, if any.
+def check(options: ServeOptions, *, here: bool = True) -> Mapping[str, str] | None:
+    """Checks engine, address, port, keys and certificate before any work; returns the keys' digests and holders, if
+    any. `here`: replicas will run in this environment.
 
     Raises RecipeError, DataError or ResourceError.
     """
-    options.engine.placed(options.gpus_per_replica)
+    choose.check(options.engine, options.gpus_per_replica, here=here)
     keys = read_keys(Path(options.api_keys)) if options.api_keys else None
     if keys is None and not options.loopback:
         raise RecipeError(

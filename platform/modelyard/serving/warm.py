@@ -19,19 +19,21 @@ CHUNK = 64
 
 
 def requests(engine: Engine, options: EngineOptions) -> list[Request]:
-    """Two rounds' worth of small requests: a long and short prompts, greedy and sampled, with log-probabilities."""
+    """Two rounds' worth of small requests, of those the engine takes: a long and short prompts, greedy and sampled,
+    with log-probabilities."""
     room = min(CHUNK, options.step_tokens or CHUNK, engine.max_length - 4)
     prompt = tuple(i % engine.vocabulary for i in range(max(1, room)))
     sampled = Sampling(max_tokens=3, temperature=0.7, top_p=0.9, top_k=8, seed=1, ignore_eos=True)
     plain = Sampling(max_tokens=3, temperature=0.0, ignore_eos=True)
     likely = Sampling(max_tokens=2, temperature=0.0, logprobs=1, presence_penalty=0.1, ignore_eos=True)
     short = prompt[: max(1, room // 8)]
-    return [
+    every = [
         Request("warm-long", prompt, plain, detokenize=False),
         Request("warm-sampled", short, sampled, detokenize=False),
         Request("warm-likely", short, likely, detokenize=False),
         Request("warm-embed", short, task="embed", detokenize=False),
     ]
+    return [request for request in every if request.task in engine.tasks]
 
 
 def warm_up(engine: Engine, options: EngineOptions) -> float:

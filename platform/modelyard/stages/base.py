@@ -45,6 +45,8 @@ class PlanContext(Generic[O]):
     """Options of the stages this one reads from, by input name, whether they have run or not."""
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Configurations of the models that stages this one reads from have yet to leave, by input name, where known."""
+    here: bool = True
+    """Whether workers will run in this environment, not on a cluster that may have another."""
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ class DeployStage(Stage[DeployOptions]):
                 place=ctx.name,
                 mend="write inputs: {model: <stage or folder>}, or reference: models:/name@champion",
             )
-        check(ctx.options.serve_options())
+        check(ctx.options.serve_options(), here=ctx.here)
         if (given := ctx.inputs.get("model")) is not None:
             self._check_model(given)
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from modelyard.engine import choose
 from modelyard.engine.options import EngineOptions
 from modelyard.errors import DataError, RecipeError, StageError
 from modelyard.planner.estimate import Estimate
@@ -79,7 +80,7 @@ class GenerateStage(Stage[GenerateOptions]):
         no rows or no model."""
         if ctx.options.prompt == ctx.options.messages:
             raise RecipeError("prompt and messages name the same field", place="messages", mend="name two fields")
-        ctx.options.engine.placed(ctx.options.resources.gpus_per_worker)
+        choose.check(ctx.options.engine, ctx.options.resources.gpus_per_worker, here=ctx.here)
         check_best_of(ctx)
         if (rows := ctx.inputs.get("rows")) is not None:
             parquet = [uri for uri in _uris(rows) if uri.endswith(".parquet")]

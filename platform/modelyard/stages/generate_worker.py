@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from modelyard.engine import EngineOptions, NativeEngine, Request, Sampling, Tokenizer
+from modelyard.engine import EngineOptions, Request, Sampling, Tokenizer
+from modelyard.engine.choose import start
 from modelyard.errors import DataError
 from modelyard.stages.best_of import Candidate, Chooser
 from modelyard.stages.generate_units import Answer, Unit, parse, read_rows, write_part
@@ -41,7 +42,7 @@ class Writer:
         folder = local_folder(model, weights=True)
         options = EngineOptions.model_validate(engine)
         self._how, self._output, self._done = how, output, done
-        self._engine, self._tokenizer = NativeEngine(folder, options), Tokenizer(folder)
+        self._engine, self._tokenizer = start(folder, options), Tokenizer(folder)
         self._count = best[1] if best is not None else 1
         self._chooser = Chooser(folder, local_folder(best[0], weights=True)) if best is not None else None
         # Twice the slots: a slot that falls free is filled in the next step.

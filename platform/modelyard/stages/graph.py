@@ -208,14 +208,16 @@ def _why(store: ArtifactStore, entry: Planned, inputs: Mapping[str, str]) -> lis
     return reasons or ["its artifact was removed"]
 
 
-def plan_context(recipe: Recipe, entry: Planned, artifacts: Mapping[str, Artifact]) -> PlanContext[StageOptions]:
+def plan_context(
+    recipe: Recipe, entry: Planned, artifacts: Mapping[str, Artifact], *, here: bool = True
+) -> PlanContext[StageOptions]:
     """What a stage's `check` and `estimate` may look at."""
     known: dict[str, Artifact | Files] = dict(entry.files)
     known |= {key: artifacts[before] for key, before in entry.node.after.items() if before in artifacts}
     upstream = {key: recipe.stages[before] for key, before in entry.node.after.items()}
     models = {key: _foreseen(recipe, before, artifacts) for key, before in entry.before.items() if key not in known}
     told = {key: config for key, config in models.items() if config is not None}
-    return PlanContext(entry.node.name, entry.node.options, recipe.name, recipe.root, known, upstream, told)
+    return PlanContext(entry.node.name, entry.node.options, recipe.name, recipe.root, known, upstream, told, here)
 
 
 def _foreseen(recipe: Recipe, entry: Planned, artifacts: Mapping[str, Artifact]) -> Mapping[str, Any] | None:

@@ -37,7 +37,7 @@ def preflight(
     for name, entry in planned.items():
         if entry.artifact is not None:
             continue
-        ctx = plan_context(recipe, entry, artifacts)
+        ctx = plan_context(recipe, entry, artifacts, here=here)
         try:
             entry.node.stage.check(ctx)
             carbon_intensity(entry.node.options.resources.region)

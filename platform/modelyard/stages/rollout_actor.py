@@ -95,7 +95,7 @@ class RolloutActor:
         """Builds the engine unless there is one of these settings, forgets what was asked, and takes `weights`.
 
         Raises:
-            DataError, ResourceError: as `EngineCore`.
+            DataError, ResourceError: as `engine.choose.start`.
             StorageError: the model cannot be brought here.
             RecipeError: the environment cannot be imported here.
         """
@@ -120,13 +120,15 @@ class RolloutActor:
         self, session: str, settings: RolloutEngine, telling: Telling | None, version: int, weights: Packed | None
     ) -> None:
         from modelyard.align.pool import LocalPool
-        from modelyard.engine import EngineCore
+        from modelyard.engine.choose import stepper
 
         self._abandon(StageError("another session has begun", place="rollouts.engines"))
         if self._pool is None or (settings, telling) != self._settings:
+            if self._pool is not None:
+                self._pool.close()
             self._pool = None
             model = Path(str(bring(self._model)))
-            self._pool = LocalPool([EngineCore(model, settings)], model, telling=telling)
+            self._pool = LocalPool([stepper(model, settings)], model, telling=telling)
             self._settings = settings, telling
         self._session = session
         if weights is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelyard.align.options import PpoOptions, check_apart, check_rollout_options
+from modelyard.engine import choose
 from modelyard.errors import DataError, RecipeError
 from modelyard.stages.alignment import Facts, prepared
 from modelyard.stages.base import PlanContext, StageContext, StageResult
@@ -42,6 +43,7 @@ def check_rollouts(ctx: PlanContext[AlignOptions]) -> None:
     check_rewards(ctx)
     check_rollout_options(options.rollouts, ppo_options(options))
     check_apart(options.rollouts, options.adapter.full)
+    _check_engine(ctx)
     if options.parallel.tensor > 1:
         raise RecipeError("rollouts need whole layers on a worker", place="parallel.tensor", mend="use shard or data")
     if options.adapter.ia3 is not None:
@@ -54,6 +56,16 @@ def check_rollouts(ctx: PlanContext[AlignOptions]) -> None:
             place="checkpoint_every",
             mend=f"make it a multiple of rollouts.updates ({options.rollouts.updates})",
         )
+
+
+def _check_engine(ctx: PlanContext[AlignOptions]) -> None:
+    """Raises RecipeError or ResourceError for an engine that cannot answer where it would be."""
+    options = ctx.options
+    apart, gpus = options.rollouts.engines, options.resources.gpus_per_worker
+    choose.check(options.engine, apart.gpus if apart.count else gpus, here=ctx.here)
+    if options.engine.backend == "vllm" and gpus and not apart.count:
+        raise RecipeError("vLLM takes the memory of a GPU for itself, and the trainer needs it", place="engine.backend",
+                          mend="give rollouts.engines, such as {count: 1, gpus: 1}, or use native")  # fmt: skip
 
 
 def ppo_options(options: AlignOptions) -> PpoOptions | None:

@@ -67,7 +67,7 @@ def serve_model(
     uri, found, version = find_model(reference, root)
     wanted = references(reference, options)
     stable, *others = variants(wanted[1:], root, [Variant(version, uri)])
-    check(options)
+    check(options, here="RAY_ADDRESS" not in os.environ)
     if options.use_haproxy:
         # Ray's processes inherit this: it has to be there before they start.
         os.environ.update(HAPROXY_ENVIRONMENT)
