@@ -188,7 +188,9 @@ def serve(
     name: Annotated[str | None, typer.Option(help="model name in the API")] = None,
     min_replicas: Annotated[int, typer.Option(min=0)] = 1,
     max_replicas: Annotated[int, typer.Option(min=1)] = 2,
-    api_keys: Annotated[Path | None, typer.Option(help="file with one API key a line")] = None,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="file of hashed API keys (python -m modelyard.serving.keys add FILE NAME)")
+    ] = None,
     tls_certificate: Annotated[Path | None, typer.Option(help="PEM file: serve HTTPS with it")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM file: the certificate's private key")] = None,
     root: Annotated[str, typer.Option(help="root whose MLflow store resolves models:/")] = ".modelyard",
