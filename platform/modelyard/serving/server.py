@@ -43,6 +43,9 @@ HAPROXY_ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",  # 30 by default; HAProxy deregisters within a second
+    # An hour by default, which a client that never ends its request's head would have. Waiting for an answer is no
+    # inactivity of the client's: at 3 s, one that took 69 s came whole, and so did a stream of 30 s.
+    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
 }
 HAPROXY_PORTS = (("STATS", "8404"), ("METRICS", "9101"))
 """Names in Ray's variables, and defaults, of the ports besides the server's own that HAProxy opens."""
