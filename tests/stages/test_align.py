@@ -210,14 +210,15 @@ def test_a_template_must_be_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["preference_dpo", "rlhf_grpo", "rlhf_ppo", "safety", "rejection_sampling", "instruct_lora"]
+    "name",
+    ["preference_dpo", "rlhf_grpo", "rlhf_ppo", "safety", "rejection_sampling", "instruct_lora", "self_instruct"],
 )
 def test_the_recipes_are_planned(policy: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(PIPELINES.parent)
     monkeypatch.setenv("MODELYARD_ROOT", str(tmp_path))
     monkeypatch.setenv("MODELYARD_MODEL", policy.uri + "/model")
     short = {"preference_dpo": ["aligned.sequence_length=96"], "rlhf_grpo": ["policy.sequence_length=96"],
-             "instruct_lora": ["chat.sequence_length=96"],
+             "instruct_lora": ["chat.sequence_length=96"], "self_instruct": ["learnt.sequence_length=96"],
              "safety": [f"{name}.sequence_length=64"
                         for name in ("distilled", "safe", "helpful", "harmless", "policy")],
              "rejection_sampling": ["judge.sequence_length=64", "better.sequence_length=96"],

@@ -85,7 +85,8 @@ def _start_local(cpus: int, tries: int = 2) -> None:
         if "timed out during startup" not in str(error):
             raise
         if tries > 1:
-            return _start_local(cpus, tries - 1)
+            _start_local(cpus, tries - 1)
+            return
         raise ResourceError(
             "Ray did not start within thirty seconds, twice",
             place="ray.init",
