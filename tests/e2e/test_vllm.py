@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -32,18 +36,46 @@ from modelyard.serving import Autoscaling, ServeOptions, ServerHandle, launch
 from modelyard.serving.rollout import calls
 from modelyard.stages import session
 from modelyard.stages.align import AlignOptions
-from modelyard.storage import Artifact, find_files
+from modelyard.stages.generate import GenerateOptions
+from modelyard.storage import Artifact, Files, find_files
 
 VLLM: dict[str, Any] = {
     "backend": "vllm", "precision": "float32", "max_sequences": 4, "threads": 1, "cache_bytes": "64MB",
     "vllm": {"enforce_eager": True},
 }  # fmt: skip
+NATIVE: dict[str, Any] = {"backend": "native", "precision": "float32", "max_sequences": 4, "threads": 1}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """vLLM's attention on a CPU knows no heads narrower than 32."""
     return save_model(tmp_path_factory.mktemp("artifact") / "model", head_dim=32, max_position_embeddings=1024)
+
+
+def files(folder: Path) -> Files:
+    return find_files((f"{folder}/*",), ())
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_batch_has_the_native_engine_s_answers(model: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    lines = [{"prompt": f"The scheduler {i}", "id": i} for i in range(12)]
+    lines += [{"messages": [{"role": "user", "content": "hello"}]}, {"text": "no prompt"}]
+    (rows / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = []
+    for engine in (NATIVE, VLLM):
+        folder = tmp_path / engine["backend"]
+        options = GenerateOptions.model_validate(
+            {"sampling": {"max_tokens": 16}, "rows_a_unit": 5, "max_errors": 0.2, "engine": engine}
+        )
+        result = run_stage(options, {"model": files(model), "rows": files(rows)}, folder)
+        assert (result.counts["rows"], result.counts["errors"]) == (14, 1)
+        parts = sorted((folder / "out" / "data").iterdir())
+        answered = [json.loads(line) for part in parts for line in part.read_text().splitlines()]
+        # Bytes that make no character are shown differently.
+        found.append([row | {"generated": [c for c in row["generated"] or "" if c.isascii()]} for row in answered])
+    assert found[0] == found[1] and len({"".join(row["generated"]) for row in found[0]}) > 8
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +120,29 @@ def test_a_server_answers_the_official_client(server: ServerHandle) -> None:
     assert figures["modelyard_time_to_first_token_seconds_count"] > 3
     (stats,) = calls("engine-1", "stats", "modelyard")
     assert stats.blocks > 100 and stats.output_tokens_total > 60 and stats.steps_total > 20
+
+
+def test_a_lost_engine_is_replaced_and_leaves_nothing_behind(server: ServerHandle) -> None:
+    def engines() -> set[int]:
+        found = set[int]()
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if process.name().startswith("VLLM::EngineCor") and process.status() != psutil.STATUS_ZOMBIE:
+                    found.add(process.pid)
+        return found
+
+    body = {"model": "tiny", "prompt": "The", "max_tokens": 4, "temperature": 0}
+    before = httpx.post(server.url + "/v1/completions", json=body, timeout=MINUTES).json()["choices"][0]["text"]
+    (old,) = engines()
+    os.kill(old, signal.SIGKILL)
+    wait_for(lambda: engines() - {old}, "another engine", every=0.5)
+
+    def answer() -> str | None:
+        answered = httpx.post(server.url + "/v1/completions", json=body, timeout=MINUTES)
+        return answered.json()["choices"][0]["text"] if answered.status_code == 200 else None
+
+    assert wait_for(answer, "an answer", every=0.5) == before
+    wait_for(lambda: len(engines()) == 1, "a single engine", every=0.5)
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["beside the trainer", "actors"])
