@@ -81,6 +81,30 @@ def test_what_is_not_finite_stays_visible(precision: str, kind: int, most: float
     assert y[[0, 3]].isfinite().all()
 
 
+@pytest.mark.skipif(not products.has_amx(), reason="without AMX nothing is fused")
+@pytest.mark.parametrize("count", [1, 16, 17, 45, 300])
+def test_a_feed_forward_network_in_one_piece(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(count)
+    gate_up, down = torch.randn(2 * 96, 70) / 8, torch.randn(50, 96) / 10
+    x = torch.randn(count, 70)
+    up, low = (products.pack(m, None, "bfloat16") for m in (gate_up, down))
+    y = products.feed_forward(up, low, x)
+    assert y is not None
+    gates, ups = products.multiply(up, x).split(96, dim=1)
+    apart = products.multiply(low, torch.nn.functional.silu(gates) * ups)
+    assert (y - apart).abs().max() < 2e-2 * apart.abs().max(), "bfloat16 rounds what differs in its last bit"
+    assert (y - apart).norm() < 2e-3 * apart.norm()
+    alone = products.feed_forward(up, low, x[-1:])
+    assert alone is not None
+    assert torch.equal(alone, y[-1:]), "a row does not depend on its batch mates"
+    monkeypatch.setattr(products, "SHARED_WORK", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    shared = products.feed_forward(up, low, x)
+    assert shared is not None
+    assert torch.equal(shared, y)
+    assert products.feed_forward(products.pack(torch.randn(2 * 40, 70), None, "bfloat16"), low, x) is None
+
+
 def test_many_rows_after_another_do_not_disturb_each_other() -> None:
     """Large buffers go back to the system when they are freed: one that is freed too early would end the process."""
     for precision in ("bfloat16", "int8", "float16_packed"):

@@ -11,8 +11,9 @@ from torch import Tensor
 from modelyard.engine.adapters import Adapter
 from modelyard.engine.scheduler import Piece
 
-SHORT = 12
-"""Pieces up to this many tokens attend row by row; longer ones as one masked product, which reads keys once."""
+SHORT, NEAR = 12, 128
+"""Pieces up to SHORT tokens, or that see at most NEAR positions, attend row by row, from the nearest caches; others as
+one masked product, which reads keys once."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Span:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One step of T tokens, pieces of at most SHORT tokens first.
+    """One step of T tokens, short pieces first.
 
     `tokens` int64 [T]; `positions`, `slots` int64 arrays [T]; `wanted` rows whose results are wanted, None when all
     are. `short` rows attend row by row, the others by `chunks`. `adapters` and their rows (None = all), over all
@@ -59,7 +60,7 @@ def lay_out(pieces: list[Piece]) -> StepBatch:
     """The flat form of a step."""
     if all(p.count == 1 and p.last and not p.sequence.measured for p in pieces):
         return _singles(pieces)
-    ordered = sorted(pieces, key=lambda p: p.count > SHORT)
+    ordered = sorted(pieces, key=lambda p: not _short(p))
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -74,7 +75,7 @@ def lay_out(pieces: list[Piece]) -> StepBatch:
         positions += range(piece.start, piece.start + count)
         slots += [piece.sequence.slot] * count
         owners += [piece.sequence.adapter] * count
-        if count <= SHORT:
+        if _short(piece):
             short += count
         else:
             chunks.append(Chunk(first, count, piece.sequence.slot, piece.start))
@@ -95,6 +96,10 @@ def lay_out(pieces: list[Piece]) -> StepBatch:
         adapters_wanted=_groups([owners[i] for i in wanted]),
         pieces=tuple(ordered),
     )
+
+
+def _short(piece: Piece) -> bool:
+    return piece.count <= SHORT or piece.start + piece.count <= NEAR
 
 
 def _singles(pieces: list[Piece]) -> StepBatch:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modelyard.engine import kernels
+from modelyard.engine import kernels, products
 from modelyard.engine.adapters import Groups, product
 from modelyard.engine.batch import Chunk, StepBatch
 from modelyard.engine.cache import EMPTY, Cache
@@ -88,13 +88,14 @@ class Decoder:
         return self._table
 
     def _decode(self, table: Table, x: Tensor, batch: StepBatch) -> Tensor:
-        c, out = self.config, torch.empty_like(x)
+        c, wanted = self.config, np.arange(len(x)) if batch.wanted is None else batch.wanted.numpy()
+        out = torch.empty(len(wanted), c.hidden)
         decode(
             x.numpy(), table.matrices, table.norms, self.weights.norm.arrays[0], c.heads, batch.positions, batch.slots,
             self._cos, self._sin, self._rotated, self._windows, self.cache.data.numpy(), self._scale, c.norm_epsilon,
-            out.numpy(),
+            wanted, out.numpy(),
         )  # fmt: skip
-        return out if batch.wanted is None else out[batch.wanted]
+        return out
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -167,6 +168,10 @@ class Decoder:
 
     def _feed_forward(self, index: int, layer: Layer, h: Tensor, groups: Groups) -> np.ndarray:
         def run(mlp: Mlp, name: str, rows: Tensor, those: Groups) -> Tensor:
+            if self._gated and not those:
+                together = products.feed_forward(mlp.up.packed, mlp.down.packed, rows)
+                if together is not None:
+                    return together
             up = product(mlp.up, (index, name + "up"), rows, those)
             return product(mlp.down, (index, name + "down"), self._activate(up), those)
 

@@ -9,7 +9,7 @@ from typing import Any
 from modelyard.jit import compiler
 
 _FAST = {"reassoc", "contract", "arcp", "nsz"}  # not nnan or ninf: what is not finite must stay visible
-_FILES = ("jit.py", "kernels.py", "products.py", "step.py", "tiles.py")
+_FILES = ("amx.py", "jit.py", "kernels.py", "products.py", "step.py", "tiles.py", "vectors.py")
 """All sources of kernels: they call each other across files."""
 
 kernel: Callable[[Callable[..., Any]], Any] = compiler(

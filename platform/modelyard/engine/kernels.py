@@ -13,30 +13,11 @@ from typing import Any
 import numpy as np
 
 from modelyard.engine.jit import kernel
+from modelyard.engine.tiles import dot_tile, mix_tile
+from modelyard.engine.vectors import rotate_line, silu_line, softmax_line, top_line
 
-
-@kernel
-def _exp(values: Any, bits: Any, count: int) -> None:
-    """exp of values[:count], in place, to 2e-7: 2^k times a polynomial; libm's scalar exp would not vectorize.
-
-    `bits` is int32 scratch.
-    """
-    factors = bits.view(np.float32)
-    for i in range(count):
-        z = max(values[i], np.float32(-87.0)) * np.float32(1.4426950408889634)
-        z = min(z, np.float32(126.0))
-        k = np.floor(z + np.float32(0.5))
-        f = (z - k) * np.float32(0.6931471805599453)
-        bits[i] = np.int32((np.int32(k) + np.int32(127)) << np.int32(23))
-        p = np.float32(1.0 / 720.0)
-        p = p * f + np.float32(1.0 / 120.0)
-        p = p * f + np.float32(1.0 / 24.0)
-        p = p * f + np.float32(1.0 / 6.0)
-        p = p * f + np.float32(0.5)
-        p = p * f + np.float32(1.0)
-        values[i] = p * f + np.float32(1.0)
-    for i in range(count):
-        values[i] *= factors[i]
+_dot, _dots = dot_tile(1), dot_tile(16)
+_mix_1_16, _mix_1_64, _mix_2_16, _mix_2_64 = (mix_tile(rows, vectors) for rows in (1, 2) for vectors in (1, 4))
 
 
 @kernel
@@ -92,15 +73,6 @@ def _head_norm(x: Any, weight: Any, epsilon: float) -> None:
 
 
 @kernel
-def _rotate(x: Any, cos: Any, sin: Any) -> None:
-    half = cos.shape[0]
-    for i in range(half):
-        a, b = x[i], x[i + half]
-        x[i] = a * cos[i] - b * sin[i]
-        x[i + half] = b * cos[i] + a * sin[i]
-
-
-@kernel
 def rotate_and_store(
     qkv: Any, heads: int, positions: Any, slots: Any, cos: Any, sin: Any,
     q_norm: Any, k_norm: Any, epsilon: float, keys: Any, values: Any,
@@ -128,7 +100,7 @@ def rotate_and_store(
             if q_norm.shape[0]:
                 _head_norm(row, q_norm if h < heads else k_norm, epsilon)
             if cos.shape[0]:
-                _rotate(row, cos[position], sin[position])
+                rotate_line(row.ctypes.data, cos[position].ctypes.data, sin[position].ctypes.data, cos.shape[1])
         for h in range(kv_heads):
             keys[slot, h, position] = qkv[t, heads + h]
             values[slot, h, position] = qkv[t, heads + kv_heads + h]
@@ -156,65 +128,92 @@ def attend(
         window: positions seen at most, 0 = all.
         out: [T, heads, head_dim].
     """
-    kv_heads, width = keys.shape[1], keys.shape[3]
-    group = heads // kv_heads
-    longest = 0
+    group, longest = heads // keys.shape[1], 0
     for t in range(first, last):
         longest = max(longest, positions[t] + 1)
     scores = np.empty((group, longest), np.float32)
-    bits = np.empty(longest, np.int32)
     for t in range(first, last):
-        slot, end = slots[t], positions[t] + 1
+        end = positions[t] + 1
         start = max(0, end - window) if window else 0
-        count = end - start
-        for kv in range(kv_heads):
-            near = keys[slot, kv, start:end]
-            for l in range(count):  # noqa: E741
-                key = near[l]
-                for g in range(group):
-                    query = qkv[t, kv * group + g]
-                    total = np.float32(0.0)
-                    for i in range(width):
-                        total += query[i] * key[i]
-                    scores[g, l] = total * np.float32(scale)
+        for kv in range(keys.shape[1]):
+            _attend(
+                qkv[t, kv * group : (kv + 1) * group], keys[slots[t], kv, start:end], values[slots[t], kv, start:end],
+                scale, scores, out[t, kv * group : (kv + 1) * group],
+            )  # fmt: skip
+
+
+@kernel
+def _attend(queries: Any, keys: Any, values: Any, scale: float, scores: Any, out: Any) -> None:
+    """Attention of one token's heads that share keys. queries, out: [group, width]; keys, values: [count, width]."""
+    (count, width), group = keys.shape, queries.shape[0]
+    whole, line = width // 16 * 16, keys.strides[0]
+    k, q, s = keys.ctypes.data, queries.ctypes.data, scores.ctypes.data
+    for l in range(0, count, 16):  # noqa: E741
+        # The last sixteen may be computed twice: a score does not depend on its neighbours.
+        near = min(l, max(0, count - 16))
+        for g in range(group):
+            query, to = q + g * queries.strides[0], s + g * scores.strides[0]
+            if count >= 16:
+                _dots(k + near * line, query, line, whole // 16, to + near * 4)
+            else:
+                for i in range(count):
+                    _dot(k + i * line, query, line, whole // 16, to + i * 4)
+    if whole < width:
+        for l in range(count):  # noqa: E741
             for g in range(group):
-                row = scores[g]
-                top = row[0]
-                for l in range(1, count):  # noqa: E741
-                    top = max(top, row[l])
-                for l in range(count):  # noqa: E741
-                    row[l] -= top
-                _exp(row, bits, count)
+                for i in range(whole, width):
+                    scores[g, l] += queries[g, i] * keys[l, i]
+    for g in range(group):
+        softmax_line(s + g * scores.strides[0], count, np.float32(scale))
+    _mix(scores, values, out)
+
+
+@kernel
+def _mix(shares: Any, values: Any, out: Any) -> None:
+    """out = shares values. shares: [group, >= count]; values: [count, width]; out: [group, width]."""
+    (count, width), group = values.shape, out.shape[0]
+    stride, line, step = shares.strides[0], values.strides[0], out.strides[0]
+    g = 0
+    while g < group:
+        pair = group - g >= 2
+        x, i = shares.ctypes.data + g * stride, 0
+        while i + 16 <= width:
+            w, to, broad = values.ctypes.data + 4 * i, out.ctypes.data + g * step + 4 * i, i + 64 <= width
+            if pair and broad:
+                _mix_2_64(w, x, stride, count, to, line, step)
+            elif pair:
+                _mix_2_16(w, x, stride, count, to, line, step)
+            elif broad:
+                _mix_1_64(w, x, stride, count, to, line, step)
+            else:
+                _mix_1_16(w, x, stride, count, to, line, step)
+            i += 64 if broad else 16
+        for j in range(i, width):
+            for k in range(g, g + 2 if pair else g + 1):
                 total = np.float32(0.0)
                 for l in range(count):  # noqa: E741
-                    total += row[l]
-                norm = np.float32(1.0) / total
-                for l in range(count):  # noqa: E741
-                    row[l] *= norm
-            seen = values[slot, kv, start:end]
-            for g in range(group):
-                out[t, kv * group + g, :] = np.float32(0.0)
-            for l in range(count):  # noqa: E741
-                value = seen[l]
-                for g in range(group):
-                    target = out[t, kv * group + g]
-                    p = scores[g, l]
-                    for i in range(width):
-                        target[i] += p * value[i]
+                    total += shares[k, l] * values[l, j]
+                out[k, j] = total
+        g += 2 if pair else 1
 
 
 @kernel
 def gated_silu(gate_up: Any, out: Any) -> None:
     """out = silu(gate) * up. gate_up: [T, 2 I], gates first; out: [T, I]."""
     width = out.shape[1]
-    scratch, bits = np.empty(width, np.float32), np.empty(width, np.int32)
     for t in range(out.shape[0]):
-        row, target = gate_up[t], out[t]
-        for i in range(width):
-            scratch[i] = -row[i]
-        _exp(scratch, bits, width)
-        for i in range(width):
-            target[i] = row[i] / (np.float32(1.0) + scratch[i]) * row[width + i]
+        row = gate_up[t]
+        silu_line(row.ctypes.data, row[width:].ctypes.data, out[t].ctypes.data, width)
+
+
+@kernel
+def largest(scores: Any, values: Any, places: Any) -> None:
+    """The largest of every row, NaN where there is one, and its first place: as torch.max, at five times its speed.
+
+    scores: float32 [T, N]; values: float32 [T]; places: int64 [T].
+    """
+    for t in range(scores.shape[0]):
+        top_line(scores[t].ctypes.data, values[t:].ctypes.data, places[t:].ctypes.data, scores.shape[1])
 
 
 def initialize() -> None:

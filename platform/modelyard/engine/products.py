@@ -8,6 +8,7 @@ known to the kernels by a descriptor, int64 [FIELDS]: a step of the whole decode
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,21 +19,23 @@ import torch
 from numba.np.numpy_support import carray
 from torch import Tensor
 
+from modelyard.engine import amx
 from modelyard.engine.jit import kernel
 from modelyard.engine.tiles import (
+    BIAS,
     BLOCK,
+    DEPTH,
     HAS_AMX,
     HAS_VNNI,
-    amx_begin,
-    amx_end,
-    amx_tile,
+    KIND,
+    PANEL,
+    ROWS,
+    SCALES,
+    WEIGHTS,
     float_tile,
     floats_at,
     vnni_tile,
 )
-
-KIND, ROWS, DEPTH, WEIGHTS, SCALES, BIAS, FIELDS = 0, 1, 2, 3, 4, 5, 6
-"""Fields of a descriptor. DEPTH: columns, padded; WEIGHTS, SCALES, BIAS: addresses, 0 = none."""
 
 HALF, BFLOAT16, INT8, INT8_VNNI, BFLOAT16_AMX = range(5)
 
@@ -56,7 +59,8 @@ class Matrix:
         kind, rows = int(self.descriptor[KIND]), int(self.descriptor[ROWS])
         wide = self.weights.float() - (128 if kind == INT8_VNNI else 0)
         lines = wide.permute(0, 2, 4, 1, 3, 5) if kind == BFLOAT16_AMX else wide.transpose(1, 2)
-        plain = lines.reshape(wide.shape[0] * BLOCK, -1)[:rows, : self.columns]
+        high = wide.shape[0] * (PANEL if kind == BFLOAT16_AMX else BLOCK)
+        plain = lines.reshape(high, -1)[:rows, : self.columns]
         return (plain * self.scales[:rows, None] if self.scales is not None else plain).contiguous()
 
 
@@ -98,7 +102,7 @@ def pack(weight: Tensor, bias: Tensor | None, precision: str) -> Matrix:
         padded[:rows, :columns] = values
         values = padded
     if kind == BFLOAT16_AMX:
-        packed = values.view(blocks, 4, 16, -1, 16, 2).permute(0, 3, 1, 4, 2, 5).contiguous()
+        packed = values.view(-1, 2, 16, depth // 32, 16, 2).permute(0, 3, 1, 4, 2, 5).contiguous()
     else:
         packed = values.view(blocks, BLOCK, -1, 4 if kind == INT8_VNNI else 1).transpose(1, 2).contiguous()
     descriptor = np.array(
@@ -232,71 +236,18 @@ if HAS_VNNI:
                 for i in range(done):
                     # Weights are stored 128 too high, because the instruction takes them without a sign.
                     above, scale = totals[t + i] * np.int32(128), row_scales[t + i]
+                    # Two loops: in one, the compiler might multiply in another order here than inside a whole step.
                     for n in range(BLOCK):
-                        sums[i, n] = np.float32(whole[i, n] - above) * (scale * scales[block, n])
+                        sums[i, n] = np.float32(whole[i, n] - above) * scales[block, n]
+                    for n in range(BLOCK):
+                        sums[i, n] *= scale
                 _write(y, t, done, block, sums, m)
                 t += done
 
 else:
     _vnni = _widened
 
-if HAS_AMX:
-    _amx_16 = amx_tile()
-
-    @kernel
-    def _begin_rows(layout: Any, rows: int) -> None:
-        """Palette 1: sums 0 to 3 and x in 4 have `rows` rows of 64 bytes, weights in 5 to 7 sixteen."""
-        layout[:] = np.uint8(0)
-        layout[0] = np.uint8(1)
-        for register in range(8):
-            layout[16 + 2 * register] = np.uint8(64)
-            layout[48 + register] = np.uint8(rows if register < 5 else 16)
-        amx_begin(layout.ctypes.data)
-
-    @kernel
-    def _round(x: Any, values: Any) -> None:
-        """float32 [T, K] to the nearest bfloat16, ties to even, in uint16 [T, >= K]."""
-        bits = x.view(np.uint32)
-        for t in range(x.shape[0]):
-            for i in range(x.shape[1]):
-                b = bits[t, i]
-                up = (b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-                is_nan = (b & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-                values[t, i] = np.uint16(0x7FC0) if is_nan else np.uint16(up)
-
-    @kernel
-    def _line(buffer: Any) -> Any:
-        """The first element of a buffer that begins a cache line: rows across two load at a third of the speed."""
-        return (-buffer.ctypes.data) % 64 // buffer.itemsize
-
-    @kernel
-    def _amx(m: Any, x: Any, y: Any, first: int, last: int) -> None:
-        depth, count = m[DEPTH], x.shape[0]
-        room = np.zeros(count * depth + 32, np.uint16)
-        values = room[_line(room) :][: count * depth].reshape(count, depth)
-        _round(x, values)
-        _amx_blocks(m, values, y, first, last)
-
-    @kernel
-    def _amx_blocks(m: Any, values: Any, y: Any, first: int, last: int) -> None:
-        """Of rounded rows, which are the caller's."""
-        depth, count = m[DEPTH], values.shape[0]
-        space = np.empty(16 * BLOCK + 16, np.float32)
-        sums = space[_line(space) :][: 16 * BLOCK].reshape(16, BLOCK)
-        layout = np.empty(64, np.uint8)
-        to, start = sums.ctypes.data, values.ctypes.data
-        for block in range(first, last):
-            w = m[WEIGHTS] + block * BLOCK * depth * 2
-            for t in range(0, count, 16):
-                done = min(16, count - t)
-                if (block == first and t == 0) or (count > 16 and (t == 0 or done < 16)):
-                    _begin_rows(layout, done)
-                _amx_16(w, start + t * depth * 2, depth * 2, depth // 32, to)
-                _write(y, t, done, block, sums, m)
-        amx_end()
-
-else:
-    _amx = _widened
+_amx = amx.multiply if HAS_AMX else _widened
 
 
 @kernel
@@ -332,20 +283,44 @@ def shares(weights: int, rows: int, threads: int) -> int:
 
 def multiply(m: Matrix, x: Tensor) -> Tensor:
     """x W^T + b, float32 [T, rows], by as many of PyTorch's threads as it is worth. x: float32 [T, columns]."""
-    count, rows, threads = x.shape[0], int(m.descriptor[ROWS]), torch.get_num_threads()
-    y = torch.empty(count, rows)
-    if not count:
-        return y
-    blocks = -(-rows // BLOCK)
-    parts = 1 if threads == 1 else shares(rows * m.columns, count, threads)
+    y = torch.empty(x.shape[0], int(m.descriptor[ROWS]))
     inputs, outputs = x.contiguous().numpy(), y.numpy()
-    if parts == 1:
-        product(m.descriptor, inputs, outputs, 0, blocks)
-        return y
+    _share(m, x.shape[0], -(-y.shape[1] // BLOCK), lambda a, b: product(m.descriptor, inputs, outputs, a, b))
+    return y
+
+
+def feed_forward(up: Matrix | Tensor | None, down: Matrix | Tensor | None, x: Tensor) -> Tensor | None:
+    """W_down (silu(x G^T) * (x U^T)), float32 [T, rows]; None where these matrices are not computed together.
+
+    up: G and U stacked by rows. x: float32 [T, columns].
+    """
+    if not (isinstance(up, Matrix) and isinstance(down, Matrix)):
+        return None
+    if not (up.descriptor[KIND] == down.descriptor[KIND] == BFLOAT16_AMX and amx.fits(up.descriptor)):
+        return None
+    count, half = x.shape[0], int(up.descriptor[ROWS]) // 2
+    values = amx.rounded(x.contiguous().numpy(), up.descriptor[DEPTH])
+    active = amx.empty_rows(count, down.descriptor[DEPTH], half)
+    y = torch.empty(count, int(down.descriptor[ROWS]))
+    outputs = y.numpy()
+    _share(up, count, half // PANEL, lambda a, b: amx.gate(up.descriptor, values, active, a, b))
+    _share(
+        down, count, -(-y.shape[1] // BLOCK), lambda a, b: amx.multiply_rounded(down.descriptor, active, outputs, a, b)
+    )
+    return y
+
+
+def _share(m: Matrix, rows: int, blocks: int, part: Callable[[int, int], None]) -> None:
+    """part(first block, block after the last one) over all blocks, by as many of PyTorch's threads as it is worth."""
+    threads = torch.get_num_threads()
+    parts = 1 if threads == 1 else shares(int(m.descriptor[ROWS]) * m.columns, rows, threads)
+    if not rows or parts == 1:
+        if rows:
+            part(0, blocks)
+        return
     pool = _pools.get(threads) or _pools.setdefault(threads, ThreadPoolExecutor(threads, "products"))
     edges = [blocks * i // parts for i in range(parts + 1)]
-    others = [pool.submit(product, m.descriptor, inputs, outputs, a, b) for a, b in pairwise(edges[1:])]
-    product(m.descriptor, inputs, outputs, 0, edges[1])
+    others = [pool.submit(part, a, b) for a, b in pairwise(edges[1:])]
+    part(0, edges[1])
     for other in others:
         other.result()
-    return y

@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from modelyard.engine.kernels import largest
 from modelyard.engine.request import Sampling, TokenLogprob
 from modelyard.engine.scheduler import Sequence
 
@@ -49,10 +51,7 @@ def sample(logits: Tensor, sequences: list[Sequence], ahead: list[int] | None = 
         if sequence.matcher is not None:
             sequence.matcher.restrict(logits[row])
     ahead = ahead or [0] * len(sequences)
-    best, tokens = logits.max(dim=-1)
-    # One wait for the device, not two: token ids are exact in float64.
-    highest, most_likely = torch.stack([best.double(), tokens.double()]).tolist()
-    chosen = [int(token) for token in most_likely]
+    highest, chosen = _most_likely(logits)
     finite = [math.isfinite(value) for value in highest]
     rows = [i for i, s in enumerate(sequences) if finite[i] and not s.greedy]
     if rows:
@@ -63,6 +62,18 @@ def sample(logits: Tensor, sequences: list[Sequence], ahead: list[int] | None = 
             chosen[row] = token
     found = reports.of(chosen)
     return [Choice(token, found.get(row)) if finite[row] else Choice(-1) for row, token in enumerate(chosen)]
+
+
+def _most_likely(logits: Tensor) -> tuple[list[float], list[int]]:
+    """The highest logit of every row, and its token."""
+    if logits.is_cpu and logits.dtype == torch.float32:
+        values, places = np.empty(len(logits), np.float32), np.empty(len(logits), np.int64)
+        largest(logits.contiguous().numpy(), values, places)
+        return values.tolist(), places.tolist()
+    best, tokens = logits.max(dim=-1)
+    # One wait for the device, not two: token ids are exact in float64.
+    highest, most_likely = torch.stack([best.double(), tokens.double()]).tolist()
+    return highest, [int(token) for token in most_likely]
 
 
 def prompt_logprobs(logits: Tensor, tokens: list[int], rivals: int) -> list[TokenLogprob]:

@@ -8,10 +8,11 @@ from typing import Any, Self
 import numpy as np
 from numba.np.numpy_support import carray
 
+from modelyard.engine import amx
 from modelyard.engine.jit import kernel
 from modelyard.engine.kernels import attend, gated_silu, rms_norm, rotate_and_store
-from modelyard.engine.products import FIELDS, ROWS, Matrix, product
-from modelyard.engine.tiles import BLOCK, floats_at
+from modelyard.engine.products import BFLOAT16_AMX, Matrix, product
+from modelyard.engine.tiles import BLOCK, FIELDS, HAS_AMX, KIND, ROWS, floats_at
 from modelyard.engine.weights import Mlp, Weights
 
 _QKV, _OUT, _UP, _DOWN = range(4)
@@ -54,9 +55,29 @@ def _product(m: Any, x: Any, y: Any) -> None:
 
 
 @kernel
+def _apart(m_up: Any, m_down: Any, x: Any, up: Any, active: Any, y: Any) -> None:
+    _product(m_up, x, up)
+    gated_silu(up, active)
+    _product(m_down, active, y)
+
+
+if HAS_AMX:
+
+    @kernel
+    def _feed_forward(m_up: Any, m_down: Any, x: Any, up: Any, active: Any, y: Any) -> None:
+        if m_up[KIND] == BFLOAT16_AMX and m_down[KIND] == BFLOAT16_AMX and amx.fits(m_up):
+            amx.feed_forward(m_up, m_down, x, y)
+        else:
+            _apart(m_up, m_down, x, up, active, y)
+
+else:
+    _feed_forward = _apart
+
+
+@kernel
 def decode(
     x: Any, matrices: Any, norms: Any, last_norm: Any, heads: int, positions: Any, slots: Any, cos: Any, sin: Any,
-    rotated: Any, windows: Any, cache: Any, scale: float, epsilon: float, out: Any,
+    rotated: Any, windows: Any, cache: Any, scale: float, epsilon: float, wanted: Any, out: Any,
 ) -> None:  # fmt: skip
     """All layers for T tokens of as many sequences as they come from; answers go to `out`, and x is used up.
 
@@ -75,7 +96,8 @@ def decode(
         cache: keys and values, [layers, 2, slots, kv_heads, length, head_dim].
         scale: of attention scores.
         epsilon: of norms.
-        out: float32 [T, hidden].
+        wanted: int64, ascending: rows whose results are wanted.
+        out: float32 [wanted, hidden].
     """
     count, hidden = x.shape
     width = cache.shape[5]
@@ -96,9 +118,20 @@ def decode(
             qkv, heads, positions, slots, cos[:length], sin[:length], q_norm, k_norm, epsilon, keys, values
         )
         attend(qkv, 0, count, heads, positions, slots, keys, values, scale, windows[layer], mixed)
+        if layer == matrices.shape[0] - 1 and len(wanted) < count:
+            # Only these go on to the head: the rest of the last block is not needed.
+            count = len(wanted)
+            for i in range(count):
+                mixed[i], x[i] = mixed[wanted[i]], x[wanted[i]]
+            x, h, delta, mixed, up, active = (
+                x[:count],
+                h[:count],
+                delta[:count],
+                mixed[:count],
+                up[:count],
+                active[:count],
+            )
         _product(matrices[layer, _OUT], mixed.reshape(count, heads * width), delta)
         rms_norm(x, delta, carray(floats_at(norms[layer, 1]), (hidden,)), epsilon, h)
-        _product(matrices[layer, _UP], h, up)
-        gated_silu(up, active)
-        _product(matrices[layer, _DOWN], active, delta)
+        _feed_forward(matrices[layer, _UP], matrices[layer, _DOWN], h, up, active, delta)
     rms_norm(x, delta, last_norm, epsilon, out)
