@@ -96,6 +96,11 @@ def test_jsonl_with_every_kind_of_bad_line(tmp_path: Path, suffix: str) -> None:
     assert [b["offset"] for b in bad if b["reason"] != "invalid_utf8"] == [starts[n] for n in (2, 3, 4, 5, 6, 8, 9)]
 
 
+def test_a_field_may_be_text_and_prompt_at_once(tmp_path: Path) -> None:
+    kept, bad = read(put(tmp_path / "a.jsonl", b'{"task": "why?"}'), text="task", prompt="task")
+    assert [(d["text"], d["prompt"]) for d in kept] == [("why?", "why?")] and not bad
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.binary(max_size=12).map(lambda b: b.replace(b"\n", b"")), max_size=20), st.integers(1, 40))
 def test_ranges_of_a_file_give_every_line_once(tmp_path_factory: Any, parts: list[bytes], size: int) -> None:

@@ -53,8 +53,9 @@ def file_refs(value: Artifact | Files) -> tuple[list[FileRef], bool]:
     """The files of an input, and whether they are an earlier curate stage's documents."""
     if isinstance(value, Files):
         return list(value.refs), False
-    entries = [e for e in value.manifest.files if e.path.startswith("data/") and e.path.endswith(".parquet")]
-    return [FileRef(value.join(e.path), e.bytes, e.checksum) for e in entries], True
+    rows = (".parquet", ".jsonl")  # what `generate` was asked to write
+    entries = [e for e in value.manifest.files if e.path.startswith("data/") and e.path.endswith(rows)]
+    return [FileRef(value.join(e.path), e.bytes, e.checksum) for e in entries], value.manifest.kind == "curate"
 
 
 def _check_named(ctx: PlanContext[CurateOptions]) -> None:
@@ -85,7 +86,7 @@ class CurateStage(Stage[CurateOptions]):
     kind = "curate"
     version = 2
     Options: ClassVar[type[StageOptions]] = CurateOptions
-    inputs: ClassVar = {"files": InputSpec(kinds=("curate",), files=True)}
+    inputs: ClassVar = {"files": InputSpec(kinds=("curate", "generate"), files=True)}
 
     def input_specs(self, given: Iterable[str]) -> dict[str, InputSpec]:
         """`files`, and by any other name what steps read: evaluation sets, word lists, classifiers."""

@@ -113,7 +113,7 @@ def _fields(position: int, record: dict[str, Any], options: ReadOptions) -> Reco
         return "empty_text", ""
     prompt = None
     if options.prompt is not None:
-        prompt = record.pop(options.prompt, None)
+        prompt = text if options.prompt == options.text else record.pop(options.prompt, None)
         if not isinstance(prompt, str):
             return "missing_prompt", f"no text in field {options.prompt!r}"
     try:
