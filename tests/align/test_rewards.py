@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from alignment_parts import write_reward_model
@@ -50,7 +51,8 @@ def test_packed_scores_are_those_of_transformers_one_by_one(classifiers: list[Pa
     with torch.no_grad():
         wanted = [plain(input_ids=torch.tensor([ids])).logits.item() for ids in talks]
     scorer = RewardScorer(classifiers[0], CPU, 64)
-    assert scorer(talks) == pytest.approx(wanted, abs=1e-5)
+    found = scorer([(tuple(ids), 0) for ids in talks])
+    assert [score for (score,) in found] == pytest.approx(wanted, abs=1e-5)
     with pytest.raises(RecipeError, match="longer than the model"):
         RewardScorer(classifiers[0], CPU, 10_000)
 
@@ -58,7 +60,7 @@ def test_packed_scores_are_those_of_transformers_one_by_one(classifiers: list[Pa
 def test_an_ensemble_is_a_mean_or_the_least_and_mixes_with_a_rule(classifiers: list[Path]) -> None:
     scorers = {name: RewardScorer(folder, CPU, 64) for name, folder in zip("ab", classifiers, strict=True)}
     answers = [answered((1, 20, 21), "yes"), answered((1, 30, 31, 32), "no")]
-    one, two = (scorers[name]([a.ids for a in answers]) for name in "ab")
+    one, two = (np.ravel(scorers[name]([(a.ids, 1) for a in answers])) for name in "ab")
     rule = {"kind": "regex", "pattern": "yes", "weight": 2.0}
     for how, wanted in (("mean", (one + two) / 2), ("min", [min(pair) for pair in zip(one, two, strict=True)])):
         source = {"kind": "reward_model", "model": ["a", "b"], "ensemble": how, "weight": 0.5}

@@ -59,7 +59,8 @@ def by_hand(policy: Path, reward: Path) -> list[tuple[str, float]]:
         ids = tuple(words.encode_chat([{"role": "user", "content": row["prompt"]}]))
         requests = [Request(str(i), ids, Sampling(6, 1.0, seed=5 + 4 * number + i)) for i in range(4)]
         outputs = [completion.output for completion in generate(engine, requests)]
-        scores = [scorer([(*ids, *o.tokens, *(after if o.finish == "stop" else ()))])[0] for o in outputs]
+        talks = [(*ids, *o.tokens, *(after if o.finish == "stop" else ())) for o in outputs]
+        scores = [min(scorer([(talk, len(ids))])[0]) for talk in talks]
         best = max(range(4), key=lambda i: scores[i])
         assert len({o.text for o in outputs}) > 1, "answers that differ"
         found.append((outputs[best].text, float(scores[best])))
@@ -75,7 +76,7 @@ def test_the_best_answer_is_kept_with_its_score(models: tuple[Path, Path], tmp_p
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     how = options().model_dump(include={"prompt", "messages", "system", "chat", "output", "sampling"})
-    writer = Writer(str(policy), ENGINE, how, f"{tmp_path}/out", f"{tmp_path}/done", (str(reward), 4))
+    writer = Writer(str(policy), ENGINE, how, f"{tmp_path}/out", f"{tmp_path}/done", (str(reward), 4, "min"))
     (unit,) = plan([str(path)], 100, "generated", scored=True)
     record = writer.work(unit)
     writer._engine.close()

@@ -129,7 +129,7 @@ def test_actors_that_are_killed_change_nothing(tmp_path: Path) -> None:
         (left,) = last._actors.values()
         os.kill(process(left), signal.SIGKILL)
         with pytest.raises(ResourceError, match="no reward_models/judge is left"):
-            last.begin([[1, 20, 21]])()
+            last.begin([((1, 20, 21), 1)])()
     for name in ("reward", "reward/reward_model_1", "kl", "loss", "answer_tokens", "grad_norm"):
         assert [r[name] for r in outcome.history] == pytest.approx([r[name] for r in whole.history], abs=1e-5)
     assert outcome.figures == pytest.approx(whole.figures, abs=1e-5)

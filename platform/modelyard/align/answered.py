@@ -10,7 +10,8 @@ from typing import Any
 @dataclass(frozen=True)
 class Answered:
     """An answer to a task: the task's record and place, the rendered prompt, the answer's text, the token ids of both
-    as a reward model reads them, what its environment paid, and why that broke it off, if it did."""
+    as a reward model reads them, what its environment paid, why that broke it off, if it did, and where among the ids
+    the answer begins."""
 
     row: Mapping[str, Any] = field(hash=False)
     place: str
@@ -19,6 +20,7 @@ class Answered:
     ids: tuple[int, ...] = ()
     earned: float = 0.0
     failure: str = ""
+    start: int = 0
 
 
 @dataclass(frozen=True)

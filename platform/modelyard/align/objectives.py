@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from modelyard.align import losses
@@ -173,8 +174,45 @@ class RewardObjective:
         return found.sum(), {"weight": both.sum(), **metrics}
 
 
+class ProcessObjective:
+    """Process rewards over packed answers, for the same kind of model: binary cross-entropy of the score at the last
+    token of every step with the step's label (Lightman et al. 2023, arXiv 2305.20050; Wang et al. 2023, 2312.08935).
+
+    The batch has `step_labels`, fp32 [B, L]: 0 to 1 where a step ends, -1 elsewhere. Sums are over steps. Further
+    metrics, means over steps: `accuracy` (score and label on the same side of a half), `score`, `label`.
+    """
+
+    __name__ = "process_reward"
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Result:
+        read = step_ends(batch)
+        scores, labels = token_rewards(model, batch)[read], batch["step_labels"][read]
+        found = F.binary_cross_entropy_with_logits(scores, labels, reduction="sum")
+        right = (scores.detach() >= 0) == (labels >= 0.5)
+        metrics = {"accuracy": right.float().sum(), "score": scores.detach().sigmoid().sum(), "label": labels.sum()}
+        return found, {"weight": read.sum(), **metrics}
+
+
+def step_ends(batch: Batch) -> torch.Tensor:
+    """Where a step's score is read, bool [B, L]."""
+    # A micro-batch that is all padding has its mask cleared, not its labels.
+    return batch["loss_mask"] & (batch["step_labels"] >= 0)
+
+
 def document_rewards(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The score at the last token of every document, fp32 [B, D], and which documents there are, bool [B, D].
+    """The score at the last token of every document, fp32 [B, D], and which documents there are, bool [B, D]."""
+    documents = batch["document_ids"]
+    scores = token_rewards(model, batch)
+    last = torch.ones_like(documents, dtype=torch.bool)
+    last[:, :-1] = documents[:, :-1] != documents[:, 1:]
+    last &= documents >= 0
+    count = _documents(batch)
+    present = document_sums(last.float(), documents, count) > 0
+    return document_sums(scores * last, documents, count), present
+
+
+def token_rewards(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The score at every token of packed documents, fp32 [B, L].
 
     `model` is a transformers sequence classifier; its own pooling knows no packed documents and is passed over.
     """
@@ -185,13 +223,7 @@ def document_rewards(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torc
         model(input_ids=batch["input_ids"], position_ids=positions(documents), use_cache=False)
     finally:
         hook.remove()
-    scores = kept[0].squeeze(-1).float()
-    last = torch.ones_like(documents, dtype=torch.bool)
-    last[:, :-1] = documents[:, :-1] != documents[:, 1:]
-    last &= documents >= 0
-    count = _documents(batch)
-    present = document_sums(last.float(), documents, count) > 0
-    return document_sums(scores * last, documents, count), present
+    return kept[0].squeeze(-1).float()
 
 
 def score_layer(model: Any) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from modelyard.align.reward_options import RewardSource
 from modelyard.engine.options import EngineOptions, Precision
@@ -55,13 +55,29 @@ class PreferenceOptions(Options):
     )
 
 
-class RewardOptions(Options):
-    """A Bradley-Terry reward model."""
+class ProcessOptions(Options):
+    """A process reward model: every step of an answer has a score (Uesato et al. 2022, arXiv 2211.14275; Lightman et
+    al. 2023, 2305.20050)."""
 
+    separator: str = Field("\n", min_length=1, description="what stands between two steps of an answer")
+
+
+class RewardOptions(Options):
+    """A reward model: Bradley-Terry on pairs, or with `process` cross-entropy on labelled steps."""
+
+    process: ProcessOptions | None = Field(
+        None, description="score the steps of answers, from records with steps and labels; null = whole answers"
+    )
     center: float = Field(
         0.0, ge=0, description="weight of the squared sum of both rewards, which keeps their mean at 0 (arXiv "
         "2312.09244: 0.01)"
     )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _of_pairs(self) -> RewardOptions:
+        if self.process is not None and self.center:
+            raise ValueError("center is of pairs; a process reward model learns from labelled steps")
+        return self
 
 
 class RolloutEngine(EngineOptions):

@@ -20,13 +20,16 @@ from modelyard.align.logprobs import document_sums
 from modelyard.align.objectives import (
     USES_REFERENCE,
     PreferenceObjective,
+    ProcessObjective,
     RewardObjective,
     answers,
     document_rewards,
+    token_rewards,
 )
 from modelyard.align.options import PreferenceOptions, RewardOptions
 from modelyard.align.reward_model import load_classifier, write_classifier
-from modelyard.align.reward_report import reward_figures
+from modelyard.align.reward_report import process_figures, reward_figures
+from modelyard.align.steps import scored_steps
 from modelyard.errors import RecipeError
 from modelyard.models.build import check_shape
 from modelyard.models.export import load_model, read_config
@@ -65,7 +68,7 @@ class PreferenceJob(PackedJob):
 
 
 class RewardJob(PackedJob):
-    """A Bradley-Terry reward model from a language model."""
+    """A reward model from a language model."""
 
     reward: RewardOptions = Field(RewardOptions(), description="constants of the loss")
 
@@ -109,24 +112,27 @@ def prefer(
 def train_reward(
     job: RewardJob, world: World, sink: Sink = no_sink, say: Say = no_say, hooks: Hooks | None = None
 ) -> Outcome:
-    """Trains a reward model and writes `model/`, a transformers sequence classifier of one output. Raises as
-    :func:`prefer`."""
+    """Trains a reward model and writes `model/`, a transformers sequence classifier of one output; with
+    `reward.process` on rows with `step_labels`. Raises as :func:`prefer`."""
     check_alignment(job.train, job.adapter, None)
     source = Path(job.model)
     data, heldout = packed_pairs(Path(job.data))
     plain = load_classifier(source, job.train.seed)
     check_shape(plain.config, data.longest)
     strategy = adapted(plain, job.adapter, job.train, world, "SEQ_CLS")
-    objective = RewardObjective(job.reward)
+    process = job.reward.process
+    objective: Objective = RewardObjective(job.reward) if process is None else ProcessObjective()
     identity = identify(plain.config, objective, job.adapter)
     outcome = _train(job, strategy, objective, identity, data, heldout, sink, say, hooks)
     if heldout is not None:
-        pairs = _rewards(strategy, heldout, job.train.micro_batch or 16)
-        outcome = replace(outcome, figures=outcome.figures | reward_figures(pairs[:, 0], pairs[:, 1]))
+        found = _pair_figures if process is None else _step_figures
+        figures = found(strategy, heldout, job.train.micro_batch or 16)
+        outcome = replace(outcome, figures=outcome.figures | figures)
     state = strategy.full_state(trainable_only=not job.adapter.full)
     if world.leads:
         with written(job.output) as target:
-            write_classifier(source, job.adapter, job.train.seed, state, target / "model")
+            separator = None if process is None else process.separator
+            write_classifier(source, job.adapter, job.train.seed, state, target / "model", separator)
     world.barrier()
     return outcome
 
@@ -191,6 +197,22 @@ def measure(strategy: Strategy, objective: Objective, data: PackedPairs, batch: 
     means = dict(zip(sums, totals, strict=True))
     weight = means.pop("weight")
     return {name: value / weight if weight else math.nan for name, value in means.items()}
+
+
+def _pair_figures(strategy: Strategy, data: PackedPairs, batch: int) -> dict[str, float]:
+    pairs = _rewards(strategy, data, batch)
+    return reward_figures(pairs[:, 0], pairs[:, 1])
+
+
+def _step_figures(strategy: Strategy, data: PackedPairs, batch: int) -> dict[str, float]:
+    found: list[npt.NDArray[np.float64]] = []
+
+    def take(rows: dict[str, torch.Tensor], _: Any) -> None:
+        scores = token_rewards(strategy.model, rows).sigmoid()
+        found.extend(scored_steps({name: value.cpu().numpy() for name, value in rows.items()}, scores.cpu().numpy()))
+
+    _walk(strategy, data, batch, take)
+    return process_figures([answer for part in strategy.world.gather(found) for answer in part])
 
 
 def _rewards(strategy: Strategy, data: PackedPairs, batch: int) -> npt.NDArray[np.float64]:

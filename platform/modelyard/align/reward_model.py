@@ -15,6 +15,15 @@ from modelyard.models.build import attention
 from modelyard.models.export import copy_tokenizer, read_config
 from modelyard.models.options import AdapterOptions
 
+PROCESS = "process_reward"
+"""Entry of config.json that makes a classifier a process reward model: {"separator": what stands between steps}."""
+
+
+def separator_of(config: Any) -> str | None:
+    """What stands between the steps that a model scores; None = it scores whole answers."""
+    found = getattr(config, PROCESS, None)
+    return str(found["separator"]) if found else None
+
 
 def load_classifier(folder: Path, seed: int | None = None) -> PreTrainedModel:
     """A classifier of one output on the body of a model folder.
@@ -57,9 +66,15 @@ def _draw(weight: torch.Tensor, seed: int | None) -> None:
 
 
 def write_classifier(
-    source: Path, adapter: AdapterOptions, seed: int, state: Mapping[str, torch.Tensor], target: Path
+    source: Path,
+    adapter: AdapterOptions,
+    seed: int,
+    state: Mapping[str, torch.Tensor],
+    target: Path,
+    separator: str | None = None,
 ) -> None:
-    """Rebuilds the classifier, loads what was trained, merges an adapter and saves the folder with its tokenizer.
+    """Rebuilds the classifier, loads what was trained, merges an adapter and saves the folder with its tokenizer; with
+    a `separator` as a process reward model.
 
     Raises:
         DataError: the weights are of another model.
@@ -71,5 +86,9 @@ def write_classifier(
     if unknown:
         raise DataError(f"the weights do not fit the model: {unknown[0]}", place=str(source))
     plain = model if adapter.full else merge_adapter(model)
+    if separator is not None:
+        setattr(plain.config, PROCESS, {"separator": separator})
+    elif hasattr(plain.config, PROCESS):
+        delattr(plain.config, PROCESS)
     copy_tokenizer(source, target)
     plain.save_pretrained(str(target))

@@ -65,6 +65,10 @@ class VerifierOptions(WeightedOptions):
         return self
 
 
+StepsRule = Literal["min", "mean", "product", "last"]
+"""How the scores of an answer's steps become the answer's."""
+
+
 class RewardModelOptions(WeightedOptions):
     """The score of a reward model, or of several together (an ensemble)."""
 
@@ -75,6 +79,10 @@ class RewardModelOptions(WeightedOptions):
     ensemble: Literal["mean", "min"] = Field(
         "mean", description="of several: their mean, or the least of them, harder to deceive (arXiv 2310.02743)"
     )
+    steps: StepsRule = Field(
+        "min", description="of a process reward model, what an answer's steps come to: the least of their "
+        "probabilities to be right (Math-Shepherd, arXiv 2312.08935), mean, product (2305.20050) or the last one's"
+    )  # fmt: skip
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -1,6 +1,8 @@
-"""What a reward model is worth on held-out pairs: calibration, and whether it merely likes long answers."""
+"""What a reward model is worth on held-out pairs or steps: calibration, and whether it merely likes what is long."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -21,14 +23,51 @@ def reward_figures(rewards: Floats, lengths: Floats) -> dict[str, float]:
     difference = rewards[:, 0] - rewards[:, 1]
     right = difference > 0
     figures = {"calibration_error": calibration_error(difference, right)}
-    flat, sizes = rewards.ravel(), lengths.ravel()
-    spread = float(flat.std() * sizes.std())
-    covariance = float(((flat - flat.mean()) * (sizes - sizes.mean())).mean())
-    figures["length_correlation"] = covariance / spread if spread else 0.0
+    figures["length_correlation"] = correlation(rewards.ravel(), lengths.ravel())
     for name, chosen in (("shorter", lengths[:, 0] < lengths[:, 1]), ("longer", lengths[:, 0] > lengths[:, 1])):
         if chosen.any():
             figures[f"accuracy_of_{name}"] = float(right[chosen].mean())
     return figures
+
+
+def process_figures(answers: Sequence[Floats]) -> dict[str, float]:
+    """Figures of answers in steps, each [steps, 3]: probability to be right, label, tokens.
+
+    `calibration_error`: mean distance between probabilities and labels over bins of equal width.
+    `first_wrong_accuracy`: answers of which the first step below a half is the first one labelled so, or that have none
+    by both (ProcessBench, Zheng et al. 2024, arXiv 2412.06559). `accuracy_of_right`, `accuracy_of_wrong`: of steps
+    labelled so, absent where there are none. `position_correlation`, `length_correlation`: of the probability with the
+    step's number and tokens.
+    """
+    if not answers:
+        return {}
+    steps = np.concatenate(answers)
+    found, labels = steps[:, 0], steps[:, 1]
+    bins = np.minimum((found * BINS).astype(int), BINS - 1)
+    gaps = [abs(float(found[bins == b].sum() - labels[bins == b].sum())) for b in range(BINS)]
+    first = [_first_wrong(answer[:, 0]) == _first_wrong(answer[:, 1]) for answer in answers]
+    figures = {
+        "calibration_error": sum(gaps) / len(steps),
+        "first_wrong_accuracy": float(np.mean(first)),
+        "position_correlation": correlation(found, np.concatenate([np.arange(len(a), dtype=float) for a in answers])),
+        "length_correlation": correlation(found, steps[:, 2]),
+    }
+    for name, chosen in (("right", labels >= 0.5), ("wrong", labels < 0.5)):
+        if chosen.any():
+            figures[f"accuracy_of_{name}"] = float(((found >= 0.5) == (labels >= 0.5))[chosen].mean())
+    return figures
+
+
+def _first_wrong(values: Floats) -> int:
+    """Number of the first step below a half; that after the last where there is none."""
+    wrong = np.flatnonzero(values < 0.5)
+    return int(wrong[0]) if len(wrong) else len(values)
+
+
+def correlation(one: Floats, other: Floats) -> float:
+    """Pearson's, 0 where either does not vary."""
+    spread = float(one.std() * other.std())
+    return float(((one - one.mean()) * (other - other.mean())).mean()) / spread if spread else 0.0
 
 
 def calibration_error(difference: Floats, right: npt.NDArray[np.bool_]) -> float:

@@ -161,4 +161,4 @@ def _source(options: Any, scorers: Mapping[str, Scorer]) -> Source:
     missing = [name for name in options.models if name not in scorers]
     if missing:
         raise RecipeError(f"there is no reward model {missing[0]!r}", place="rollouts.rewards", mend=needs(missing[0]))
-    return Ensemble([scorers[name] for name in options.models], options.ensemble)
+    return Ensemble([scorers[name] for name in options.models], options.ensemble, options.steps)

@@ -78,7 +78,9 @@ class Sample:
         """For who rewards it; `after` are the tokens a chat template puts behind an answer that has ended."""
         prompt, drawn = self.prompt, self.drawn
         ids = (*prompt.ids, *drawn.tokens, *(after if drawn.ended else ()))
-        return Answered(prompt.row, prompt.place, prompt.text, drawn.text, ids, drawn.earned, drawn.failure)
+        return Answered(
+            prompt.row, prompt.place, prompt.text, drawn.text, ids, drawn.earned, drawn.failure, len(prompt.ids)
+        )
 
 
 class Prompts:

@@ -14,11 +14,14 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from tokenizers import Tokenizer
 
 from modelyard.align.answered import Answered
-from modelyard.align.objectives import document_rewards
+from modelyard.align.objectives import token_rewards
 from modelyard.align.options import RolloutEngine
-from modelyard.align.reward_model import load_classifier
+from modelyard.align.reward_model import load_classifier, separator_of
+from modelyard.align.reward_options import StepsRule
+from modelyard.align.steps import StepEnds, of_steps
 from modelyard.engine import Request, generate
 from modelyard.engine.choose import stepper
 from modelyard.models.build import check_shape
@@ -130,21 +133,35 @@ class RewardScorer(Here):
         self._model = model.to(device).eval().requires_grad_(False)
         self.room: int | None = getattr(model.config, "max_position_embeddings", None)
         self._device, self._pad = device, int(model.config.pad_token_id or 0)
+        separator = separator_of(model.config)
+        words = Tokenizer.from_file(str(folder / "tokenizer.json")) if separator is not None else None
+        self._ends = StepEnds(words, separator) if words is not None and separator is not None else None
 
     @torch.no_grad()
-    def __call__(self, conversations: Sequence[Sequence[int]]) -> Floats:
-        """The score at the last token of every conversation, [n]; none may be empty."""
-        found = np.zeros(len(conversations))
+    def __call__(self, items: Sequence[Written]) -> list[list[float]]:
+        """Scores of every conversation, which may not be empty: the one at its last token; of a process reward model
+        the probability of every step of the answer to be right."""
+        found: list[list[float]] = [[] for _ in items]
+        conversations = [ids for ids, _ in items]
         lengths = [len(ids) for ids in conversations]
         width = max([_ROW_TOKENS, *lengths])
         rows = assign(lengths, width)
         size = max(1, _BATCH_TOKENS // width)
         for start in range(0, len(rows), size):
             members = rows[start : start + size]
-            scores, _ = document_rewards(self._model, self._batch(conversations, members, width))
-            for row, items in enumerate(members):
-                found[items] = scores[row, : len(items)].double().cpu().numpy()
+            scores = token_rewards(self._model, self._batch(conversations, members, width)).double().cpu()
+            for row, packed in enumerate(members):
+                at = 0
+                for item in packed:
+                    found[item] = self._read(scores[row, at : at + lengths[item]], items[item])
+                    at += lengths[item]
         return found
+
+    def _read(self, scores: torch.Tensor, item: Written) -> list[float]:
+        """Of the scores at all tokens of a conversation those that count."""
+        if self._ends is None:
+            return [float(scores[-1])]
+        return [float(score) for score in scores[self._ends(*item)].sigmoid()]
 
     def _batch(
         self, conversations: Sequence[Sequence[int]], rows: Sequence[Sequence[int]], width: int
@@ -162,17 +179,18 @@ class RewardScorer(Here):
 
 
 class Ensemble:
-    """Several reward models as one source: their mean, or the least of them (Coste et al. 2023, arXiv 2310.02743)."""
+    """Several reward models as one source: their mean, or the least of them (Coste et al. 2023, arXiv 2310.02743). Of
+    each the scores of an answer's steps first become one by the rule `steps`."""
 
-    def __init__(self, scorers: Sequence[Scorer], how: Literal["mean", "min"]) -> None:
-        self._scorers, self._how = scorers, how
+    def __init__(self, scorers: Sequence[Scorer], how: Literal["mean", "min"], steps: StepsRule) -> None:
+        self._scorers, self._how, self._steps = scorers, how, steps
 
     def __call__(self, answers: Sequence[Answered]) -> list[float]:
         """Scores of the answers with their prompts."""
         if not answers:
             return []
-        waits = [scorer.begin([a.ids for a in answers]) for scorer in self._scorers]
-        scores = np.stack([wait() for wait in waits])
+        waits = [scorer.begin([(a.ids, a.start) for a in answers]) for scorer in self._scorers]
+        scores = np.asarray([[of_steps(steps, self._steps) for steps in wait()] for wait in waits])
         whole: Floats = scores.mean(axis=0) if self._how == "mean" else scores.min(axis=0)
         return [float(score) for score in whole]
 

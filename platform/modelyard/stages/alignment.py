@@ -149,6 +149,17 @@ def pack_preferences(ctx: StageContext[Any], folder: Path) -> Facts:
     return _pack(ctx, folder, preference, encode_preferences, values)
 
 
+def pack_steps(ctx: StageContext[Any], folder: Path) -> Facts:
+    """Answers whose steps have labels."""
+    from modelyard.align.encode import use_template
+    from modelyard.align.steps import StepReader, cut_steps
+
+    options = ctx.options
+    tokenizer = use_template(read_tokenizer(ctx.inputs["model"]), options.examples.template)
+    reader = StepReader(tokenizer, options.reward.process.separator, options.sequence_length)
+    return _pack(ctx, folder, reader, cut_steps, lambda _: {})
+
+
 def pack_feedback(ctx: StageContext[Any], folder: Path) -> Facts:
     """Opinions as (answer, mismatched answer) with their labels."""
     from modelyard.align.encode import encode_feedback

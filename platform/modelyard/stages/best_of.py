@@ -8,6 +8,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from modelyard.align.reward_options import StepsRule
 from modelyard.errors import DataError, RecipeError
 from modelyard.stages.base import PlanContext
 from modelyard.stages.rollout_rewards import check_same_tokenizers
@@ -43,13 +44,14 @@ class Chooser:
     Args:
         model: folder of the model that answers.
         reward: folder of the reward model.
+        steps: how the scores of an answer's steps become the answer's.
 
     Raises:
         RecipeError: the tokenizers differ.
         DataError: the folder is no reward model.
     """
 
-    def __init__(self, model: Path, reward: Path) -> None:
+    def __init__(self, model: Path, reward: Path, steps: StepsRule) -> None:
         from transformers import AutoTokenizer
 
         from modelyard.align.encode import after_answer
@@ -60,15 +62,18 @@ class Chooser:
         check_same_tokenizer(read_tokenizer(model), read_tokenizer(reward), "reward")
         tokenizer: Any = AutoTokenizer.from_pretrained(str(model), local_files_only=True)
         self._after = after_answer(tokenizer) if getattr(tokenizer, "chat_template", None) else ()
-        self._scorer = RewardScorer(reward, current().device, 1)
+        self._scorer, self._steps = RewardScorer(reward, current().device, 1), steps
         # Threads score rows; the scorer reads its model's last layer by a hook that another's pass would reach.
         self._alone = Lock()
 
     def scores(self, prompt: Sequence[int], candidates: Sequence[Candidate]) -> list[float]:
         """The reward of each answer to a prompt. Raises DataError where they are longer than the reward model takes."""
+        from modelyard.align.steps import of_steps
+
         talks = [(*prompt, *c.tokens, *(self._after if c.ended else ())) for c in candidates]
         longest = max(map(len, talks))
         if self._scorer.room is not None and longest > self._scorer.room:
             raise DataError(f"prompt and answer have {longest:,} tokens, the reward model takes {self._scorer.room:,}")
         with self._alone:
-            return [float(score) for score in self._scorer(talks)]
+            scores = self._scorer([(talk, len(prompt)) for talk in talks])
+        return [of_steps(steps, self._steps) for steps in scores]

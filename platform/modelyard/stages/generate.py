@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from modelyard.align.reward_options import StepsRule
 from modelyard.engine import choose
 from modelyard.engine.options import EngineOptions
 from modelyard.errors import DataError, RecipeError, StageError
@@ -41,6 +42,7 @@ class BestOfOptions(Options):
     """Rejection sampling: of several answers the one that a reward model likes best."""
 
     answers: int = Field(8, ge=2, le=1024, description="answers drawn for each row (best of n)")
+    steps: StepsRule = Field("min", description="of a process reward model, what an answer's steps come to")
 
 
 class GenerateOptions(StageOptions):
@@ -167,7 +169,7 @@ def _run(ctx: StageContext[GenerateOptions], units: list[Unit]) -> Any:
     engine = o.engine.placed(r.gpus_per_worker)
     engine = engine if engine.threads else engine.model_copy(update={"threads": max(1, int(r.cpus_per_worker))})
     how = o.model_dump(include={"prompt", "messages", "system", "chat", "output", "sampling"})
-    best = (model_uri(ctx.inputs["reward"]), o.best_of.answers) if o.best_of is not None else None
+    best = (model_uri(ctx.inputs["reward"]), o.best_of.answers, o.best_of.steps) if o.best_of is not None else None
     arguments = (model_uri(ctx.inputs["model"]), engine.model_dump(), how, join(ctx.output, "data"),
                  join(ctx.work, "done"), best)  # fmt: skip
     with quiet():

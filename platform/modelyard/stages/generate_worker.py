@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from modelyard.align.reward_options import StepsRule
 from modelyard.engine import EngineOptions, Request, Sampling, Tokenizer
 from modelyard.engine.choose import start
 from modelyard.errors import DataError
@@ -25,7 +26,8 @@ class Writer:
         how: `prompt`, `messages`, `chat`, `system`, `output` and `sampling` of the stage's options.
         output: where output files go.
         done: where each finished unit's record goes, after its file.
-        best: folder or URI of a reward model, and how many answers to draw for it to choose from; None = one answer.
+        best: folder or URI of a reward model, how many answers to draw for it to choose from, and what the steps of one
+            come to; None = one answer.
     """
 
     def __init__(
@@ -35,7 +37,7 @@ class Writer:
         how: Mapping[str, Any],
         output: str,
         done: str,
-        best: tuple[str, int] | None = None,
+        best: tuple[str, int, StepsRule] | None = None,
     ) -> None:
         from modelyard.serving.folders import local_folder
 
@@ -44,7 +46,7 @@ class Writer:
         self._how, self._output, self._done = how, output, done
         self._engine, self._tokenizer = start(folder, options), Tokenizer(folder)
         self._count = best[1] if best is not None else 1
-        self._chooser = Chooser(folder, local_folder(best[0], weights=True)) if best is not None else None
+        self._chooser = Chooser(folder, local_folder(best[0], weights=True), best[2]) if best is not None else None
         # Twice the slots: a slot that falls free is filled in the next step.
         self._room = max(1, 2 * options.max_sequences // self._count)
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modelyard.errors import RecipeError
 from modelyard.recipe import Recipe
 from modelyard.stages.examples import Examples, read_examples
 from modelyard.stages.graph import anchored, plan_context, plan_graph
+
+if TYPE_CHECKING:
+    from modelyard.align.steps import Stepped
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def inspect_stage(recipe: Recipe, stage: str, rows: int) -> list[Shown]:
 def _shown(options: Any, inputs: Any) -> Iterator[Shown]:
     from modelyard.align import records
     from modelyard.align.encode import use_template
+    from modelyard.align.steps import StepReader
     from modelyard.stages.finetune import read_pairs, read_tokenizer
     from modelyard.train.pairs import encode_chat
 
@@ -71,7 +75,11 @@ def _shown(options: Any, inputs: Any) -> Iterator[Shown]:
         runs = [(tokenizer.decode([i for i, _ in run]), key) for key, run in groupby(marked, key=lambda item: item[1])]
         return Shown(title, runs, len(cut.ids), int(cut.learnt.sum()), len(whole.ids) - len(cut.ids))
 
-    if options.kind == "finetune":
+    if options.kind == "reward" and options.reward.process is not None:
+        reader = StepReader(tokenizer, options.reward.process.separator, length)
+        for example in read_examples(data, reader, allowed).good:
+            yield _shown_steps(example, tokenizer, length)
+    elif options.kind == "finetune":
         for pair in read_pairs(data, options.examples).good:
             answer = {"role": "assistant", "content": pair.completion}
             yield show(pair.place, (*pair.messages, answer), options.examples.learn)
@@ -85,3 +93,19 @@ def _shown(options: Any, inputs: Any) -> Iterator[Shown]:
         for both in read_examples(data, records.preference, allowed).good:
             for name, side in (("chosen", both.chosen), ("rejected", both.rejected)):
                 yield show(f"{both.place}, {name}", (*both.prompt, *side), "turns", len(both.prompt))
+
+
+def _shown_steps(example: Stepped, tokenizer: Any, length: int) -> Shown:
+    """An answer in steps: learnt is the token at which a step's score is read, behind the step's label."""
+    cut = example.document.cut(length)
+    assert cut.labels is not None
+    runs: list[tuple[str, bool]] = []
+    start = 0
+    for end in (cut.labels >= 0).nonzero()[0].tolist():
+        runs.append((tokenizer.decode(cut.ids[start:end].tolist()), False))
+        runs.append((f"[{cut.labels[end]:g}]{tokenizer.decode([int(cut.ids[end])])}", True))
+        start = end + 1
+    runs.append((tokenizer.decode(cut.ids[start:].tolist()), False))
+    read = sum(learnt for _, learnt in runs)
+    return Shown(f"{example.place}, {len(example.steps)} steps", runs, len(cut.ids), read,
+                 len(example.document.ids) - len(cut.ids))  # fmt: skip

@@ -1,4 +1,4 @@
-"""Stage `reward`: preferences become a model that gives an answer a number."""
+"""Stage `reward`: preferences become a model that gives an answer a number, labelled steps one that does so by step."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from modelyard.stages.alignment import (
     copy_facts,
     estimate_alignment,
     pack_preferences,
+    pack_steps,
     page,
     prediction,
     prepared,
@@ -28,10 +29,10 @@ from modelyard.storage import join
 
 
 class RewardStageOptions(AlignmentOptions):
-    """A Bradley-Terry reward model."""
+    """A reward model."""
 
     kind: Literal["reward"] = Field(description="stage kind")
-    reward: RewardOptions = Field(RewardOptions(), description="constants of the loss")
+    reward: RewardOptions = Field(RewardOptions(), description="what is scored, and constants of the loss")
     learning_rate: float = Field(1e-4, gt=0, description="peak rate (LoRA: 1e-4; full: 1e-5)")
     weight_decay: float = Field(0.0, ge=0, description="decoupled decay of matrices")
 
@@ -59,7 +60,7 @@ class RewardStage(Stage[RewardStageOptions]):
         return known_model(ctx)
 
     def run(self, ctx: StageContext[RewardStageOptions]) -> StageResult:
-        """Packs the preferences, trains on Ray Train workers, writes the classifier, held-out pairs and report."""
+        """Packs the examples, trains on Ray Train workers, writes the classifier, held-out examples and report."""
         from modelyard.align.programs import RewardJob
         from modelyard.stages.workers import Assignment, run_workers
 
@@ -67,7 +68,8 @@ class RewardStage(Stage[RewardStageOptions]):
         for warning in warnings(options):
             ctx.progress.say(f"[yellow]warning[/]: {warning}")
         clear(ctx, "model", "heldout.jsonl", "quarantine.jsonl", *RESULTS)
-        facts = prepared(ctx, pack_preferences)
+        process = options.reward.process is not None
+        facts = prepared(ctx, pack_steps if process else pack_preferences)
         job = RewardJob(
             model="",
             data="",
@@ -84,7 +86,9 @@ class RewardStage(Stage[RewardStageOptions]):
             ctx, Assignment("modelyard.align.programs:train_reward", job, places(ctx)), steps, estimate
         )
         copy_facts(ctx)
-        write_results(ctx, outcome, page(ctx, outcome, facts, "Reward model"), estimate)
+        title = "Process reward model" if process else "Reward model"
+        write_results(ctx, outcome, page(ctx, outcome, facts, title), estimate)
         figures = outcome.figures
-        shown = f"held-out accuracy {figures['accuracy']:.1%}" if "accuracy" in figures else "nothing held out"
+        of = " of steps" if process else ""
+        shown = f"held-out accuracy{of} {figures['accuracy']:.1%}" if "accuracy" in figures else "nothing held out"
         return result(outcome, facts, shown)

@@ -105,14 +105,17 @@ def split(pairs: Iterable[Pair], heldout: float) -> tuple[list[Pair], list[Pair]
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one document, and which of them are learnt; both [n]."""
+    """Token ids of one document, and which of them are learnt; both [n]. Where steps are scored, also the label of the
+    step that ends at a token, -1 where none does; float32 [n]."""
 
     ids: npt.NDArray[np.int32]
     learnt: npt.NDArray[np.bool_]
+    labels: npt.NDArray[np.float32] | None = None
 
     def cut(self, length: int) -> Encoded:
         """The first `length` tokens."""
-        return Encoded(self.ids[:length], self.learnt[:length])
+        labels = None if self.labels is None else self.labels[:length]
+        return Encoded(self.ids[:length], self.learnt[:length], labels)
 
 
 @dataclass
@@ -297,7 +300,7 @@ class PackedPairs:
     ) -> PackedPairs:
         """The same for groups of k documents each that stay together, in order: documents k i .. k i + k - 1 of a
         sequence are its group i. `values` [groups, k] go with them. A group must fit into a sequence. Without
-        `together` each group has a sequence of its own.
+        `together` each group has a sequence of its own. Labels of steps become `step_labels`, -1 at padding.
         """
         order = permute(np.arange(len(groups)), len(groups), seed)
         lengths = [sum(len(d.ids) for d in groups[i]) for i in order]
@@ -306,6 +309,7 @@ class PackedPairs:
         most = max((len(members) for members in rows), default=1)
         ids = np.full(shape, pad_id, dtype=np.int32)
         documents, learnt = np.full(shape, -1, dtype=np.int32), np.zeros(shape, dtype=bool)
+        labels = np.full(shape, -1, dtype=np.float32)
         found = {name: np.zeros((len(rows), most * k), dtype=array.dtype) for name, array in (values or {}).items()}
         for row, members in enumerate(rows):
             at = number = 0
@@ -316,8 +320,13 @@ class PackedPairs:
                     end = at + len(document.ids)
                     ids[row, at:end], documents[row, at:end] = document.ids, number
                     learnt[row, at:end] = document.learnt
+                    if document.labels is not None:
+                        labels[row, at:end] = document.labels
                     at, number = end, number + 1
-        return cls({"input_ids": ids, "document_ids": documents, "loss_mask": learnt}, found)
+        tokens = {"input_ids": ids, "document_ids": documents, "loss_mask": learnt}
+        if groups and groups[0][0].labels is not None:
+            tokens["step_labels"] = labels
+        return cls(tokens, found)
 
     def save(self, path: Path) -> None:
         """Writes the arrays for other processes."""
