@@ -261,6 +261,23 @@ def test_a_plan_of_epochs_guesses_or_says_what_a_step_takes(policy: Artifact, tm
     assert any("a step takes" in note for note in unknown.notes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        ({"learning_rate": 3.0}, "learning_rate 3 is far above"),
+        ({"learning_rate": 1e-9}, "learning_rate 1e-09 is so low"),
+        ({"clip": None, "warmup": 0}, "the first steps may diverge"),
+        ({}, ""),
+    ],
+)
+def test_rates_that_look_like_mistakes_are_named_in_the_plan(
+    policy: Artifact, changes: dict[str, Any], warning: str
+) -> None:
+    notes = "; ".join(AlignStage().estimate(plan(options(**changes), {"model": policy})).notes)
+    assert warning in notes
+    assert bool(warning) == any(sign in notes for sign in ("far above", "so low", "may diverge"))
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_the_toy_line_of_rlhf_runs(policy: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

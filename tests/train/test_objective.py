@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from training_parts import TINY
 
 from modelyard.errors import RecipeError
-from modelyard.models import build_config, build_on_meta, initialise
+from modelyard.models import AdapterOptions, ModelOptions, add_adapter, build_config, build_on_meta, initialise
 from modelyard.models.build import materialise
 from modelyard.train.objective import (
     IGNORE,
@@ -73,6 +73,38 @@ def test_only_the_completion_is_learnt(model: Any) -> None:
     assert metrics["weight"] == 7
     expected = reference(model, ids[0, :10], 6) + reference(model, ids[0, 10:20], 7)
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4},
+        {"model_type": "mpt", "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
+        {"model_type": "falcon", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+        {"model_type": "falcon", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True},
+    ],
+    ids=["bloom", "mpt", "falcon", "falcon-alibi"],
+)
+def test_architectures_deaf_to_packing_lose_what_transformers_does(sizes: dict[str, Any], adapted: bool) -> None:
+    """With ALiBi in the place of positions: whole rows, and packed documents, which these would let see each other."""
+    built: Any = build_on_meta(build_config(ModelOptions(config=sizes), 300))
+    materialise(built, torch.device("cpu"))
+    initialise(built, 0)
+    with torch.no_grad():  # larger than at initialisation: attention matters
+        for parameter in built.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+    built = add_adapter(built, AdapterOptions(), 0) if adapted else built
+    built.eval()
+    ids = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(0))
+    documents = torch.zeros(2, 20, dtype=torch.int32)
+    loss, metrics = causal_lm(built, {"input_ids": ids, "document_ids": documents})
+    assert (loss / metrics["weight"]).item() == pytest.approx(built(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
+    documents[0, 9:], documents[1, 3:], documents[1, 17:] = 1, 1, -1
+    parts = [ids[0, :9], ids[0, 9:], ids[1, :3], ids[1, 3:17]]
+    loss, _ = causal_lm_by_document(built, {"input_ids": ids, "document_ids": documents})
+    wanted = sum(built(input_ids=p[None], labels=p[None]).loss.item() * (len(p) - 1) for p in parts)
+    assert loss.item() == pytest.approx(wanted, rel=1e-5)
 
 
 def test_a_batch_without_targets_has_zero_loss_and_gradient(model: Any) -> None:

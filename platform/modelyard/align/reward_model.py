@@ -14,6 +14,7 @@ from modelyard.models.adapters import add_adapter, merge_adapter
 from modelyard.models.build import attention
 from modelyard.models.export import copy_tokenizer, read_config
 from modelyard.models.options import AdapterOptions
+from modelyard.models.packing import keep_documents_apart
 
 PROCESS = "process_reward"
 """Entry of config.json that makes a classifier a process reward model: {"separator": what stands between steps}."""
@@ -56,7 +57,7 @@ def load_classifier(folder: Path, seed: int | None = None) -> PreTrainedModel:
         )
     if fresh:
         _draw(model.score.weight, cast(int, seed))
-    return cast(PreTrainedModel, model)
+    return keep_documents_apart(cast(PreTrainedModel, model))
 
 
 @torch.no_grad()

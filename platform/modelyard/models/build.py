@@ -25,6 +25,7 @@ from transformers import (
 
 from modelyard.errors import DataError, RecipeError
 from modelyard.models.options import ModelOptions
+from modelyard.models.packing import keep_documents_apart
 
 
 def build_config(options: ModelOptions, vocab_size: int, sequence_length: int | None = None) -> PretrainedConfig:
@@ -98,7 +99,7 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype = torch.float32) 
     with torch.device("meta"):
         model = auto_class(config).from_config(config, dtype=dtype, attn_implementation=attention(config))
     model.tie_weights()
-    return cast(PreTrainedModel, model)
+    return keep_documents_apart(cast(PreTrainedModel, model))
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from modelyard.errors import DataError
 from modelyard.models.build import attention, auto_class, build_on_meta
+from modelyard.models.packing import keep_documents_apart
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -107,4 +108,4 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
         trust_remote_code=False,
         local_files_only=True,
     )
-    return cast(PreTrainedModel, model)
+    return keep_documents_apart(cast(PreTrainedModel, model))
