@@ -113,8 +113,9 @@ def test_a_policy_learns_from_rewards_of_its_answers(policy: Artifact, tmp_path:
     assert {"reward", "first_reward", "heldout_reward", "heldout_before_reward"} <= set(result.metrics)
     assert result.counts["prompts"] + result.counts["heldout_prompts"] == 30
     report = (tmp_path / "out" / "report.md").read_text()
-    for title in ("Where the time went", "What the model writes"):
+    for title in ("Where the time went", "What the model writes", "Predicted against measured"):
         assert f"## {title}" in report
+    assert "| wall time |" in report
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
 
 

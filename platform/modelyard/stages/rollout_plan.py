@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from modelyard.errors import ModelyardError
 from modelyard.planner import formatting as fmt
 from modelyard.planner.estimate import Estimate
-from modelyard.stages.base import PlanContext
+from modelyard.stages.base import PlanContext, StageContext
 from modelyard.stages.roles import roles_apart, roles_need
 from modelyard.stages.rollout_rewards import reward_models
 from modelyard.stages.training import (
@@ -46,6 +47,16 @@ def estimate_rollouts(ctx: PlanContext[AlignOptions]) -> Estimate:
         f"{options.rollouts.max_tokens:,}{counted}; no held-out answers, no time of functions and judges"
     )
     return replace(found, notes=(*found.notes, most, *beside))
+
+
+def predicted_rollouts(ctx: StageContext[AlignOptions], steps: int, prompt: int) -> Estimate | None:
+    """The same for a run of `steps` that begins now, with prompts of `prompt` tokens at most; None where the planner
+    has no answer."""
+    options = ctx.options.model_copy(update={"steps": steps, "sequence_length": prompt})
+    try:
+        return estimate_rollouts(PlanContext(ctx.name, options, ctx.recipe, ctx.root, ctx.inputs, {}))
+    except ModelyardError:
+        return None
 
 
 def _steps(ctx: PlanContext[AlignOptions], config: Config) -> Estimate:

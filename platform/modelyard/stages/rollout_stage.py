@@ -16,6 +16,7 @@ from modelyard.stages.base import PlanContext, StageContext, StageResult
 from modelyard.stages.examples import name_of, read_examples, split
 from modelyard.stages.finetune import read_tokenizer
 from modelyard.stages.roles import ENGINES, Role, placed, roles_apart, roles_need
+from modelyard.stages.rollout_plan import predicted_rollouts
 from modelyard.stages.rollout_rewards import check_rewards, check_same_tokenizers, reward_models
 from modelyard.stages.training import model_place, speed_metrics
 from modelyard.stages.training_report import write_results
@@ -110,7 +111,8 @@ def run_rollouts(ctx: StageContext[AlignOptions]) -> StageResult:
     else:
         outcome = run_workers(ctx, Assignment("modelyard.align.reinforce:reinforce", job, places), steps)
     write_bytes(join(ctx.output, "quarantine.jsonl"), read_bytes(join(ctx.work, "answers", "quarantine.jsonl")))
-    write_results(ctx, outcome, _page(ctx, outcome, facts), None)
+    estimate = predicted_rollouts(ctx, steps, facts["longest_prompt"])
+    write_results(ctx, outcome, _page(ctx, outcome, facts), estimate)
     return _result(outcome, facts)
 
 
@@ -151,7 +153,7 @@ def pack_prompts(ctx: StageContext[Any], folder: Path) -> Facts:
     tokenizer = use_template(read_tokenizer(ctx.inputs["model"]), options.examples.template)
     kept, held = split(examples.good, options.heldout)
     facts: Facts = {"quarantined": len(examples.bad), "truncated": 0, "dropped": 0, "heldout_prompts": 0,
-                    "after": after_answer(tokenizer), "around": ((), ())}  # fmt: skip
+                    "longest_prompt": 0, "after": after_answer(tokenizer), "around": ((), ())}  # fmt: skip
     environment = options.rollouts.environment
     if environment is not None and environment.form == "chat":
         facts["around"] = around_observation(tokenizer, environment.role)
@@ -164,6 +166,7 @@ def pack_prompts(ctx: StageContext[Any], folder: Path) -> Facts:
             if len(ids) > options.sequence_length:
                 facts["dropped"] += 1
                 continue
+            facts["longest_prompt"] = max(facts["longest_prompt"], len(ids))
             lines.append(json.dumps({"ids": ids, "text": text, "row": example.row, "place": example.place}))
         if lines:
             (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -213,6 +216,7 @@ def _page(ctx: StageContext[Any], outcome: Outcome, facts: Facts) -> Page:
         ("trained", f"{outcome.trainable:,} of {outcome.parameters:,} parameters, {outcome.steps:,} steps"),
         *[(f"held-out {n.replace('_', ' ')} (greedy answers)", f"{v:.4f}") for n, v in outcome.figures.items()],
         ("time", f"{outcome.seconds:.0f} s"),
+        ("counted in predictions", "the longest prompt, answers of max_tokens; no functions and judges"),
         *([("ended early", outcome.stopped)] if outcome.stopped else []),
     ]
     plots = []
