@@ -12,6 +12,7 @@ from training_parts import TINY
 from modelyard.errors import RecipeError
 from modelyard.models import AdapterOptions, ModelOptions, add_adapter, build_config, build_on_meta, initialise
 from modelyard.models.build import materialise
+from modelyard.models.packing import check_documents_apart
 from modelyard.train.objective import (
     IGNORE,
     causal_lm,
@@ -83,8 +84,27 @@ def test_only_the_completion_is_learnt(model: Any) -> None:
         {"model_type": "mpt", "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
         {"model_type": "falcon", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
         {"model_type": "falcon", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True},
+        {
+            "model_type": "opt",
+            "hidden_size": 32,
+            "ffn_dim": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "word_embed_proj_dim": 32,
+        },
+        {
+            "model_type": "gpt_oss",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "num_local_experts": 4,
+        },
     ],
-    ids=["bloom", "mpt", "falcon", "falcon-alibi"],
+    ids=["bloom", "mpt", "falcon", "falcon-alibi", "opt", "gpt-oss"],
 )
 def test_architectures_deaf_to_packing_lose_what_transformers_does(sizes: dict[str, Any], adapted: bool) -> None:
     """With ALiBi in the place of positions: whole rows, and packed documents, which these would let see each other."""
@@ -94,6 +114,7 @@ def test_architectures_deaf_to_packing_lose_what_transformers_does(sizes: dict[s
     with torch.no_grad():  # larger than at initialisation: attention matters
         for parameter in built.parameters():
             parameter.mul_(4 if parameter.ndim > 1 else 1)
+    check_documents_apart(built)
     built = add_adapter(built, AdapterOptions(), 0) if adapted else built
     built.eval()
     ids = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -105,6 +126,16 @@ def test_architectures_deaf_to_packing_lose_what_transformers_does(sizes: dict[s
     loss, _ = causal_lm_by_document(built, {"input_ids": ids, "document_ids": documents})
     wanted = sum(built(input_ids=p[None], labels=p[None]).loss.item() * (len(p) - 1) for p in parts)
     assert loss.item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_state_that_passes_from_document_to_document_is_refused(model: Any) -> None:
+    check_documents_apart(model)
+    mamba: Any = build_on_meta(build_config(ModelOptions(config={
+        "model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2}), 300))  # fmt: skip
+    materialise(mamba, torch.device("cpu"))
+    initialise(mamba, 0)
+    with pytest.raises(RecipeError, match="see each other in models of kind mamba"):
+        check_documents_apart(mamba)
 
 
 def test_a_batch_without_targets_has_zero_loss_and_gradient(model: Any) -> None:

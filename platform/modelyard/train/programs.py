@@ -27,6 +27,7 @@ from modelyard.models.build import build_config, build_on_meta, check_shape
 from modelyard.models.embeddings import extend_embeddings
 from modelyard.models.export import copy_tokenizer, export_model, load_model, read_config
 from modelyard.models.options import AdapterOptions, ModelOptions
+from modelyard.models.packing import check_documents_apart
 from modelyard.models.vocabulary import folder_extends
 from modelyard.models.warm_start import TakenOver, take_over
 from modelyard.recipe.schema import Options
@@ -190,7 +191,13 @@ def adapted(
     rows: range | None = None,
 ) -> Strategy:
     """The model with its adapter, where there is one, `more` modules by name and trained `rows` of the embeddings,
-    parallelised and on its device."""
+    parallelised and on its device.
+
+    Raises:
+        RecipeError: several documents in a row would see each other.
+    """
+    if adapter.prompt is None:  # rows hold one document where learned vectors stand before it
+        check_documents_apart(plain)
     model = plain if adapter.full else add_adapter(plain, adapter, options.seed, task, rows)
     for name, module in (more or {}).items():
         model.add_module(name, module)
