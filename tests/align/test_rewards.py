@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import socket
 import threading
@@ -72,7 +73,7 @@ def test_an_ensemble_is_a_mean_or_the_least_and_mixes_with_a_rule(classifiers: l
 
 
 def test_reward_models_read_what_the_template_puts_behind_an_answer(words: Any) -> None:
-    chat = use_template(words, "chatml")
+    chat = use_template(copy.deepcopy(words), "chatml")
     after = after_answer(chat)
     assert words.decode(after) in ("\n", "<|im_end|>\n", "")
     prompt = Prompt((1, 2), "p", {}, "x")

