@@ -143,7 +143,8 @@ def test_kernels_are_compiled_again_when_any_of_their_sources_has_changed(tmp_pa
         "row = np.ones((1, 4), np.float32); out = np.empty((1, 2), np.float32); kernels.gated_silu(row, out)\n"
         "print(sum(kernels.gated_silu.stats.cache_hits.values()))"
     )
-    env = os.environ | {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": path, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
 
     def hits() -> str:
         return subprocess.run(

@@ -8,6 +8,7 @@ the tests run on a CPU.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -195,6 +196,14 @@ class PagedDecoder:
             self._run(layout)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            hidden = self._run(layout)
+        # Whatever else this thread does to the device spoils a capture, and collecting an engine that is gone, with its
+        # graphs, does; other threads (a trainer's) may go on.
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                hidden = self._run(layout)
+        finally:
+            if collecting:
+                gc.enable()
         return _Graph(graph, held, hidden)
