@@ -23,7 +23,7 @@ from pathlib import Path
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
 PIPELINE = Path(__file__).resolve().parents[2] / "pipelines" / "quickstart.yaml"
-SEEDS, STEPS, BATCH, LENGTH, MODEL = (0, 1, 2), 200, 16, 256, "llama-2m"
+SEEDS, STEPS, BATCH, LENGTH, MODEL = (0, 1, 2), 100, 16, 256, "llama-2m"
 BYTES = "12MB"
 
 
