@@ -309,7 +309,8 @@ class PackedPairs:
         most = max((len(members) for members in rows), default=1)
         ids = np.full(shape, pad_id, dtype=np.int32)
         documents, learnt = np.full(shape, -1, dtype=np.int32), np.zeros(shape, dtype=bool)
-        labels = np.full(shape, -1, dtype=np.float32)
+        scored = bool(groups) and groups[0][0].labels is not None
+        labels = np.full(shape if scored else 0, -1, dtype=np.float32)
         found = {name: np.zeros((len(rows), most * k), dtype=array.dtype) for name, array in (values or {}).items()}
         for row, members in enumerate(rows):
             at = number = 0
@@ -324,7 +325,7 @@ class PackedPairs:
                         labels[row, at:end] = document.labels
                     at, number = end, number + 1
         tokens = {"input_ids": ids, "document_ids": documents, "loss_mask": learnt}
-        if groups and groups[0][0].labels is not None:
+        if scored:
             tokens["step_labels"] = labels
         return cls(tokens, found)
 
