@@ -173,7 +173,7 @@ def test_broken_configurations_fail_before_work(policy: Artifact, changes: dict[
     ("name", "content", "complaint"),
     [
         ("x.jsonl.gz", b"plain", "cannot be unpacked"),
-        ("x.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], "cannot be unpacked"),
+        ("x.jsonl.gz", gzip.compress(b"{}" * 99, mtime=0)[:-9], "cannot be unpacked"),
         ("x.jsonl", '{"prompt": "\u00e4"}'.encode("latin-1"), "not UTF-8"),
         ("x.json", b"[{]", "not JSON"),
         ("x.parquet", b"PAR", "cannot be read as Parquet"),
