@@ -37,7 +37,12 @@ class Nf4Linear(nn.Linear):
 
     `weight` is a plain tensor [out, in] in fp32, dequantized at each access; it is not a parameter. The state is
     `codes`, two values a byte, and `magnitudes`, frozen parameters that FSDP shards like others, and two small buffers.
+
+    Attributes:
+        part: dimension, number of equal parts along it, and which of them it multiplies by; None = the whole matrix.
     """
+
+    part: tuple[int, int, int] | None = None
 
     def __init__(self, plain: nn.Linear) -> None:
         nn.Module.__init__(self)
@@ -53,19 +58,25 @@ class Nf4Linear(nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """The matrix as it multiplies, fp32 [out, in]; gathered where it is sharded, by all workers together."""
+        """The matrix, or its part, as it multiplies, fp32 [out, in]; gathered where it is sharded, by all workers
+        together."""
         return self._matrix(*(t.full_tensor() if isinstance(t, DTensor) else t for t in self._state()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out]."""
-        product: torch.Tensor = _Product.apply(x, self, *self._state())  # type: ignore[no-untyped-call]
+        product = self.product(x)
         return product if self.bias is None else product + self.bias.to(product.dtype)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """As `forward`, without the bias."""
+        return _Product.apply(x, self, *self._state())  # type: ignore[no-untyped-call, no-any-return]
 
     def _state(self) -> tuple[torch.Tensor, ...]:
         return self.codes.detach(), self.magnitudes.detach(), self.steps, self.mean
 
     def _matrix(self, *state: torch.Tensor) -> torch.Tensor:
-        return dequantize(state, (self.out_features, self.in_features))
+        shape = (self.out_features, self.in_features)
+        return dequantize(state, shape) if self.part is None else dequantize_part(state, shape, *self.part)
 
 
 class _Product(torch.autograd.Function):
@@ -105,12 +116,33 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 def dequantize(state: tuple[torch.Tensor, ...], shape: tuple[int, int]) -> torch.Tensor:
     """The matrix of what :func:`quantize` gave, fp32 of `shape`."""
-    codes, magnitudes, steps, mean = state
-    largest = magnitudes * steps.repeat_interleave(GROUP)[: len(magnitudes)] + mean
+    values = _values(state[0], _largest(state))
+    return values.reshape(-1)[: shape[0] * shape[1]].view(shape)
+
+
+def dequantize_part(
+    state: tuple[torch.Tensor, ...], shape: tuple[int, int], dim: int, parts: int, index: int
+) -> torch.Tensor:
+    """One of `parts` equal parts along `dim` of the matrix. Other blocks are left alone where blocks do not lie across
+    the parts' borders."""
+    width = shape[dim] // parts
+    if (width * shape[1] if dim == 0 else width) % BLOCK or shape[1] % BLOCK:
+        return dequantize(state, shape).narrow(dim, index * width, width)
+    rows, across = (width, shape[1]) if dim == 0 else (shape[0], width)
+    own = torch.arange(len(state[0]), device=state[0].device).view(shape[0], -1)
+    own = own.narrow(dim, index * width // (1, BLOCK)[dim], width // (1, BLOCK)[dim]).reshape(-1)
+    return _values(state[0][own], _largest(state)[own]).view(rows, across)
+
+
+def _largest(state: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    _, magnitudes, steps, mean = state
+    return magnitudes * steps.repeat_interleave(GROUP)[: len(magnitudes)] + mean
+
+
+def _values(codes: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     # One look-up for two values: a table of 256 pairs.
     pairs = F.embedding(codes.reshape(-1).int(), _pairs(codes.device))
-    values = pairs.reshape(-1, BLOCK).mul_(largest.unsqueeze(1))
-    return values.reshape(-1)[: shape[0] * shape[1]].view(shape)
+    return pairs.reshape(-1, BLOCK).mul_(largest.unsqueeze(1))
 
 
 def _pairs(device: torch.device) -> torch.Tensor:

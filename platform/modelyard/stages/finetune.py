@@ -45,6 +45,7 @@ from modelyard.storage import (
 
 if TYPE_CHECKING:
     from modelyard.train.loop import Outcome
+    from modelyard.train.options import ParallelOptions
     from modelyard.train.pairs import Counts, Encoded, PackedPairs, Pair
     from modelyard.train.report import Page
 
@@ -83,14 +84,8 @@ class FinetuneStage(Stage[FinetuneOptions]):
     def check(self, ctx: PlanContext[FinetuneOptions]) -> None:
         """Raises the errors of `check_training`, RecipeError for what learned vectors and new tokens cannot do, and
         DataError when the data is known to be empty."""
-        layout = ctx.options.parallel
-        if ctx.options.adapter.prompt is not None and max(layout.tensor, layout.pipeline, layout.context) > 1:
-            raise RecipeError(
-                "learned vectors need whole layers and sequences on a worker",
-                place="adapter.prompt",
-                mend="use shard and data degrees, or lora",
-            )
         adapter = ctx.options.adapter
+        _check_adapter_layout(adapter, ctx.options.parallel)
         if ctx.options.add_tokens and (adapter.prompt is not None or adapter.ia3 is not None):
             raise RecipeError(
                 "ia3 and learned vectors leave the embeddings of new tokens untrained",
@@ -271,6 +266,22 @@ def read_tokenizer(model: Artifact | Files) -> Any:
         raise DataError(
             f"the model folder has no tokenizer: {error}", place=str(folder), mend="copy the tokenizer files into it"
         ) from error
+
+
+def _check_adapter_layout(adapter: AdapterOptions, layout: ParallelOptions) -> None:
+    """Raises RecipeError for a layout that the adapter does not have."""
+    if not adapter.full and layout.pipeline > 1:
+        raise RecipeError(
+            "adapters are not cut into pipeline stages",
+            place="parallel.pipeline",
+            mend="use shard, data, tensor and context degrees, or train all parameters (adapter: {lora: null})",
+        )
+    if adapter.prompt is not None and layout.context > 1:
+        raise RecipeError(
+            "learned vectors need whole sequences on a worker",
+            place="adapter.prompt",
+            mend="use shard, data and tensor degrees, or lora",
+        )
 
 
 def _result(outcome: Outcome, facts: Mapping[str, Any], adapter: AdapterOptions) -> StageResult:

@@ -29,6 +29,7 @@ from modelyard.train.parallel.mesh import Topology, build_topology
 from modelyard.train.parallel.pipeline import Pipeline, cut_stages
 from modelyard.train.parallel.recompute import recompute
 from modelyard.train.parallel.routing import find_routing
+from modelyard.train.parallel.split_adapters import prefix_terms
 from modelyard.train.parallel.strategy import Strategy
 from modelyard.train.parallel.tensor import split_tensors
 from modelyard.train.world import World
@@ -73,34 +74,69 @@ def _laid_out(model: nn.Module, options: TrainOptions, world: World, sizes: dict
         return Strategy(model, world)
     config = getattr(model, "config", None)
     check_layout(options, world.size, None if config is None else config.to_dict())
-    if not isinstance(model, PreTrainedModel) and world.size != sizes["data"] * sizes["shard"]:
-        raise RecipeError(
-            f"a {type(model).__name__} is split by data and shard only",
-            place="parallel",
-            mend="leave tensor, pipeline, context and expert out when training an adapter",
-        )
+    name, plain = _plain(model, sizes)
     topology = build_topology(sizes, world)
     if sizes["pipeline"] == 1:
-        terms = _split(cast(Any, model), options, topology)
+        # Learned vectors make sequences longer by any number: hidden states stay whole between regions.
+        sequence = sequence_parallel(options.parallel) and not _learned(model)
+        terms = [] if plain is None else [name + term for term in _split(plain, sequence, topology)]
+        terms += prefix_terms(model)
         _local_steps(model, options)
         _shard(model, options, topology, world)
         return Strategy(model, world, topology, terms, averaged=False)
     stages = cut_stages(cast(PreTrainedModel, model), topology, options.parallel)
     terms = []
     for _, stage in stages:
-        terms += _split(stage, options, topology)
+        terms += _split(stage, sequence_parallel(options.parallel), topology)
         _local_steps(stage, options)
         _shard(stage, options, topology, world)
     return Pipeline(stages, world, topology, options, terms)
 
 
-def _split(model: PreTrainedModel, options: TrainOptions, topology: Topology) -> list[str]:
+def _plain(model: nn.Module, sizes: dict[str, int]) -> tuple[str, PreTrainedModel | None]:
+    """Name and value of the transformers model in `model`, which may stand under an adapter; None = there is none.
+
+    Raises RecipeError where it, or its adapter, cannot be split as `sizes` say.
+    """
+    inner = getattr(model, "get_base_model", lambda: model)()
+    known = isinstance(inner, PreTrainedModel)
+    allowed = set(sizes) if known and inner is model else {"data", "shard", *(("tensor",) if known else ())}
+    if known and inner is not model and not _learned(model):
+        allowed |= {"context", "expert"}
+    refused = [name for name, size in sizes.items() if size > 1 and name not in allowed]
+    if refused:
+        raise RecipeError(
+            f"a {type(model).__name__} is not split by {refused[0]}",
+            place=f"parallel.{refused[0]}",
+            mend=f"use {', '.join(sorted(allowed))}",
+        )
+    if max(sizes["tensor"], sizes["expert"]) > 1 and any(hasattr(m, "lora_A") and _stacked(m) for m in model.modules()):
+        raise RecipeError(
+            "adapters of experts are not split",
+            place="adapter.lora.targets",
+            mend="choose the attention's layers, such as q_proj, v_proj and o_proj, or use tensor: 1 and expert: 1",
+        )
+    name = next((f"{name}." for name, module in model.named_modules() if module is inner and name), "")
+    return name, cast(PreTrainedModel, inner) if known else None
+
+
+def _stacked(layer: nn.Module) -> bool:
+    """Whether an adapter's layer changes the stacked matrices of a layer's experts."""
+    return bool(expert_layers(cast(nn.Module, layer.base_layer)))
+
+
+def _learned(model: nn.Module) -> bool:
+    """Whether learned vectors stand before what the model reads."""
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
+def _split(model: PreTrainedModel, sequence: bool, topology: Topology) -> list[str]:
     """Splits layers over the tensor, expert and context axes; names of parameters whose gradients stay terms."""
     sizes, terms = topology.sizes, []
     if sizes["expert"] > 1 or sizes["tensor"] > 1:
         split_experts(model, topology)
     if sizes["tensor"] > 1:
-        terms = split_tensors(model, topology.dense["tensor"], sequence_parallel(options.parallel))
+        terms = split_tensors(model, topology.dense["tensor"], sequence)
     if sizes["context"] > 1:
         split_context(model, topology.group("context"))
     return terms

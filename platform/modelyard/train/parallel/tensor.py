@@ -12,20 +12,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
+from torch.distributed.tensor import Placement, Shard, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from modelyard.errors import RecipeError
+from modelyard.models.nf4 import Nf4Linear
 from modelyard.train.parallel import exchange
 from modelyard.train.parallel.blocks import base_model, blocks, final_norm
+from modelyard.train.parallel.split_adapters import cut_prefix, split_adapter
+from modelyard.train.parallel.split_layers import SplitLayer, VocabularyEmbedding, VocabularyHead, split_class
 
 _PLANS: dict[str, dict[str, str]] = {
     "gpt2": {
@@ -39,90 +41,10 @@ _IGNORED = ("packed_colwise", "moe_tp_experts", "grouped_gemm")
 """Experts are whole experts on some worker each (`experts.py`), never split by column."""
 
 
-class _Split:
-    """What a split layer knows besides its parameters."""
-
-    tensor_group: dist.ProcessGroup
-    sequence: bool
-
-
-def _local(parameter: torch.Tensor | None) -> torch.Tensor | None:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-class ColumnLinear(nn.Linear, _Split):
-    """This worker's output features; `bias` is split with them."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.linear(input, _local(self.weight), _local(self.bias))  # type: ignore[arg-type]
-
-
-class RowLinear(nn.Linear, _Split):
-    """A sum over this worker's input features, added up over the group; `bias` is whole and added once."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        out = _leave(F.linear(input, _local(self.weight)), self)  # type: ignore[arg-type]
-        return out if self.bias is None else out + self.bias
-
-
-class ColumnConv1D(Conv1D, _Split):
-    """As `ColumnLinear` for GPT-2's transposed layer."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, _local(self.weight).t(), _local(self.bias))  # type: ignore[union-attr]
-
-
-class RowConv1D(Conv1D, _Split):
-    """As `RowLinear` for GPT-2's transposed layer."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _leave(F.linear(x, _local(self.weight).t()), self) + self.bias  # type: ignore[union-attr]
-
-
-class FusedConv1D(Conv1D, _Split):
-    """GPT-2's query, key and value in one layer: stored whole, computed for this worker's heads.
-
-    A split of the stored matrix would cut across the three; FSDP shards its storage instead. Gradients of other
-    workers' columns are zero here, so they are summed over the tensor axis (`partial_parameters`).
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        n, rank = dist.get_world_size(self.tensor_group), dist.get_rank(self.tensor_group)
-        width = self.weight.shape[1] // 3
-        weight = self.weight.view(-1, 3, n, width // n)[:, :, rank].reshape(-1, 3 * width // n)
-        bias = self.bias.view(3, n, width // n)[:, rank].reshape(-1)
-        return F.linear(x, weight.t(), bias)
-
-
-class VocabularyEmbedding(nn.Embedding, _Split):
-    """This worker's rows of the vocabulary; tokens of other rows give zeros, and the group adds up."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        rows = _local(self.weight)
-        assert rows is not None
-        at = input - rows.shape[0] * dist.get_rank(self.tensor_group)
-        foreign = (at < 0) | (at >= rows.shape[0])
-        found = F.embedding(at.masked_fill(foreign, 0), rows).masked_fill(foreign.unsqueeze(-1), 0.0)
-        return exchange.total(found, self.tensor_group)
-
-
-class VocabularyHead(nn.Linear, _Split):
-    """Logits of this worker's rows of the vocabulary, joined: every worker goes on with all logits."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        hidden = exchange.enter(input, self.tensor_group)
-        logits = F.linear(hidden, _local(self.weight), _local(self.bias))  # type: ignore[arg-type]
-        return exchange.join(logits, self.tensor_group, -1)
-
-
-def _leave(x: torch.Tensor, layer: _Split) -> torch.Tensor:
-    if layer.sequence:
-        return exchange.scatter_total(x, layer.tensor_group, 1)
-    return exchange.total(x, layer.tensor_group)
-
-
 def split_tensors(model: PreTrainedModel, mesh: DeviceMesh, sequence: bool) -> list[str]:
     """Splits a model (on the meta device or not) over the one-dimensional `mesh`, in place.
+
+    Adapters inside it stay whole (`split_adapters.py`): their gradients are terms.
 
     Args:
         model: a decoder, or the part of one that a pipeline stage holds.
@@ -148,7 +70,8 @@ def split_tensors(model: PreTrainedModel, mesh: DeviceMesh, sequence: bool) -> l
         if style == "replicated_with_grad_allreduce":
             terms += [f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)]
             continue
-        _become(module, style, mesh, sequence, name)
+        _become(cast(nn.Module, getattr(module, "base_layer", module)), style, mesh, sequence, name)
+        terms += [f"{name}.{key}" for key in split_adapter(module)]
         region = modules[name.rpartition(".")[0]]
         regions[id(region)] = region
         if style == "fused_colwise":
@@ -159,6 +82,7 @@ def split_tensors(model: PreTrainedModel, mesh: DeviceMesh, sequence: bool) -> l
     whole = _mixtures(model)
     for region in regions.values():
         _enter_at(region, group, sequence)
+    cut_prefix(model, group)
     _split_vocabulary(model, mesh)
     if sequence:
         for block in whole:
@@ -188,21 +112,27 @@ def _style(plan: dict[str, str], name: str) -> str | None:
 
 
 def _become(module: nn.Module, style: str, mesh: DeviceMesh, sequence: bool, name: str) -> None:
-    transposed = isinstance(module, Conv1D)
-    if not transposed and not isinstance(module, nn.Linear):
+    kind = split_class(module, style)
+    if kind is None:
         raise RecipeError(
             f"{name} is a {type(module).__name__}, which is not split over the tensor axis",
             place="parallel.tensor",
-            mend="use tensor: 1 with adapters",
+            mend="use tensor: 1",
         )
-    out = 1 if transposed else 0
-    if style == "colwise":
+    out = 1 if isinstance(module, Conv1D) else 0
+    if isinstance(module, Nf4Linear):
+        module.part = (0 if style == "colwise" else 1, mesh.size(), mesh.get_local_rank())
+    elif style == "colwise":
         _distribute(module, {"weight": Shard(out), "bias": Shard(0)}, mesh)
     elif style == "rowwise":
         _distribute(module, {"weight": Shard(1 - out)}, mesh)
-    names = {"colwise": (ColumnLinear, ColumnConv1D), "rowwise": (RowLinear, RowConv1D)}
-    module.__class__ = FusedConv1D if style == "fused_colwise" else names[style][transposed]
-    module.tensor_group, module.sequence = mesh.get_group(), sequence  # type: ignore[assignment]
+    module.__class__ = kind
+    _told(module, mesh, sequence)
+
+
+def _told(module: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
+    layer = cast(SplitLayer, module)
+    layer.tensor_group, layer.sequence = mesh.get_group(), sequence
 
 
 def _distribute(module: nn.Module, placements: dict[str, Placement], mesh: DeviceMesh) -> None:
@@ -270,14 +200,17 @@ def _between(model: PreTrainedModel, regions: list[nn.Module]) -> Iterator[str]:
 
 
 def _split_vocabulary(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Splits embedding and output layer by rows where the vocabulary divides; else both stay whole."""
+    """Splits embedding and output layer by rows where the vocabulary divides; else both stay whole, and where rows of
+    either are trained beside an adapter."""
     # A pipeline stage has one of them, or none.
     found = {kind: module for kind, module in (
         (VocabularyEmbedding, model.get_input_embeddings()), (VocabularyHead, model.get_output_embeddings())
-    ) if isinstance(module, (nn.Embedding, nn.Linear))}  # fmt: skip
+    ) if module is not None}  # fmt: skip
+    if not all(isinstance(module, (nn.Embedding, nn.Linear)) for module in found.values()):
+        return
     tied = len({id(module.weight) for module in found.values()}) < len(found)
     for kind, module in found.items():
-        if module.weight.shape[0] % mesh.size():
+        if cast(torch.Tensor, module.weight).shape[0] % mesh.size():
             continue
         if kind is VocabularyHead and tied:
             module.weight = found[VocabularyEmbedding].weight
@@ -286,4 +219,4 @@ def _split_vocabulary(model: PreTrainedModel, mesh: DeviceMesh) -> None:
         if isinstance(module, nn.Linear) and module.bias is not None:
             _distribute(module, {"bias": Shard(0)}, mesh)
         module.__class__ = kind
-        module.tensor_group, module.sequence = mesh.get_group(), False  # type: ignore[assignment]
+        _told(module, mesh, sequence=False)
