@@ -10,12 +10,14 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from modelyard.models import ModelOptions
+from modelyard.recipe.schema import Options
 from modelyard.train.options import TrainOptions
-from modelyard.train.programs import FinetuneJob, PretrainJob
+from modelyard.train.programs import PretrainJob
 
 STEPS = 20
 SIZES = {
@@ -50,6 +52,14 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+PROGRAMS = {
+    "PretrainJob": "modelyard.train.programs:pretrain",
+    "FinetuneJob": "modelyard.train.programs:finetune",
+    "PreferenceJob": "modelyard.align.programs:prefer",
+}
+"""What trains a job, by the job's class, which stands in the same module."""
+
+
 def job(tokens: Path, folder: Path, model: str, *, checkpoints: bool = False, **train: Any) -> PretrainJob:
     """A job of `STEPS` steps on model `model`, with `checkpoints` where a test goes on from them.
 
@@ -65,25 +75,23 @@ def job(tokens: Path, folder: Path, model: str, *, checkpoints: bool = False, **
     )
 
 
-def run_all(rank: int, workers: int, port: int, jobs: dict[str, tuple[bool, str]], out: str) -> None:
+def run_all(rank: int, workers: int, port: int, jobs: dict[str, tuple[str, str]], out: str) -> None:
     """Entry of one process: joins the group and trains every job; rank 0 leaves all outcomes in `out`."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     import torch
 
-    from modelyard.train.programs import finetune, pretrain
     from modelyard.train.world import joined
 
     torch.set_num_threads(1)
     outcomes: dict[str, Any] = {}
     with joined(timeout_s=120) as world:
-        for name, (tuned, text) in jobs.items():
+        for name, (kind, text) in jobs.items():
+            module, _, program = PROGRAMS[kind].partition(":")
+            home = import_module(module)
             said: list[str] = []
             began = time.perf_counter()
             try:
-                if tuned:
-                    outcome = finetune(FinetuneJob.model_validate_json(text), world, say=said.append)
-                else:
-                    outcome = pretrain(PretrainJob.model_validate_json(text), world, say=said.append)
+                outcome = getattr(home, program)(getattr(home, kind).model_validate_json(text), world, say=said.append)
             except BaseException:
                 print(f"--- {name}, rank {rank}", traceback.format_exc(), file=sys.stderr, flush=True)
                 raise
@@ -98,14 +106,14 @@ def run_all(rank: int, workers: int, port: int, jobs: dict[str, tuple[bool, str]
         Path(out).write_text(json.dumps(outcomes))
 
 
-def trained_in_turn(workers: int, jobs: Mapping[str, PretrainJob | FinetuneJob], out: Path) -> dict[str, Any]:
+def trained_in_turn(workers: int, jobs: Mapping[str, Options], out: Path) -> dict[str, Any]:
     """Runs all jobs in one group of processes and returns what they came to."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["parallel_cases", "modelyard.train.programs", "transformers.models.llama"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    texts = {name: (isinstance(each, FinetuneJob), each.model_dump_json()) for name, each in jobs.items()}
+    texts = {name: (type(each).__name__, each.model_dump_json()) for name, each in jobs.items()}
     arguments = (workers, port, texts, str(out))
     processes = [context.Process(target=run_all, args=(rank, *arguments), daemon=True) for rank in range(workers)]
     for process in processes:

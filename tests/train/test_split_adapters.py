@@ -13,10 +13,15 @@ from parallel_cases import MODELS, trained_in_turn
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from modelyard.align.encode import encode_preferences
+from modelyard.align.options import PreferenceOptions
+from modelyard.align.programs import PreferenceJob
+from modelyard.align.records import Preference
 from modelyard.errors import RecipeError
 from modelyard.models import add_adapter, build_config, export_model, initialise, load_model
 from modelyard.models.nf4 import dequantize, dequantize_part, quantize
 from modelyard.models.options import AdapterOptions, Ia3Options, LoraOptions, ModelOptions, PromptOptions
+from modelyard.recipe.schema import Options
 from modelyard.train.options import ParallelOptions, TrainOptions
 from modelyard.train.pairs import PackedPairs, Pair, encode
 from modelyard.train.parallel.parallelize import parallelize
@@ -45,6 +50,10 @@ TWO: dict[str, Case] = {
     "LoRA, CP": ("llama", LORA, {"context": 2}),
     "LoRA beside experts, TP + SP": ("mixtral", {"lora": LoraOptions(targets=ATTENTION)}, {"tensor": 2}),
     "LoRA beside experts, EP": ("mixtral", {"lora": LoraOptions(targets=ATTENTION)}, {"expert": 2}),
+}
+PREFERENCES: dict[str, Case] = {
+    "DPO, TP + SP": ("llama", {"lora": None}, {"tensor": 2}),
+    "DPO of LoRA, reference by switching it off, TP": ("llama", LORA, {"tensor": 2, "sequence": False}),
 }
 FOUR: dict[str, Case] = {
     "LoRA, TP x FSDP": ("llama", LORA, {"tensor": 2, "shard": 2}),
@@ -106,20 +115,54 @@ def jobs(tokens: Path, folder: Path, cases: dict[str, Case], *, split: bool) -> 
     return made
 
 
+def preference_jobs(tokens: Path, folder: Path, *, split: bool) -> dict[str, PreferenceJob]:
+    """As `jobs`, for alignment: log-probabilities over a vocabulary that is split too."""
+    words = AutoTokenizer.from_pretrained(tokens / "tokenizer")
+    told = []
+    for i in range(24):
+        ask, good, bad = ({"role": role, "content": chr(97 + (i + k) % 20) * (1 + i % 3)}
+                          for k, role in enumerate(("user", "assistant", "assistant")))  # fmt: skip
+        told.append(Preference((ask,), (good,), (bad,), f"row {i}"))
+    packed = PackedPairs.pack_groups(encode_preferences(told, words, 32)[0], 64, 0, 4)
+    made = {}
+    for name, (kind, adapter, layout) in PREFERENCES.items():
+        place = folder / name
+        for side in ("train", "heldout"):
+            packed.save(place / "pairs" / f"{side}.npz")
+        reference = "precomputed" if adapter["lora"] is None else "adapter"
+        made[name] = PreferenceJob(
+            model=str(base_model(kind, tokens, place / "base")),
+            data=str(place / "pairs"),
+            output=str(place / "out"),
+            train=TrainOptions(
+                steps=10, global_batch=8, learning_rate=3e-3, parallel=ParallelOptions(**layout if split else {})
+            ),
+            adapter=AdapterOptions(**adapter),
+            method="dpo",
+            preference=PreferenceOptions(reference=reference),
+        )
+    return made
+
+
 @pytest.mark.parametrize(("workers", "cases"), [(2, TWO), (4, FOUR)])
 def test_a_split_adapter_trains_as_in_one_process(
     tokens: Path, tmp_path: Path, workers: int, cases: dict[str, Case]
 ) -> None:
-    one = trained_in_turn(1, jobs(tokens, tmp_path / "one", cases, split=False), tmp_path / "one.json")
-    many = trained_in_turn(workers, jobs(tokens, tmp_path / "many", cases, split=True), tmp_path / "many.json")
+    sides = {}
+    for side in ("one", "many"):
+        asked: dict[str, Options] = dict(jobs(tokens, tmp_path / side, cases, split=side == "many"))
+        if workers == 2:
+            asked |= preference_jobs(tokens, tmp_path / side, split=side == "many")
+        sides[side] = trained_in_turn(1 if side == "one" else workers, asked, tmp_path / f"{side}.json")
+    one, many = sides.values()
+    assert one.keys() == many.keys()
     wrong = {}
-    for name in cases:
+    for name in one:
         a, b = one[name], many[name]
         rows = list(zip(a["history"], b["history"], strict=True))
         apart = max(abs(x["loss"] - y["loss"]) for x, y in rows)
         norms = max(abs(x["grad_norm"] - y["grad_norm"]) / x["grad_norm"] for x, y in rows)
-        expected, found = (load_file(tmp_path / side / name / "out" / "adapter" / "adapter_model.safetensors")
-                           for side in ("one", "many"))  # fmt: skip
+        expected, found = (load_file(written_by(tmp_path / side / name / "out")) for side in ("one", "many"))
         assert found.keys() == expected.keys(), name
         written = max(float((found[key] - value).abs().max()) for key, value in expected.items())
         same = apart < 1e-5 and norms < 1e-3 and abs(a["heldout"] - b["heldout"]) < 1e-5 and written < 3e-4
@@ -127,6 +170,12 @@ def test_a_split_adapter_trains_as_in_one_process(
         if not (same and moved) or a["parameters"] != b["parameters"]:
             wrong[name] = (apart, norms, written, a["heldout"], b["heldout"])
     assert not wrong, "\n".join(f"{k}: {v}" for k, v in wrong.items())
+
+
+def written_by(folder: Path) -> Path:
+    """The adapter alone where there is one, else the model."""
+    adapter = folder / "adapter" / "adapter_model.safetensors"
+    return adapter if adapter.exists() else folder / "model" / "model.safetensors"
 
 
 @given(st.sampled_from([(8, 128), (6, 64), (4, 96), (12, 72)]), st.sampled_from([0, 1]), st.sampled_from([1, 2]))

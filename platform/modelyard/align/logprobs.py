@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-from modelyard.train.head import CHUNK_BYTES, IGNORE, output_layer, replaced
+from modelyard.train.head import CHUNK_BYTES, IGNORE, output_layer, replaced, split_over
+from modelyard.train.parallel import exchange
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,18 @@ class _FusedScores:
         self.marker: torch.Tensor | None = None
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        weight, bias = self._head.weight, self._head.bias
-        split = isinstance(weight, DTensor) or isinstance(hidden, DTensor)
-        if split or hidden.shape[:-1] != self._labels.shape:
+        group = split_over(self._head)
+        if hidden.shape[:-1] != self._labels.shape:
+            return type(self._head).forward(self._head, hidden)
+        parts = (self._head.weight, self._head.bias)
+        weight, bias = (p.to_local() if group and isinstance(p, DTensor) else p for p in parts)
+        if isinstance(weight, DTensor) or isinstance(hidden, DTensor):
             return F.linear(hidden, weight, bias)
         flat = self._labels.reshape(-1)
         kept = (flat != IGNORE).nonzero().squeeze(1)
         rows = hidden.reshape(-1, hidden.shape[-1])[kept]
-        found, entropy = _LinearScores.apply(rows, weight, bias, flat[kept], self._temperature)  # type: ignore[no-untyped-call]
+        mine = rows if group is None else exchange.enter(rows, group)
+        found, entropy = _LinearScores.apply(mine, weight, bias, flat[kept], self._temperature, group)  # type: ignore[no-untyped-call]
         # Inside the model's forward, where a sharded value head is whole.
         values = () if self._critic is None else (self._critic(rows),)
         self.scores = _spread((found, entropy, *values), kept, self._labels)
@@ -90,7 +96,8 @@ class _FusedScores:
 
 
 class _LinearScores(torch.autograd.Function):
-    """log_softmax(rows W^T + b)[label] by chunks; the gradient recomputes them."""
+    """log_softmax(rows W^T + b)[label] by chunks; the gradient recomputes them. With a `group`, W and b are this worker's
+    part of the vocabulary, results are the same on all, and gradients of `rows` are terms."""
 
     @staticmethod
     def forward(
@@ -100,6 +107,7 @@ class _LinearScores(torch.autograd.Function):
         bias: torch.Tensor | None,
         labels: torch.Tensor,
         temperature: float,
+        group: dist.ProcessGroup | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         kind = rows.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
@@ -110,11 +118,15 @@ class _LinearScores(torch.autograd.Function):
             matrix = weight.to(dtype)
             for start in range(0, len(rows), ctx.size):
                 part = slice(start, start + ctx.size)
-                logs = _logs(rows[part].to(dtype), matrix, bias, temperature)
-                found[part] = logs.gather(1, labels[part].unsqueeze(1)).squeeze(1)
+                logs = _logs(rows[part].to(dtype), matrix, bias, temperature, group)
+                index, here = _placed(labels[part], logs.shape[1], group)
+                found[part] = logs.gather(1, index).squeeze(1) * here
                 entropy[part] = _entropy(logs)
+        if group is not None:
+            dist.all_reduce(both := torch.stack([found, entropy]), group=group)
+            found, entropy = both.unbind()
         ctx.save_for_backward(rows, weight, bias, labels)
-        ctx.temperature, ctx.dtype = temperature, dtype
+        ctx.temperature, ctx.dtype, ctx.group = temperature, dtype, group
         ctx.mark_non_differentiable(entropy)
         return found, entropy
 
@@ -129,9 +141,10 @@ class _LinearScores(torch.autograd.Function):
         with torch.autocast(rows.device.type, enabled=False):
             for start in range(0, len(rows), ctx.size):
                 part = slice(start, start + ctx.size)
-                x, index = rows[part].to(ctx.dtype), labels[part].unsqueeze(1)
-                logits = _logs(x, matrix, bias, ctx.temperature).exp_().neg_()
-                logits.scatter_add_(1, index, torch.ones_like(index, dtype=logits.dtype))
+                x = rows[part].to(ctx.dtype)
+                logits = _logs(x, matrix, bias, ctx.temperature, ctx.group).exp_().neg_()
+                index, here = _placed(labels[part], logits.shape[1], ctx.group)
+                logits.scatter_add_(1, index, here.to(logits.dtype).unsqueeze(1))
                 logits.mul_(slope[part].unsqueeze(1) / ctx.temperature)
                 if offset is not None:
                     offset += logits.sum(0)
@@ -140,14 +153,35 @@ class _LinearScores(torch.autograd.Function):
                     hidden[part] = torch.mm(gradient, matrix).to(rows.dtype)
                 if learnt is not None:
                     learnt += torch.mm(gradient.t(), x)
-        return hidden, None if learnt is None else learnt.to(weight.dtype), offset, None, None
+        return hidden, None if learnt is None else learnt.to(weight.dtype), offset, None, None, None
 
 
-def _logs(rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, temperature: float) -> torch.Tensor:
+def _logs(
+    rows: torch.Tensor,
+    matrix: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: float,
+    group: dist.ProcessGroup | None,
+) -> torch.Tensor:
     logits = torch.mm(rows, matrix.t()).float()
     if bias is not None:
         logits += bias
-    return F.log_softmax(logits / temperature if temperature != 1.0 else logits, dim=1)
+    logits = logits / temperature if temperature != 1.0 else logits
+    if group is None:
+        return F.log_softmax(logits, dim=1)
+    peak = logits.amax(dim=1, keepdim=True)
+    dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
+    logits -= peak
+    sums = logits.exp().sum(dim=1, keepdim=True)
+    dist.all_reduce(sums, group=group)
+    return logits - sums.log()
+
+
+def _placed(labels: torch.Tensor, columns: int, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Column of each label [N, 1] among this worker's, and whether it is there [N]; else column 0."""
+    at = labels if group is None else labels - columns * dist.get_rank(group)
+    here = (at >= 0) & (at < columns)
+    return at.masked_fill(~here, 0).unsqueeze(1), here
 
 
 def document_sums(values: torch.Tensor, documents: torch.Tensor, count: int) -> torch.Tensor:

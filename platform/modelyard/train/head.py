@@ -128,12 +128,12 @@ def output_layer(model: nn.Module) -> nn.Linear | None:
     find: Callable[[], Any] | None = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
     # Exactly Linear, or FSDP's subclass of it: an adapter or a quantised layer computes something else.
-    plain = isinstance(head, nn.Linear) and (type(head).forward is nn.Linear.forward or _split_over(head) is not None)
+    plain = isinstance(head, nn.Linear) and (type(head).forward is nn.Linear.forward or split_over(head) is not None)
     return head if plain else None
 
 
-def _split_over(head: nn.Module) -> dist.ProcessGroup | None:
-    """The workers an output layer's vocabulary is split over (`parallel.tensor.VocabularyHead`)."""
+def split_over(head: nn.Module) -> dist.ProcessGroup | None:
+    """The workers an output layer's vocabulary is split over (`parallel.split_layers.VocabularyHead`)."""
     group: dist.ProcessGroup | None = getattr(head, "tensor_group", None)
     return group
 
@@ -146,7 +146,7 @@ class _FusedHead:
         self.loss: torch.Tensor | None = None
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        group = _split_over(self._head)
+        group = split_over(self._head)
         if hidden.shape[:-1] != self._labels.shape:
             return type(self._head).forward(self._head, hidden)
         parts = (self._head.weight, self._head.bias)

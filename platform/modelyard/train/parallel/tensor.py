@@ -202,15 +202,14 @@ def _between(model: PreTrainedModel, regions: list[nn.Module]) -> Iterator[str]:
 def _split_vocabulary(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Splits embedding and output layer by rows where the vocabulary divides; else both stay whole, and where rows of
     either are trained beside an adapter."""
-    # A pipeline stage has one of them, or none.
-    found = {kind: module for kind, module in (
-        (VocabularyEmbedding, model.get_input_embeddings()), (VocabularyHead, model.get_output_embeddings())
-    ) if module is not None}  # fmt: skip
-    if not all(isinstance(module, (nn.Embedding, nn.Linear)) for module in found.values()):
+    both = {VocabularyEmbedding: model.get_input_embeddings(), VocabularyHead: model.get_output_embeddings()}
+    if any(hasattr(module, "base_layer") or hasattr(module, "original_module") for module in both.values()):
         return
+    # A pipeline stage has one of them, or none.
+    found = {kind: module for kind, module in both.items() if isinstance(module, (nn.Embedding, nn.Linear))}
     tied = len({id(module.weight) for module in found.values()}) < len(found)
     for kind, module in found.items():
-        if cast(torch.Tensor, module.weight).shape[0] % mesh.size():
+        if module.weight.shape[0] % mesh.size():
             continue
         if kind is VocabularyHead and tied:
             module.weight = found[VocabularyEmbedding].weight
