@@ -166,6 +166,8 @@ def test_learned_vectors_leave_an_adapter_alone(base: Path, tmp_path: Path) -> N
     alone = replace(done, manifest=done.manifest.model_copy(update={"counts": {"adapter_only": 1}}))
     with pytest.raises(DataError, match="learned vectors"):
         FinetuneStage().check(plan(options(), {"model": alone}))
-    broken = options(adapter={"prompt": {}}, parallel={"tensor": 2})
-    with pytest.raises(RecipeError, match="whole layers"):
+    broken = options(adapter={"prompt": {}}, parallel={"context": 2})
+    with pytest.raises(RecipeError, match="learned vectors need whole sequences"):
         FinetuneStage().check(plan(broken, {"model": done}))
+    with pytest.raises(RecipeError, match="adapters are not cut into pipeline stages"):
+        FinetuneStage().check(plan(options(parallel={"pipeline": 2}), {"model": done}))
