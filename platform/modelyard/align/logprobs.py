@@ -96,8 +96,11 @@ class _FusedScores:
 
 
 class _LinearScores(torch.autograd.Function):
-    """log_softmax(rows W^T + b)[label] by chunks; the gradient recomputes them. With a `group`, W and b are this worker's
-    part of the vocabulary, results are the same on all, and gradients of `rows` are terms."""
+    """log_softmax(rows W^T + b)[label] by chunks; the gradient recomputes them.
+
+    With a `group`, W and b are this worker's part of the vocabulary, results are the same on all, and gradients of
+    `rows` are terms.
+    """
 
     @staticmethod
     def forward(
