@@ -29,6 +29,7 @@ def compiler(sources: Iterable[Path], **options: Any) -> Callable[[F], F]:
             are compiled again: Numba itself looks only at a function's own file and goes on with old code of the rest.
         options: of `numba.njit`.
     """
+    options["no_cfunc_wrapper"] = True  # a way in from C, for which LLVM would generate every function once more
     stamp = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
     def kernel(function: F) -> F:

@@ -64,9 +64,10 @@ def build(folder: Path, options: EngineOptions) -> Parts:
     if options.kv_precision == "fp8":
         raise ResourceError("fp8 keys and values are a GPU's", place="engine.kv_precision", mend="use auto")
     config = read_config(folder)
-    length = _length(config, options)
-    blocks = _blocks(config, length, options)
     precision = _precision(folder, options.precision)
+    kept = _kept(config, precision)
+    length = _length(config, options, kept)
+    blocks = _blocks(config, length, options, kept)
     gated = precision == "int8"
     weights = Weights(config, "float32" if gated else precision)
     # Reading and packing the weights is C++ without Python's lock: what is Python only stands beside it, not behind it.
@@ -76,7 +77,7 @@ def build(folder: Path, options: EngineOptions) -> Parts:
         kernels_ready.result()
         tokenizer = read.result()
     stored = blocks if options.prefix_cache else 0
-    cache = Cache(config, options.max_sequences, length, stored, options.block_tokens)
+    cache = Cache(config, options.max_sequences, length, stored, options.block_tokens, kept)
     decoder = Decoder(weights, cache, length, torch.get_num_threads())
     if gated:
         pack_int8(weights, decoder, tokenizer, options.max_loss_increase)
@@ -198,6 +199,11 @@ def _precision(folder: Path, wanted: Precision | Literal["auto"]) -> Precision:
     return "bfloat16" if stored == "bfloat16" and has_amx() else "float16_packed"
 
 
+def _kept(config: DecoderConfig, precision: Precision) -> torch.dtype:
+    """What keys and values are kept in: rounded to bfloat16 where the products round what they come from."""
+    return torch.bfloat16 if precision == "bfloat16" and config.head_dim % 2 == 0 else torch.float32
+
+
 def _guesser(
     config: DecoderConfig, length: int, options: EngineOptions, device: torch.device | None, dtype: torch.dtype
 ) -> Guesser | None:
@@ -213,8 +219,10 @@ def _guesser(
     if device is None:
         # No gate stands before a draft: it changes no answer, it would only guess worse, and nobody would be told.
         wanted = "auto" if options.precision == "int8" else options.precision
-        weights = Weights(draft, _precision(folder, wanted))
-        decoder = Decoder(weights, Cache(draft, slots, reach), reach, torch.get_num_threads())
+        precision = _precision(folder, wanted)
+        weights = Weights(draft, precision)
+        cache = Cache(draft, slots, reach, kept=_kept(draft, precision))
+        decoder = Decoder(weights, cache, reach, torch.get_num_threads())
     else:
         weights = dense_weights(draft, device, dtype)
         decoder = PagedDecoder(weights, slots * -(-reach // size), size, reach)
@@ -226,24 +234,24 @@ SHORTEST = 1024
 """Tokens below which `max_length` is not shortened to fit memory: an error says more than that would help."""
 
 
-def _length(config: DecoderConfig, options: EngineOptions) -> int:
+def _length(config: DecoderConfig, options: EngineOptions, kept: torch.dtype) -> int:
     """Tokens of prompt and answer: as asked; else the model's, or as many as memory holds for all sequences at once."""
     length = config.length(options.max_length)
     if options.max_length is not None:
         return length
     bound = options.cache_bytes if options.cache_bytes is not None else int(0.6 * free_memory())
     size, one = options.block_tokens, int(options.prefix_cache)
-    held = bound // config.cache_bytes_per_token - (options.cache_tokens or 0) * one
+    held = bound // config.kept_bytes(config.head_dim * kept.itemsize) - (options.cache_tokens or 0) * one
     slots = options.max_sequences + (
         one if options.cache_tokens is None else 0
     )  # the store holds one sequence at least
     return min(length, max(held // slots // size * size - 2 * size, SHORTEST))
 
 
-def _blocks(config: DecoderConfig, length: int, options: EngineOptions) -> int:
+def _blocks(config: DecoderConfig, length: int, options: EngineOptions, kept: torch.dtype) -> int:
     """Blocks of the prefix cache: as many as wanted, else as fill all slots, else as memory allows."""
     bound = options.cache_bytes if options.cache_bytes is not None else int(0.6 * free_memory())
-    size, token = options.block_tokens, config.cache_bytes_per_token
+    size, token = options.block_tokens, config.kept_bytes(config.head_dim * kept.itemsize)
     slot = -(-length // size)
     slots = slot * options.max_sequences * size * token
     # One sequence of the greatest length must always fit, or it could never run.

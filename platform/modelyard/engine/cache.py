@@ -34,7 +34,7 @@ class NoStore:
 
 
 class Cache:
-    """Working slots [layers, 2, slots, kv_heads, length, head_dim] and a block store, float32.
+    """Working slots [layers, 2, slots, kv_heads, length, head_dim] and a block store, float32 or bfloat16.
 
     Attention reads a sequence's keys and values in one contiguous run, which a CPU does several times as fast
     as through a block table; the price is that a full block is copied to the store once, and from it when another
@@ -47,34 +47,43 @@ class Cache:
         length: tokens a slot holds.
         blocks: blocks of the store, 0 = no prefix cache.
         size: tokens of a block.
+        kept: type of the numbers.
+
+    Attributes:
+        data: the slots as a tensor.
+        slots: the same as an array, bfloat16 as uint16.
     """
 
-    def __init__(self, config: DecoderConfig, slots: int, length: int, blocks: int = 0, size: int = 16) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        slots: int,
+        length: int,
+        blocks: int = 0,
+        size: int = 16,
+        kept: torch.dtype = torch.float32,
+    ) -> None:
         length = -(-length // size) * size
         self.size = size
-        self.data = _zeros(config.layers, 2, slots, config.kv_heads, length, config.head_dim)
-        self.arrays = [(layer[0].numpy(), layer[1].numpy()) for layer in self.data]
-        self._store = _zeros(blocks, config.layers, 2, config.kv_heads, size, config.head_dim)
-        self._slots, self._blocks = self.data.numpy(), self._store.numpy()
+        kind = np.uint16 if kept == torch.bfloat16 else np.float32
+        # NumPy's zeros are pages the operating system has yet to give; torch.zeros writes them all.
+        self.slots = np.zeros((config.layers, 2, slots, config.kv_heads, length, config.head_dim), kind)
+        self.data = torch.from_numpy(self.slots).view(kept)
+        self._blocks = np.zeros((blocks, config.layers, 2, config.kv_heads, size, config.head_dim), kind)
 
     def load(self, slot: int, blocks: Sequence[int]) -> None:
         """Copies stored blocks to the front of a slot, in order."""
         for index, block in enumerate(blocks):
-            self._slots[:, :, slot, :, index * self.size : (index + 1) * self.size] = self._blocks[block]
+            self.slots[:, :, slot, :, index * self.size : (index + 1) * self.size] = self._blocks[block]
 
     def save(self, slot: int, blocks: Sequence[tuple[int, int]]) -> None:
         """Copies blocks of a slot to the store: (index in the slot, stored block)."""
         for index, block in blocks:
-            self._blocks[block] = self._slots[:, :, slot, :, index * self.size : (index + 1) * self.size]
+            self._blocks[block] = self.slots[:, :, slot, :, index * self.size : (index + 1) * self.size]
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copies the first `tokens` positions of a slot to another slot."""
-        self._slots[:, :, target, :, :tokens] = self._slots[:, :, source, :, :tokens]
-
-
-def _zeros(*shape: int) -> torch.Tensor:
-    """NumPy's zeros are pages the operating system has yet to give; torch.zeros writes them all."""
-    return torch.from_numpy(np.zeros(shape, np.float32))
+        self.slots[:, :, target, :, :tokens] = self.slots[:, :, source, :, :tokens]
 
 
 EMPTY = np.empty((0, 0), np.float32)

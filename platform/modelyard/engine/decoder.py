@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modelyard.engine import kernels, products
+from modelyard.engine import attention, kernels, products
 from modelyard.engine.adapters import Groups, product
 from modelyard.engine.batch import Chunk, StepBatch
 from modelyard.engine.cache import EMPTY, Cache
 from modelyard.engine.experts import mix
 from modelyard.engine.products import shares
 from modelyard.engine.rope import rotations
-from modelyard.engine.step import Table, decode
+from modelyard.engine.step import Room, Table, decode
 from modelyard.engine.weights import Layer, Mlp, Norm, Weights
 
 PARALLEL_WORK = 4096
@@ -45,6 +45,7 @@ class Decoder:
             self._cos, self._sin = cos.numpy(), sin.numpy()
         self._rotated, self._windows = np.array(self.config.rotated), np.array(self.config.windows, np.int64)
         self._table: Table | None = None
+        self._room: Room | None = None
         self._packings = -1
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
@@ -79,6 +80,8 @@ class Decoder:
         w = self.weights
         if self._packings != w.packings:
             self._table, self._packings = Table.of(w), w.packings
+            length = self.cache.slots.shape[-2]
+            self._room = Room(self.config, self._table, length) if self._table else None
         if self._table is None or batch.chunks or batch.adapters:
             return None
         if self._threads > 1:
@@ -89,11 +92,12 @@ class Decoder:
 
     def _decode(self, table: Table, x: Tensor, batch: StepBatch) -> Tensor:
         c, wanted = self.config, np.arange(len(x)) if batch.wanted is None else batch.wanted.numpy()
+        assert self._room is not None
         out = torch.empty(len(wanted), c.hidden)
         decode(
-            x.numpy(), table.matrices, table.norms, self.weights.norm.arrays[0], c.heads, batch.positions, batch.slots,
-            self._cos, self._sin, self._rotated, self._windows, self.cache.data.numpy(), self._scale, c.norm_epsilon,
-            wanted, out.numpy(),
+            table.form, x.numpy(), table.matrices, table.norms, self.weights.norm.arrays[0], c.heads, batch.positions,
+            batch.slots, self._cos, self._sin, self._rotated, self._windows, self.cache.slots, self._scale,
+            c.norm_epsilon, wanted, self._room.pitch, self._room.of(len(x)), out.numpy(),
         )  # fmt: skip
         return out
 
@@ -122,7 +126,7 @@ class Decoder:
         c = self.config
         count = len(batch.tokens)
         qkv = product(layer.qkv, (index, "qkv"), h, batch.adapters).view(count, -1, c.head_dim)
-        keys, values = self.cache.arrays[index]
+        keys, values = self.cache.slots[index]
         q_norm, k_norm = layer.q_norm.arrays[0], layer.k_norm.arrays[0]
         cos, sin = (self._cos, self._sin) if c.rotated[index] else (EMPTY, EMPTY)
         array = qkv.numpy()
@@ -142,7 +146,7 @@ class Decoder:
         c, rows = self.config, batch.short
 
         def part(first: int, last: int) -> None:
-            kernels.attend(
+            attention.attend(
                 qkv, first, last, c.heads, batch.positions, batch.slots, keys, values, self._scale, window, out
             )
 
@@ -157,7 +161,7 @@ class Decoder:
         """Attention of consecutive tokens of one sequence: [count, heads, head_dim]."""
         c, end = self.config, chunk.start + chunk.count
         q = qkv[chunk.first : chunk.first + chunk.count, : c.heads].transpose(0, 1)[None]
-        keys, values = self.cache.data[index, :, chunk.slot, :, :end]
+        keys, values = self.cache.data[index, :, chunk.slot, :, :end].float()
         mask = None
         if chunk.start or (c.windows[index] and c.windows[index] < end):
             mask = _mask(chunk.start, chunk.count, c.windows[index])

@@ -1,9 +1,9 @@
-"""What lies between the matrix products of a decoder, fused: norms, rotation, cache writes, attention, activations.
+"""What lies between the matrix products of a decoder, fused: norms, rotation, cache writes, activations.
 
 A decode step of a small model is bound by dispatch: twenty tensor operations a layer cost more than its
-arithmetic. These kernels are five a layer. They are compiled by Numba once a machine (cached on disk), release the
-GIL, and take float32 arrays whose last axis is contiguous. T is the number of tokens of a step, all its sequences
-together.
+arithmetic. These kernels are four a layer, and attention one. They are compiled by Numba once a machine (cached on
+disk), release the GIL, and take float32 arrays whose last axis is contiguous. T is the number of tokens of a step, all
+its sequences together. Kernels pass each other addresses: what passes arrays takes several times as long to compile.
 """
 
 from __future__ import annotations
@@ -12,31 +12,25 @@ from typing import Any
 
 import numpy as np
 
-from modelyard.engine.jit import kernel
-from modelyard.engine.tiles import dot_tile, mix_tile
-from modelyard.engine.vectors import rotate_line, silu_line, softmax_line, top_line
+from modelyard.engine.jit import kernel, part
+from modelyard.engine.lanes import address
+from modelyard.engine.vectors import keep_line, rms_line, rotate_line, silu_line, top_line
 
-_dot, _dots = dot_tile(1), dot_tile(16)
-_mix_1_16, _mix_1_64, _mix_2_16, _mix_2_64 = (mix_tile(rows, vectors) for rows in (1, 2) for vectors in (1, 4))
+
+@part
+def norm_rows(x: int, delta: int, weight: int, out: int, count: int, width: int, epsilon: float) -> None:
+    """As `rms_norm`, of addresses; a delta of 0 is none."""
+    line = width * 4
+    for t in range(count):
+        more = delta + t * line if delta else 0
+        rms_line(x + t * line, more, weight, out + t * line, width, np.float32(epsilon))
 
 
 @kernel
 def rms_norm(x: Any, delta: Any, weight: Any, epsilon: float, out: Any) -> None:
     """x += delta; out = x / rms(x) * weight, row by row. x, delta, out: [T, H]; an empty delta adds nothing."""
-    width = x.shape[1]
-    for t in range(x.shape[0]):
-        row = x[t]
-        if delta.shape[0]:
-            more = delta[t]
-            for i in range(width):
-                row[i] += more[i]
-        total = np.float32(0.0)
-        for i in range(width):
-            total += row[i] * row[i]
-        scale = np.float32(1.0) / np.sqrt(total / np.float32(width) + np.float32(epsilon))
-        target = out[t]
-        for i in range(width):
-            target[i] = row[i] * scale * weight[i]
+    more = address(delta) if delta.shape[0] else 0
+    norm_rows(address(x), more, address(weight), address(out), x.shape[0], x.shape[1], epsilon)
 
 
 @kernel
@@ -62,14 +56,30 @@ def layer_norm(x: Any, delta: Any, weight: Any, bias: Any, epsilon: float, out: 
             target[i] = (row[i] - mean) * scale * weight[i] + bias[i]
 
 
-@kernel
-def _head_norm(x: Any, weight: Any, epsilon: float) -> None:
-    total = np.float32(0.0)
-    for i in range(x.shape[0]):
-        total += x[i] * x[i]
-    scale = np.float32(1.0) / np.sqrt(total / np.float32(x.shape[0]) + np.float32(epsilon))
-    for i in range(x.shape[0]):
-        x[i] *= scale * weight[i]
+@part
+def rotate_rows(
+    kind: Any, qkv: int, pitch: int, heads: int, kv_heads: int, width: int, positions: Any, slots: Any, cos: int,
+    sin: int, half: int, q_norm: int, k_norm: int, epsilon: float, keys: int, values: int, length: int, size: int,
+) -> None:  # fmt: skip
+    """As `rotate_and_store`, of addresses: norms, cos and sin of 0 are none.
+
+    kind: type of the cache's numbers, of `size` bytes. pitch: bytes from a token's row to the next. half: columns of
+    cos. length: positions of a slot.
+    """
+    line = width * size
+    for t in range(len(positions)):
+        position, token = positions[t], qkv + t * pitch
+        for h in range(heads + kv_heads):
+            row = token + h * width * 4
+            if q_norm:
+                rms_line(row, 0, q_norm if h < heads else k_norm, row, width, np.float32(epsilon))
+            if cos:
+                turn = position * half * 4
+                rotate_line(row, cos + turn, sin + turn, half)
+        for h in range(kv_heads):
+            row, place = token + (heads + h) * width * 4, ((slots[t] * kv_heads + h) * length + position) * line
+            keep_line(kind, row, keys + place, width)
+            keep_line(kind, row + kv_heads * width * 4, values + place, width)
 
 
 @kernel
@@ -89,121 +99,29 @@ def rotate_and_store(
         q_norm: [head_dim], empty when the model does not normalize its heads.
         k_norm: as q_norm.
         epsilon: of these norms.
-        keys: [slots, kv_heads, length, head_dim].
+        keys: [slots, kv_heads, length, head_dim], float32, or bfloat16 as uint16.
         values: as keys.
     """
-    kv_heads = keys.shape[1]
-    for t in range(qkv.shape[0]):
-        position, slot = positions[t], slots[t]
-        for h in range(heads + kv_heads):
-            row = qkv[t, h]
-            if q_norm.shape[0]:
-                _head_norm(row, q_norm if h < heads else k_norm, epsilon)
-            if cos.shape[0]:
-                rotate_line(row.ctypes.data, cos[position].ctypes.data, sin[position].ctypes.data, cos.shape[1])
-        for h in range(kv_heads):
-            keys[slot, h, position] = qkv[t, heads + h]
-            values[slot, h, position] = qkv[t, heads + kv_heads + h]
+    turns, normed = cos.shape[0] > 0, q_norm.shape[0] > 0
+    rotate_rows(
+        keys.dtype, address(qkv), qkv.strides[0], heads, keys.shape[1], keys.shape[3], positions, slots,
+        address(cos) if turns else 0, address(sin), cos.shape[1], address(q_norm) if normed else 0,
+        address(k_norm), epsilon, address(keys), address(values), keys.shape[2], keys.itemsize,
+    )  # fmt: skip
 
 
-@kernel
-def attend(
-    qkv: Any, first: int, last: int, heads: int, positions: Any, slots: Any, keys: Any, values: Any,
-    scale: float, window: int, out: Any,
-) -> None:  # fmt: skip
-    """Attention of the tokens `first .. last-1`, each over the positions of its slot up to its own.
-
-    Exact lengths, no mask, and keys shared by several query heads are read once.
-
-    Args:
-        qkv: rotated, [T, heads + 2 kv_heads, head_dim].
-        first: first row to do.
-        last: row after the last one to do.
-        heads: query heads.
-        positions: int64 [T].
-        slots: int64 [T].
-        keys: [slots, kv_heads, length, head_dim], which hold the tokens of this step too.
-        values: as keys.
-        scale: of the scores.
-        window: positions seen at most, 0 = all.
-        out: [T, heads, head_dim].
-    """
-    group, longest = heads // keys.shape[1], 0
-    for t in range(first, last):
-        longest = max(longest, positions[t] + 1)
-    scores = np.empty((group, longest), np.float32)
-    for t in range(first, last):
-        end = positions[t] + 1
-        start = max(0, end - window) if window else 0
-        for kv in range(keys.shape[1]):
-            _attend(
-                qkv[t, kv * group : (kv + 1) * group], keys[slots[t], kv, start:end], values[slots[t], kv, start:end],
-                scale, scores, out[t, kv * group : (kv + 1) * group],
-            )  # fmt: skip
-
-
-@kernel
-def _attend(queries: Any, keys: Any, values: Any, scale: float, scores: Any, out: Any) -> None:
-    """Attention of one token's heads that share keys. queries, out: [group, width]; keys, values: [count, width]."""
-    (count, width), group = keys.shape, queries.shape[0]
-    whole, line = width // 16 * 16, keys.strides[0]
-    k, q, s = keys.ctypes.data, queries.ctypes.data, scores.ctypes.data
-    for l in range(0, count, 16):  # noqa: E741
-        # The last sixteen may be computed twice: a score does not depend on its neighbours.
-        near = min(l, max(0, count - 16))
-        for g in range(group):
-            query, to = q + g * queries.strides[0], s + g * scores.strides[0]
-            if count >= 16:
-                _dots(k + near * line, query, line, whole // 16, to + near * 4)
-            else:
-                for i in range(count):
-                    _dot(k + i * line, query, line, whole // 16, to + i * 4)
-    if whole < width:
-        for l in range(count):  # noqa: E741
-            for g in range(group):
-                for i in range(whole, width):
-                    scores[g, l] += queries[g, i] * keys[l, i]
-    for g in range(group):
-        softmax_line(s + g * scores.strides[0], count, np.float32(scale))
-    _mix(scores, values, out)
-
-
-@kernel
-def _mix(shares: Any, values: Any, out: Any) -> None:
-    """out = shares values. shares: [group, >= count]; values: [count, width]; out: [group, width]."""
-    (count, width), group = values.shape, out.shape[0]
-    stride, line, step = shares.strides[0], values.strides[0], out.strides[0]
-    g = 0
-    while g < group:
-        pair = group - g >= 2
-        x, i = shares.ctypes.data + g * stride, 0
-        while i + 16 <= width:
-            w, to, broad = values.ctypes.data + 4 * i, out.ctypes.data + g * step + 4 * i, i + 64 <= width
-            if pair and broad:
-                _mix_2_64(w, x, stride, count, to, line, step)
-            elif pair:
-                _mix_2_16(w, x, stride, count, to, line, step)
-            elif broad:
-                _mix_1_64(w, x, stride, count, to, line, step)
-            else:
-                _mix_1_16(w, x, stride, count, to, line, step)
-            i += 64 if broad else 16
-        for j in range(i, width):
-            for k in range(g, g + 2 if pair else g + 1):
-                total = np.float32(0.0)
-                for l in range(count):  # noqa: E741
-                    total += shares[k, l] * values[l, j]
-                out[k, j] = total
-        g += 2 if pair else 1
+@part
+def silu_rows(gate_up: int, out: int, count: int, width: int) -> None:
+    """As `gated_silu`, of addresses. width: columns of out."""
+    for t in range(count):
+        row = gate_up + t * 2 * width * 4
+        silu_line(row, row + width * 4, out + t * width * 4, width)
 
 
 @kernel
 def gated_silu(gate_up: Any, out: Any) -> None:
     """out = silu(gate) * up. gate_up: [T, 2 I], gates first; out: [T, I]."""
-    width = out.shape[1]
-    for t in range(out.shape[0]):
-        row = gate_up[t]
-        silu_line(row.ctypes.data, row[width:].ctypes.data, out[t].ctypes.data, width)
+    silu_rows(address(gate_up), address(out), out.shape[0], out.shape[1])
 
 
 @kernel
@@ -213,7 +131,8 @@ def largest(scores: Any, values: Any, places: Any) -> None:
     scores: float32 [T, N]; values: float32 [T]; places: int64 [T].
     """
     for t in range(scores.shape[0]):
-        top_line(scores[t].ctypes.data, values[t:].ctypes.data, places[t:].ctypes.data, scores.shape[1])
+        row = address(scores) + t * scores.strides[0]
+        top_line(row, address(values) + 4 * t, address(places) + 8 * t, scores.shape[1])
 
 
 def initialize() -> None:

@@ -16,32 +16,42 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba.core import types
+from numba.extending import overload
 from numba.np.numpy_support import carray
 from torch import Tensor
 
 from modelyard.engine import amx
-from modelyard.engine.jit import kernel
+from modelyard.engine.jit import kernel, part
+from modelyard.engine.lanes import HAS_AMX, HAS_VNNI, address, bytes_at, field, floats_at, integers_at, stack
 from modelyard.engine.tiles import (
     BIAS,
     BLOCK,
+    COLUMNS,
     DEPTH,
-    HAS_AMX,
-    HAS_VNNI,
     KIND,
     PANEL,
     ROWS,
     SCALES,
     WEIGHTS,
     float_tile,
-    floats_at,
     vnni_tile,
 )
+from modelyard.engine.vectors import dequantize_line, finish_line
 
 HALF, BFLOAT16, INT8, INT8_VNNI, BFLOAT16_AMX = range(5)
 
-_half_1, _half_2, _half_4 = (float_tile("half", rows) for rows in (1, 2, 4))
-_bfloat16_1, _bfloat16_2, _bfloat16_4 = (float_tile("bfloat16", rows) for rows in (1, 2, 4))
-_int8_1, _int8_2, _int8_4 = (float_tile("int8", rows) for rows in (1, 2, 4))
+FORMS: dict[int, np.dtype] = {
+    HALF: np.dtype(np.float16),
+    BFLOAT16: np.dtype(np.uint16),
+    INT8: np.dtype(np.int8),
+    INT8_VNNI: np.dtype(np.uint8),
+    BFLOAT16_AMX: np.dtype(np.uint32),
+}
+"""What tiles read a layout as. Kernels are compiled for the type of a layout: each for that one alone."""
+
+_float_1, _float_2, _float_4 = (float_tile(rows) for rows in (1, 2, 4))
+_sums_room = stack(4 * BLOCK * 4)
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,11 @@ class Matrix:
     scales: Tensor | None
     bias: Tensor | None
     columns: int
+
+    @property
+    def form(self) -> np.dtype:
+        """What kernels are told of its layout."""
+        return FORMS[int(self.descriptor[KIND])]
 
     def dense(self) -> Tensor:
         """W as float32 [rows, columns], as exact as the packed form."""
@@ -106,167 +121,143 @@ def pack(weight: Tensor, bias: Tensor | None, precision: str) -> Matrix:
     else:
         packed = values.view(blocks, BLOCK, -1, 4 if kind == INT8_VNNI else 1).transpose(1, 2).contiguous()
     descriptor = np.array(
-        [kind, rows, depth, packed.data_ptr(), 0 if scales is None else scales.data_ptr(),
+        [kind, rows, columns, depth, packed.data_ptr(), 0 if scales is None else scales.data_ptr(),
          0 if bias is None else bias.data_ptr()], np.int64,
     )  # fmt: skip
     return Matrix(descriptor, packed, scales, bias, columns)
 
 
-@kernel
-def _write(y: Any, first: int, count: int, block: int, sums: Any, m: Any) -> None:
-    """Sums of one block to `count` rows of y, with the bias where there is one."""
-    rows = m[ROWS]
-    start = block * BLOCK
-    width = min(BLOCK, rows - start)
-    if m[BIAS] != 0:
-        bias = carray(floats_at(m[BIAS]), (rows,))
-        for i in range(count):
-            for n in range(width):
-                y[first + i, start + n] = sums[i, n] + bias[start + n]
-    else:
-        for i in range(count):
-            for n in range(width):
-                y[first + i, start + n] = sums[i, n]
-
-
-@kernel
-def _sum(kind: int, rows: int, w: Any, x: Any, stride: int, depth: int, to: Any) -> None:
-    """The tile of a layout for 1, 2 or 4 rows of x."""
-    if kind == HALF:
-        if rows == 4:
-            _half_4(w, x, stride, depth, to)
-        elif rows == 2:
-            _half_2(w, x, stride, depth, to)
-        else:
-            _half_1(w, x, stride, depth, to)
-    elif kind == BFLOAT16:
-        if rows == 4:
-            _bfloat16_4(w, x, stride, depth, to)
-        elif rows == 2:
-            _bfloat16_2(w, x, stride, depth, to)
-        else:
-            _bfloat16_1(w, x, stride, depth, to)
-    elif rows == 4:
-        _int8_4(w, x, stride, depth, to)
-    elif rows == 2:
-        _int8_2(w, x, stride, depth, to)
-    else:
-        _int8_1(w, x, stride, depth, to)
-
-
-@kernel
-def _widened(m: Any, x: Any, y: Any, first: int, last: int) -> None:
+@part
+def _widened(
+    form: Any, m: int, x: int, stride: int, count: int, y: int, step: int, first: int, last: int, room: int
+) -> None:
     """Weights of half the size or less, which become float32 as they are read."""
-    kind, depth, stride = m[KIND], m[DEPTH], x.strides[0]
-    sums = np.empty((4, BLOCK), np.float32)
-    to, start = sums.ctypes.data, x.ctypes.data
-    scaled = (m[ROWS] + BLOCK - 1) // BLOCK if m[SCALES] != 0 else 0
-    scales = carray(floats_at(m[SCALES]), (scaled, BLOCK))
+    kind, depth, rows = field(m, KIND), field(m, DEPTH), field(m, ROWS)
+    sums = _sums_room()
     for block in range(first, last):
-        w = m[WEIGHTS] + block * BLOCK * depth * (1 if kind == INT8 else 2)
+        w = field(m, WEIGHTS) + block * BLOCK * depth * (1 if kind == INT8 else 2)
+        start = block * BLOCK
+        scales = field(m, SCALES) + start * 4 if field(m, SCALES) else 0
+        bias = field(m, BIAS) + start * 4 if field(m, BIAS) else 0
         t = 0
-        while t < x.shape[0]:
-            left = x.shape[0] - t
-            done = 4 if left >= 4 else 2 if left >= 2 else 1
-            _sum(kind, done, w, start + t * stride, stride, depth, to)
-            if scaled:
-                for i in range(done):
-                    for n in range(BLOCK):
-                        sums[i, n] *= scales[block, n]
-            _write(y, t, done, block, sums, m)
+        while t < count:
+            done, row = 4 if count - t >= 4 else 2 if count - t >= 2 else 1, x + t * stride
+            if done == 4:
+                _float_4(form, w, row, stride, depth, sums)
+            elif done == 2:
+                _float_2(form, w, row, stride, depth, sums)
+            else:
+                _float_1(form, w, row, stride, depth, sums)
+            for i in range(done):
+                to = y + (t + i) * step + start * 4
+                finish_line(sums + i * BLOCK * 4, scales, bias, to, min(BLOCK, rows - start))
             t += done
 
 
-@kernel
-def quantize(x: Any, values: Any, scales: Any, totals: Any) -> None:
-    """Rows of x as int8 with a scale each, and their sums: a row's result does not depend on its batch mates.
+@part
+def quantize(x: int, columns: int, values: int, depth: int, scale: int, total: int) -> None:
+    """A row of float32 as int8 with a scale, and their sum: a row's result does not depend on its batch mates.
 
-    A row that holds what is not finite gets NaN as its scale.
-    x: float32 [T, K]; values: int8 [T, >= K], zero behind K; scales: float32 [T]; totals: int32 [T].
+    A row that holds what is not finite gets NaN as its scale. values: int8 [depth], zero behind the columns; scale:
+    where it goes, float32; total: where the sum goes, int32.
     """
-    for t in range(x.shape[0]):
-        row, target = x[t], values[t]
-        top, wrong = np.float32(0.0), np.float32(0.0)
-        for i in range(row.shape[0]):
-            top = max(top, abs(row[i]))
-            wrong += row[i] * np.float32(0.0)
-        scale = (top / np.float32(127.0) if top > 0 else np.float32(1.0)) + wrong
-        inverse = np.float32(1.0) / scale
-        total = np.int32(0)
-        for i in range(row.shape[0]):
-            value = np.int8(np.rint(row[i] * inverse)) if wrong == 0 else np.int8(0)
-            target[i] = value
-            total += np.int32(value)
-        scales[t], totals[t] = scale, total
+    row, target = carray(floats_at(x), (columns,)), carray(bytes_at(values), (depth,))
+    top, wrong = np.float32(0.0), np.float32(0.0)
+    for i in range(columns):
+        top = max(top, abs(row[i]))
+        wrong += row[i] * np.float32(0.0)
+    factor = (top / np.float32(127.0) if top > 0 else np.float32(1.0)) + wrong
+    inverse = np.float32(1.0) / factor
+    sum_of = np.int32(0)
+    for i in range(columns):
+        value = np.int8(np.rint(row[i] * inverse)) if wrong == 0 else np.int8(0)
+        target[i] = value
+        sum_of += np.int32(value)
+    for i in range(columns, depth):
+        target[i] = np.int8(0)
+    carray(floats_at(scale), (1,))[0] = factor
+    carray(integers_at(total), (1,))[0] = sum_of
 
 
-if HAS_VNNI:
-    _vnni_1, _vnni_2, _vnni_4 = (vnni_tile(rows) for rows in (1, 2, 4))
+_vnni_1, _vnni_2, _vnni_4 = (vnni_tile(rows) for rows in (1, 2, 4))
 
-    @kernel
-    def _vnni(m: Any, x: Any, y: Any, first: int, last: int) -> None:
-        count = x.shape[0]
-        values = np.zeros((count, m[DEPTH]), np.int8)
-        row_scales, totals = np.empty(count, np.float32), np.empty(count, np.int32)
-        quantize(x, values, row_scales, totals)
-        _vnni_blocks(m, values, row_scales, totals, y, first, last)
 
-    @kernel
-    def _vnni_blocks(m: Any, values: Any, row_scales: Any, totals: Any, y: Any, first: int, last: int) -> None:
-        """Of quantized rows, which are the caller's: Numba frees an array whose address alone is used any more."""
-        depth, count = m[DEPTH], values.shape[0]
-        whole, sums = np.empty((4, BLOCK), np.int32), np.empty((4, BLOCK), np.float32)
-        to, start = whole.ctypes.data, values.ctypes.data
-        blocks = (m[ROWS] + BLOCK - 1) // BLOCK
-        scales = carray(floats_at(m[SCALES]), (blocks, BLOCK))
-        for block in range(first, last):
-            w = m[WEIGHTS] + block * BLOCK * depth
-            t = 0
-            while t < count:
-                left = count - t
-                if left >= 4:
-                    _vnni_4(w, start + t * depth, depth, depth // 4, to)
-                    done = 4
-                elif left >= 2:
-                    _vnni_2(w, start + t * depth, depth, depth // 4, to)
-                    done = 2
-                else:
-                    _vnni_1(w, start + t * depth, depth, depth // 4, to)
-                    done = 1
-                for i in range(done):
-                    # Weights are stored 128 too high, because the instruction takes them without a sign.
-                    above, scale = totals[t + i] * np.int32(128), row_scales[t + i]
-                    # Two loops: in one, the compiler might multiply in another order here than inside a whole step.
-                    for n in range(BLOCK):
-                        sums[i, n] = np.float32(whole[i, n] - above) * scales[block, n]
-                    for n in range(BLOCK):
-                        sums[i, n] *= scale
-                _write(y, t, done, block, sums, m)
-                t += done
+@part
+def _vnni(
+    form: Any, m: int, x: int, stride: int, count: int, y: int, step: int, first: int, last: int, room: int
+) -> None:
+    """Both sides in 8 bits."""
+    depth, rows = field(m, DEPTH), field(m, ROWS)
+    scales = room + count * depth
+    totals, sums = scales + count * 4, _sums_room()
+    for t in range(count):
+        place = room + t * depth
+        quantize(x + t * stride, field(m, COLUMNS), place, depth, scales + t * 4, totals + t * 4)
+    row_scales, row_totals = carray(floats_at(scales), (count,)), carray(integers_at(totals), (count,))
+    for block in range(first, last):
+        w, start = field(m, WEIGHTS) + block * BLOCK * depth, block * BLOCK
+        bias = field(m, BIAS) + start * 4 if field(m, BIAS) else 0
+        t = 0
+        while t < count:
+            done = 4 if count - t >= 4 else 2 if count - t >= 2 else 1
+            values = room + t * depth
+            if done == 4:
+                _vnni_4(w, values, depth, depth // 4, sums)
+            elif done == 2:
+                _vnni_2(w, values, depth, depth // 4, sums)
+            else:
+                _vnni_1(w, values, depth, depth // 4, sums)
+            for i in range(done):
+                # Weights are stored 128 too high, because the instruction takes them without a sign.
+                above, to = np.int64(row_totals[t + i]) * 128, y + (t + i) * step + start * 4
+                dequantize_line(
+                    sums + i * BLOCK * 4, above, field(m, SCALES) + start * 4, row_scales[t + i], bias, to,
+                    min(BLOCK, rows - start),
+                )  # fmt: skip
+            t += done
 
-else:
-    _vnni = _widened
 
-_amx = amx.multiply if HAS_AMX else _widened
+def room_bytes(count: int, depth: int) -> int:
+    """Bytes that `run` needs for `count` rows of x in another form, and to begin a cache line."""
+    return count * (2 * depth + 8) + 64
+
+
+def run(
+    form: Any, m: int, x: int, stride: int, count: int, y: int, step: int, first: Any, last: int, room: int
+) -> None:
+    """As `product`, of addresses, for kernels. stride, step: bytes from a row of x, of y, to the next."""
+    raise NotImplementedError("only kernels can call it")
+
+
+@overload(run, inline="always")
+def _run(
+    form: Any, m: Any, x: Any, stride: Any, count: Any, y: Any, step: Any, first: Any, last: Any, room: Any
+) -> Any:
+    chosen = {types.uint32: amx.product_rows, types.uint8: _vnni}.get(form.dtype, _widened)
+
+    def implementation(
+        form: Any, m: Any, x: Any, stride: Any, count: Any, y: Any, step: Any, first: Any, last: Any, room: Any
+    ) -> None:
+        chosen(form, m, x, stride, count, y, step, first, last, room)
+
+    return implementation
 
 
 @kernel
-def product(m: Any, x: Any, y: Any, first: int, last: int) -> None:
+def product(form: Any, m: Any, x: Any, y: Any, first: int, last: int, room: Any) -> None:
     """y = x W^T + b for blocks `first .. last-1` of the matrix, BLOCK of its rows each.
 
     Args:
+        form: of `FORMS`.
         m: descriptor.
         x: float32 [T, columns], its last axis contiguous.
         y: float32 [T, rows]; columns of other blocks stay as they are.
         first: block.
         last: block after the last one.
+        room: uint8 [`room_bytes`].
     """
-    if m[KIND] == INT8_VNNI:
-        _vnni(m, x, y, first, last)
-    elif m[KIND] == BFLOAT16_AMX:
-        _amx(m, x, y, first, last)
-    else:
-        _widened(m, x, y, first, last)
+    place = (address(room) + 63) // 64 * 64
+    run(form, address(m), address(x), x.strides[0], x.shape[0], address(y), y.strides[0], first, last, place)
 
 
 SHARED_WORK = 2**22
@@ -285,7 +276,12 @@ def multiply(m: Matrix, x: Tensor) -> Tensor:
     """x W^T + b, float32 [T, rows], by as many of PyTorch's threads as it is worth. x: float32 [T, columns]."""
     y = torch.empty(x.shape[0], int(m.descriptor[ROWS]))
     inputs, outputs = x.contiguous().numpy(), y.numpy()
-    _share(m, x.shape[0], -(-y.shape[1] // BLOCK), lambda a, b: product(m.descriptor, inputs, outputs, a, b))
+    size = room_bytes(x.shape[0], int(m.descriptor[DEPTH]))
+
+    def part_of(first: int, last: int) -> None:
+        product(m.form, m.descriptor, inputs, outputs, first, last, np.empty(size, np.uint8))
+
+    _share(m, x.shape[0], -(-y.shape[1] // BLOCK), part_of)
     return y
 
 
@@ -299,8 +295,9 @@ def feed_forward(up: Matrix | Tensor | None, down: Matrix | Tensor | None, x: Te
     if not (up.descriptor[KIND] == down.descriptor[KIND] == BFLOAT16_AMX and amx.fits(up.descriptor)):
         return None
     count, half = x.shape[0], int(up.descriptor[ROWS]) // 2
-    values = amx.rounded(x.contiguous().numpy(), up.descriptor[DEPTH])
-    active = amx.empty_rows(count, down.descriptor[DEPTH], half)
+    values = amx.empty_rows(count, int(up.descriptor[DEPTH]), up.columns)
+    amx.round_rows(up.descriptor, x.contiguous().numpy(), values)
+    active = amx.empty_rows(count, int(down.descriptor[DEPTH]), half)
     y = torch.empty(count, int(down.descriptor[ROWS]))
     outputs = y.numpy()
     _share(up, count, half // PANEL, lambda a, b: amx.gate(up.descriptor, values, active, a, b))

@@ -13,7 +13,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils, types
 
-from modelyard.engine.tiles import (
+from modelyard.engine.lanes import (
     FLOAT,
     FLOATS,
     I16,
@@ -21,32 +21,24 @@ from modelyard.engine.tiles import (
     I64,
     INTS,
     LANES,
+    MASK,
     add_up,
     at,
+    call,
     everywhere,
+    first_lanes,
     fixed,
+    floats,
+    fma,
+    ints,
+    load,
     made_intrinsic,
+    slots,
+    store,
 )
 
-_MASK, _SHORTS = ir.VectorType(ir.IntType(1), LANES), ir.VectorType(I16, LANES)
+_SHORTS = ir.VectorType(I16, LANES)
 _LANE = ir.Constant(INTS, list(range(LANES)))
-
-
-def _floats(value: float) -> ir.Constant:
-    return ir.Constant(FLOATS, [value] * LANES)
-
-
-def _ints(value: int) -> ir.Constant:
-    return ir.Constant(INTS, [value] * LANES)
-
-
-def _call(builder: Any, name: str, result: ir.Type, *arguments: Any) -> Any:
-    kind = ir.FunctionType(result, [a.type for a in arguments])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
-
-
-def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    return _call(builder, f"llvm.fma.v{LANES}f32", FLOATS, a, b, c)
 
 
 @dataclass
@@ -57,16 +49,18 @@ class _Row:
     first: Any
     mask: Any
 
-    def load(self, address: Any, otherwise: float = 0.0) -> Any:
-        where = at(self.builder, address, self.builder.mul(self.first, fixed(4)), FLOATS)
-        name = f"llvm.masked.load.v{LANES}f32.p0"
-        return _call(self.builder, name, FLOATS, where, ir.Constant(I32, 4), self.mask, _floats(otherwise))
+    def load(self, address: Any, otherwise: float = 0.0, kind: ir.Type = FLOATS) -> Any:
+        where = self.builder.add(address, self.builder.mul(self.first, fixed(4)))
+        return load(self.builder, where, kind, self.mask, otherwise)
+
+    def only(self, wanted: Any) -> _Row:
+        """The same, none of them where `wanted` is not so."""
+        nothing = ir.Constant(MASK, [0] * LANES)
+        return _Row(self.builder, self.first, self.builder.select(wanted, self.mask, nothing))
 
     def store(self, address: Any, value: Any) -> None:
-        size, name = (4, "f32") if value.type == FLOATS else (2, "i16")
-        where = at(self.builder, address, self.builder.mul(self.first, fixed(size)), value.type)
-        name = f"llvm.masked.store.v{LANES}{name}.p0"
-        _call(self.builder, name, ir.VoidType(), value, where, ir.Constant(I32, size), self.mask)
+        size = 4 if value.type == FLOATS else 2
+        store(self.builder, self.builder.add(address, self.builder.mul(self.first, fixed(size))), value, self.mask)
 
 
 @contextmanager
@@ -75,52 +69,59 @@ def _each(builder: Any, count: Any) -> Iterator[_Row]:
     steps = builder.sdiv(builder.add(count, fixed(LANES - 1)), fixed(LANES))
     with cgutils.for_range(builder, steps, intp=I64) as loop:
         first = builder.mul(loop.index, fixed(LANES))
-        left = everywhere(builder, builder.trunc(builder.sub(count, first), I32))
-        yield _Row(builder, first, builder.icmp_signed("<", _LANE, left))
+        yield _Row(builder, first, first_lanes(builder, builder.sub(count, first)))
 
 
 def _exp(builder: Any, x: Any) -> Any:
     """exp to 2e-7: 2^k times a polynomial."""
-    low = builder.select(builder.fcmp_ordered("<", x, _floats(-87.0)), _floats(-87.0), x)
-    near = builder.select(builder.fcmp_ordered(">", low, _floats(87.0)), _floats(87.0), low)
-    k = _call(builder, f"llvm.rint.v{LANES}f32", FLOATS, builder.fmul(near, _floats(1.4426950408889634)))
+    low = builder.select(builder.fcmp_ordered("<", x, floats(-87.0)), floats(-87.0), x)
+    near = builder.select(builder.fcmp_ordered(">", low, floats(87.0)), floats(87.0), low)
+    k = call(builder, f"llvm.rint.v{LANES}f32", FLOATS, builder.fmul(near, floats(1.4426950408889634)))
     # ln 2 in two parts: the first has few enough digits for its product with k to be exact.
-    f = _fma(builder, k, _floats(-0.693359375), near)
-    f = _fma(builder, k, _floats(2.12194440e-4), f)
-    p = _floats(1.0 / 720.0)
+    f = fma(builder, k, floats(-0.693359375), near)
+    f = fma(builder, k, floats(2.12194440e-4), f)
+    p = floats(1.0 / 720.0)
     for factor in (1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0):
-        p = _fma(builder, p, f, _floats(factor))
+        p = fma(builder, p, f, floats(factor))
     # A NaN becomes some integer here, and stays a NaN in p.
     power = builder.shl(builder.add(builder.fptosi(builder.select(
-        builder.fcmp_ordered("ord", k, k), k, _floats(0.0)), INTS), _ints(127)), _ints(23))  # fmt: skip
+        builder.fcmp_ordered("ord", k, k), k, floats(0.0)), INTS), ints(127)), ints(23))  # fmt: skip
     return builder.fmul(p, builder.bitcast(power, FLOATS))
 
 
 def _bfloat16(builder: Any, x: Any) -> Any:
     """The bits of the nearest bfloat16, ties to even; NaN stays one."""
     bits = builder.bitcast(x, INTS)
-    odd = builder.and_(builder.lshr(bits, _ints(16)), _ints(1))
-    up = builder.lshr(builder.add(builder.add(bits, _ints(0x7FFF)), odd), _ints(16))
+    odd = builder.and_(builder.lshr(bits, ints(16)), ints(1))
+    up = builder.lshr(builder.add(builder.add(bits, ints(0x7FFF)), odd), ints(16))
     is_nan = builder.fcmp_unordered("uno", x, x)
-    return builder.trunc(builder.select(is_nan, _ints(0x7FC0), up), _SHORTS)
+    return builder.trunc(builder.select(is_nan, ints(0x7FC0), up), _SHORTS)
 
 
 def _silu(builder: Any, gate: Any, up: Any) -> Any:
-    below = builder.fadd(_floats(1.0), _exp(builder, builder.fneg(gate)))
+    below = builder.fadd(floats(1.0), _exp(builder, builder.fneg(gate)))
     return builder.fmul(builder.fdiv(gate, below), up)
 
 
-def _make(count: int, generate: Callable[..., None]) -> Any:
-    """An intrinsic of `count` 64-bit integers that returns nothing."""
+_ADDRESS = types.int64
+_TAKING: dict[int, Callable[[Any], Any]] = {
+    3: lambda made: lambda typingctx, a, b, c: made,
+    4: lambda made: lambda typingctx, a, b, c, d: made,
+    5: lambda made: lambda typingctx, a, b, c, d, e: made,
+    6: lambda made: lambda typingctx, a, b, c, d, e, f: made,
+    7: lambda made: lambda typingctx, a, b, c, d, e, f, g: made,
+}
+"""By the number of arguments, which Numba reads off the function itself."""
+
+
+def _make(generate: Callable[..., None], *kinds: Any) -> Any:
+    """An intrinsic of numbers of these types that returns nothing."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         generate(builder, *args)
         return context.get_dummy_value()
 
-    kind = types.void(*(types.int64,) * count)
-    if count == 3:
-        return made_intrinsic(lambda typingctx, a, b, c: (kind, build))
-    return made_intrinsic(lambda typingctx, a, b, c, d: (kind, build))
+    return made_intrinsic(_TAKING[len(kinds)]((types.void(*kinds), build)))
 
 
 def _silu_line(builder: Any, gates: Any, ups: Any, out: Any, count: Any) -> None:
@@ -147,9 +148,9 @@ def _rotate_line(builder: Any, row: Any, cos: Any, sin: Any, half: Any) -> None:
 
 
 def _top_line(builder: Any, row: Any, value: Any, index: Any, count: Any) -> None:
-    highest = cgutils.alloca_once_value(builder, _floats(float("-inf")))
-    place = cgutils.alloca_once_value(builder, _ints(0))
-    wrong = cgutils.alloca_once_value(builder, _floats(0.0))
+    highest = cgutils.alloca_once_value(builder, floats(float("-inf")))
+    place = cgutils.alloca_once_value(builder, ints(0))
+    wrong = cgutils.alloca_once_value(builder, floats(0.0))
     with _each(builder, count) as part:
         x, best = part.load(row, float("-inf")), builder.load(highest)
         above = builder.fcmp_ordered(">", x, best)
@@ -158,30 +159,88 @@ def _top_line(builder: Any, row: Any, value: Any, index: Any, count: Any) -> Non
         builder.store(builder.select(above, here, builder.load(place)), place)
         is_nan = builder.fcmp_unordered("uno", x, x)
         builder.store(builder.select(is_nan, x, builder.load(wrong)), wrong)
-    top = _call(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", FLOAT, builder.load(highest))
+    top = call(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", FLOAT, builder.load(highest))
     at_top = builder.fcmp_ordered("==", builder.load(highest), everywhere(builder, top))
-    places = builder.select(at_top, builder.load(place), _ints(2**31 - 1))
-    first = _call(builder, f"llvm.vector.reduce.smin.v{LANES}i32", I32, places)
+    places = builder.select(at_top, builder.load(place), ints(2**31 - 1))
+    first = call(builder, f"llvm.vector.reduce.smin.v{LANES}i32", I32, places)
     builder.store(builder.sext(first, I64), at(builder, index, fixed(0), I64))
     builder.store(builder.fadd(top, add_up(builder, builder.load(wrong))), at(builder, value, fixed(0), FLOAT))
 
 
-rotate_line = _make(4, _rotate_line)
+def _rms_line(builder: Any, x: Any, delta: Any, weight: Any, out: Any, width: Any, epsilon: Any) -> None:
+    (squares,) = slots(builder, 1, floats(0.0))
+    changed = builder.icmp_signed("!=", delta, fixed(0))
+    with _each(builder, width) as row:
+        value = builder.fadd(row.load(x), row.only(changed).load(delta))
+        row.store(x, value)
+        builder.store(fma(builder, value, value, builder.load(squares)), squares)
+    mean = builder.fdiv(add_up(builder, builder.load(squares)), builder.sitofp(width, FLOAT))
+    root = call(builder, "llvm.sqrt.f32", FLOAT, builder.fadd(mean, epsilon))
+    scale = everywhere(builder, builder.fdiv(ir.Constant(FLOAT, 1.0), root))
+    with _each(builder, width) as row:
+        row.store(out, builder.fmul(builder.fmul(row.load(x), scale), row.load(weight)))
+
+
+def _finish_line(builder: Any, x: Any, scales: Any, bias: Any, out: Any, count: Any) -> None:
+    scaled, biased = (builder.icmp_signed("!=", address, fixed(0)) for address in (scales, bias))
+    with _each(builder, count) as row:
+        value = builder.fmul(row.load(x), row.only(scaled).load(scales, 1.0))
+        row.store(out, builder.fadd(value, row.only(biased).load(bias)))
+
+
+def _dequantize_line(
+    builder: Any, x: Any, above: Any, scales: Any, factor: Any, bias: Any, out: Any, count: Any
+) -> None:
+    less, factors = everywhere(builder, builder.trunc(above, I32)), everywhere(builder, factor)
+    biased = builder.icmp_signed("!=", bias, fixed(0))
+    with _each(builder, count) as row:
+        whole = builder.sitofp(builder.sub(row.load(x, kind=INTS), less), FLOATS)
+        value = builder.fmul(builder.fmul(whole, row.load(scales)), factors)
+        row.store(out, builder.fadd(value, row.only(biased).load(bias)))
+
+
+rotate_line = _make(_rotate_line, *(_ADDRESS,) * 4)
 """rotate_line(row, cos, sin, half): turns the pairs (i, half + i) of a row of float32 by their angles, in place."""
 
-top_line = _make(4, _top_line)
+top_line = _make(_top_line, *(_ADDRESS,) * 4)
 """top_line(row, value, index, count): the largest of a row of float32, NaN where there is one, and the first place of
 it, int64.
 """
 
-silu_line = _make(4, _silu_line)
+silu_line = _make(_silu_line, *(_ADDRESS,) * 4)
 """silu_line(gates, ups, out, count): out = silu(gates) * ups, all float32."""
 
-silu_rounded = _make(4, _silu_rounded)
+silu_rounded = _make(_silu_rounded, *(_ADDRESS,) * 4)
 """silu_rounded(gates, ups, out, count): the same to bfloat16."""
 
-round_line = _make(3, _round_line)
+round_line = _make(_round_line, *(_ADDRESS,) * 3)
 """round_line(x, out, count): float32 to bfloat16."""
+
+rms_line = _make(_rms_line, *(_ADDRESS,) * 5, types.float32)
+"""rms_line(x, delta, weight, out, width, epsilon): x += delta, where that is not 0; out = x / rms(x) * weight."""
+
+finish_line = _make(_finish_line, *(_ADDRESS,) * 5)
+"""finish_line(x, scales, bias, out, count): out = x * scales + bias; an address 0 stands for ones, or zeros."""
+
+dequantize_line = _make(_dequantize_line, *(_ADDRESS,) * 3, types.float32, *(_ADDRESS,) * 3)
+"""dequantize_line(x, above, scales, factor, bias, out, count): out = (x - above) * scales * factor + bias of int32 x; a
+bias of 0 is none.
+"""
+
+
+@made_intrinsic
+def keep_line(typingctx: Any, kind: Any, x: Any, out: Any, count: Any) -> Any:
+    """keep_line(kind, x, out, count): float32 as the numbers of a cache: float32, or bfloat16 where kind is uint16."""
+    half = kind.dtype == types.uint16
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, source, target, number = args
+        with _each(builder, number) as row:
+            value = row.load(source)
+            row.store(target, _bfloat16(builder, value) if half else value)
+        return context.get_dummy_value()
+
+    return types.void(kind, *(_ADDRESS,) * 3), generate
 
 
 @made_intrinsic
@@ -190,19 +249,19 @@ def softmax_line(typingctx: Any, row: Any, count: Any, scale: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         address, number, factor = args
-        total = cgutils.alloca_once_value(builder, _floats(0.0))
-        highest = cgutils.alloca_once_value(builder, _floats(float("-inf")))
-        builder.store(_floats(0.0), total)
-        builder.store(_floats(float("-inf")), highest)
+        total = cgutils.alloca_once_value(builder, floats(0.0))
+        highest = cgutils.alloca_once_value(builder, floats(float("-inf")))
+        builder.store(floats(0.0), total)
+        builder.store(floats(float("-inf")), highest)
         with _each(builder, number) as row:
             x = row.load(address, float("-inf"))
-            builder.store(_call(builder, f"llvm.maxnum.v{LANES}f32", FLOATS, x, builder.load(highest)), highest)
-        top = _call(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", FLOAT, builder.load(highest))
+            builder.store(call(builder, f"llvm.maxnum.v{LANES}f32", FLOATS, x, builder.load(highest)), highest)
+        top = call(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", FLOAT, builder.load(highest))
         top, factors = everywhere(builder, top), everywhere(builder, factor)
         with _each(builder, number) as row:
             e = _exp(builder, builder.fmul(builder.fsub(row.load(address), top), factors))
             row.store(address, e)
-            builder.store(builder.fadd(builder.load(total), builder.select(row.mask, e, _floats(0.0))), total)
+            builder.store(builder.fadd(builder.load(total), builder.select(row.mask, e, floats(0.0))), total)
         share = builder.fdiv(ir.Constant(FLOAT, 1.0), add_up(builder, builder.load(total)))
         shares = everywhere(builder, share)
         with _each(builder, number) as row:
