@@ -36,7 +36,7 @@ def gradients(loss: Any, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tenso
 def test_loss_and_gradients_are_the_plain_ones(learnt: float, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 4 * 50 * 7)  # seven rows a chunk
     if compiled:
-        monkeypatch.setattr(head, "_compiled_softmax", lambda: head._fusable_softmax_loss)
+        monkeypatch.setattr(head, "_compiled_softmax", lambda: head._likelihoods)
     rows, weight, bias, labels = parts(40, 16, 50, learnt)
     plain = gradients(lambda h, w, b: F.cross_entropy(h @ w.T + b, labels, reduction="sum"), (rows, weight, bias))
     ours = gradients(lambda h, w, b: linear_cross_entropy(h, w, labels, b, compiled=compiled), (rows, weight, bias))

@@ -117,7 +117,7 @@ def linear_cross_entropy(
     if dense:
         kept = (flat != IGNORE).nonzero().squeeze(1)
         rows, flat = rows[kept], flat[kept]
-    softmax = _compiled_softmax() if compiled else _softmax_loss
+    softmax = _fused_softmax_loss if compiled else _softmax_loss
     how = partial(softmax, dense=dense) if group is None else partial(_split_softmax_loss, group=group)
     loss: torch.Tensor = _LinearCrossEntropy.apply(rows, weight, bias, flat, how)  # type: ignore[no-untyped-call]
     return loss
@@ -264,18 +264,28 @@ def _split_softmax_loss(
     return ((sums.log() - wanted) * learnt).sum(), slope.mul_(learnt.unsqueeze(1))
 
 
-@cache
-def _compiled_softmax() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    return torch.compile(_fusable_softmax_loss, dynamic=True)
+def _fused_softmax_loss(logits: torch.Tensor, labels: torch.Tensor, dense: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`_softmax_loss`, in the few passes that the compiler makes over a chunk.
 
-
-def _fusable_softmax_loss(logits: torch.Tensor, labels: torch.Tensor, dense: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`_softmax_loss`, without a scatter, so that the compiler makes few passes over a chunk of it."""
+    Labels are taken off outside: compared with every column, they would cost a third of it.
+    """
     learnt = labels != IGNORE
     index = labels.masked_fill(~learnt, 0).unsqueeze(1)
+    loss, slope = _compiled_softmax()(logits, index, learnt, dense)
+    return loss, slope.scatter_add_(1, index, -learnt.to(slope.dtype).unsqueeze(1))
+
+
+@cache
+def _compiled_softmax() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    return torch.compile(_likelihoods, dynamic=True)
+
+
+def _likelihoods(
+    logits: torch.Tensor, index: torch.Tensor, learnt: torch.Tensor, dense: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed loss of a chunk, and the softmax of its logits; zero in rows without a label, where there are any."""
     shifted = logits - logits.amax(dim=1, keepdim=True)
-    total = shifted.exp().sum(dim=1, keepdim=True)
+    weights = shifted.exp()
+    total = weights.sum(dim=1, keepdim=True)
     loss = ((total.log() - shifted.gather(1, index)).squeeze(1) * learnt).sum()
-    hot = (torch.arange(logits.shape[1], device=logits.device) == index).to(logits.dtype)
-    slope = shifted.exp() / total - hot
-    return loss, slope if dense else slope * learnt.unsqueeze(1)
+    return loss, weights / total if dense else weights / total * learnt.unsqueeze(1)
