@@ -13,9 +13,9 @@ import numpy as np
 from numba.np.numpy_support import carray
 
 from modelyard.engine.jit import kernel, part
-from modelyard.engine.lanes import address, bytes_at, clear, field, stack
 from modelyard.engine.tiles import BIAS, COLUMNS, DEPTH, PANEL, ROWS, WEIGHTS, amx_begin, amx_end, amx_tile
 from modelyard.engine.vectors import finish_line, round_line, silu_rounded
+from modelyard.lanes import address, bytes_at, clear, field, stack
 
 HIGH = 32
 """Rows of x a tile takes: two registers of 16."""

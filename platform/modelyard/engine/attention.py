@@ -13,7 +13,8 @@ from llvmlite import ir
 from numba.core import cgutils, types
 
 from modelyard.engine.jit import kernel, part
-from modelyard.engine.lanes import (
+from modelyard.engine.vectors import softmax_line
+from modelyard.lanes import (
     FLOAT,
     FLOATS,
     I8,
@@ -35,7 +36,6 @@ from modelyard.engine.lanes import (
     slots,
     store,
 )
-from modelyard.engine.vectors import softmax_line
 
 _TILE = 16
 """Keys of a tile of scores: as many sums as registers hold."""

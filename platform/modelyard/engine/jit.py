@@ -10,7 +10,7 @@ from modelyard.jit import compiler
 
 _FAST = {"reassoc", "contract", "arcp", "nsz"}  # not nnan or ninf: what is not finite must stay visible
 _FILES = (
-    "amx.py", "attention.py", "jit.py", "kernels.py", "lanes.py", "products.py", "step.py", "tiles.py", "vectors.py",
+    "../lanes.py", "amx.py", "attention.py", "jit.py", "kernels.py", "products.py", "step.py", "tiles.py", "vectors.py",
 )  # fmt: skip
 """All sources of kernels: they call each other across files."""
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from modelyard.engine.jit import kernel, part
-from modelyard.engine.lanes import address
 from modelyard.engine.vectors import keep_line, rms_line, rotate_line, silu_line, top_line
+from modelyard.lanes import address
 
 
 @part

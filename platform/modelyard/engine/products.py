@@ -23,7 +23,6 @@ from torch import Tensor
 
 from modelyard.engine import amx
 from modelyard.engine.jit import kernel, part
-from modelyard.engine.lanes import HAS_AMX, HAS_VNNI, address, bytes_at, field, floats_at, integers_at, stack
 from modelyard.engine.tiles import (
     BIAS,
     BLOCK,
@@ -38,6 +37,7 @@ from modelyard.engine.tiles import (
     vnni_tile,
 )
 from modelyard.engine.vectors import dequantize_line, finish_line
+from modelyard.lanes import HAS_AMX, HAS_VNNI, address, bytes_at, field, floats_at, integers_at, stack
 
 HALF, BFLOAT16, INT8, INT8_VNNI, BFLOAT16_AMX = range(5)
 

@@ -14,11 +14,11 @@ from modelyard.engine.attention import attend_rows
 from modelyard.engine.checkpoint import DecoderConfig
 from modelyard.engine.jit import kernel, part
 from modelyard.engine.kernels import norm_rows, rotate_rows, silu_rows
-from modelyard.engine.lanes import address, field
 from modelyard.engine.products import Matrix, room_bytes, run
 from modelyard.engine.tiles import BLOCK, DEPTH, FIELDS, ROWS
 from modelyard.engine.vectors import keep_line
 from modelyard.engine.weights import Mlp, Weights
+from modelyard.lanes import address, field
 
 _QKV, _OUT, _UP, _DOWN = range(4)
 

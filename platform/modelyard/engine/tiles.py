@@ -15,7 +15,7 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 from numba.core import cgutils, types
 
-from modelyard.engine.lanes import (
+from modelyard.lanes import (
     BYTE,
     FLOAT,
     FLOATS,

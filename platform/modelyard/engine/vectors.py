@@ -5,15 +5,13 @@ Each is a Numba intrinsic on addresses, for any count; what is not finite stays 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils, types
 
-from modelyard.engine.lanes import (
+from modelyard.lanes import (
     FLOAT,
     FLOATS,
     I16,
@@ -21,72 +19,22 @@ from modelyard.engine.lanes import (
     I64,
     INTS,
     LANES,
-    MASK,
     add_up,
     at,
     call,
+    each,
     everywhere,
-    first_lanes,
+    exp,
     fixed,
     floats,
     fma,
     ints,
-    load,
     made_intrinsic,
     slots,
-    store,
 )
 
 _SHORTS = ir.VectorType(I16, LANES)
 _LANE = ir.Constant(INTS, list(range(LANES)))
-
-
-@dataclass
-class _Row:
-    """Sixteen numbers of a row: the index of the first, and which of the sixteen there are."""
-
-    builder: Any
-    first: Any
-    mask: Any
-
-    def load(self, address: Any, otherwise: float = 0.0, kind: ir.Type = FLOATS) -> Any:
-        where = self.builder.add(address, self.builder.mul(self.first, fixed(4)))
-        return load(self.builder, where, kind, self.mask, otherwise)
-
-    def only(self, wanted: Any) -> _Row:
-        """The same, none of them where `wanted` is not so."""
-        nothing = ir.Constant(MASK, [0] * LANES)
-        return _Row(self.builder, self.first, self.builder.select(wanted, self.mask, nothing))
-
-    def store(self, address: Any, value: Any) -> None:
-        size = 4 if value.type == FLOATS else 2
-        store(self.builder, self.builder.add(address, self.builder.mul(self.first, fixed(size))), value, self.mask)
-
-
-@contextmanager
-def _each(builder: Any, count: Any) -> Iterator[_Row]:
-    """A loop over `count` numbers."""
-    steps = builder.sdiv(builder.add(count, fixed(LANES - 1)), fixed(LANES))
-    with cgutils.for_range(builder, steps, intp=I64) as loop:
-        first = builder.mul(loop.index, fixed(LANES))
-        yield _Row(builder, first, first_lanes(builder, builder.sub(count, first)))
-
-
-def _exp(builder: Any, x: Any) -> Any:
-    """exp to 2e-7: 2^k times a polynomial."""
-    low = builder.select(builder.fcmp_ordered("<", x, floats(-87.0)), floats(-87.0), x)
-    near = builder.select(builder.fcmp_ordered(">", low, floats(87.0)), floats(87.0), low)
-    k = call(builder, f"llvm.rint.v{LANES}f32", FLOATS, builder.fmul(near, floats(1.4426950408889634)))
-    # ln 2 in two parts: the first has few enough digits for its product with k to be exact.
-    f = fma(builder, k, floats(-0.693359375), near)
-    f = fma(builder, k, floats(2.12194440e-4), f)
-    p = floats(1.0 / 720.0)
-    for factor in (1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0):
-        p = fma(builder, p, f, floats(factor))
-    # A NaN becomes some integer here, and stays a NaN in p.
-    power = builder.shl(builder.add(builder.fptosi(builder.select(
-        builder.fcmp_ordered("ord", k, k), k, floats(0.0)), INTS), ints(127)), ints(23))  # fmt: skip
-    return builder.fmul(p, builder.bitcast(power, FLOATS))
 
 
 def _bfloat16(builder: Any, x: Any) -> Any:
@@ -99,7 +47,7 @@ def _bfloat16(builder: Any, x: Any) -> Any:
 
 
 def _silu(builder: Any, gate: Any, up: Any) -> Any:
-    below = builder.fadd(floats(1.0), _exp(builder, builder.fneg(gate)))
+    below = builder.fadd(floats(1.0), exp(builder, builder.fneg(gate)))
     return builder.fmul(builder.fdiv(gate, below), up)
 
 
@@ -125,23 +73,23 @@ def _make(generate: Callable[..., None], *kinds: Any) -> Any:
 
 
 def _silu_line(builder: Any, gates: Any, ups: Any, out: Any, count: Any) -> None:
-    with _each(builder, count) as row:
+    with each(builder, count) as row:
         row.store(out, _silu(builder, row.load(gates), row.load(ups)))
 
 
 def _silu_rounded(builder: Any, gates: Any, ups: Any, out: Any, count: Any) -> None:
-    with _each(builder, count) as row:
+    with each(builder, count) as row:
         row.store(out, _bfloat16(builder, _silu(builder, row.load(gates), row.load(ups))))
 
 
 def _round_line(builder: Any, x: Any, out: Any, count: Any) -> None:
-    with _each(builder, count) as row:
+    with each(builder, count) as row:
         row.store(out, _bfloat16(builder, row.load(x)))
 
 
 def _rotate_line(builder: Any, row: Any, cos: Any, sin: Any, half: Any) -> None:
     upper = builder.add(row, builder.mul(half, fixed(4)))
-    with _each(builder, half) as part:
+    with each(builder, half) as part:
         a, b, c, s = (part.load(address) for address in (row, upper, cos, sin))
         part.store(row, builder.fsub(builder.fmul(a, c), builder.fmul(b, s)))
         part.store(upper, builder.fadd(builder.fmul(b, c), builder.fmul(a, s)))
@@ -151,7 +99,7 @@ def _top_line(builder: Any, row: Any, value: Any, index: Any, count: Any) -> Non
     highest = cgutils.alloca_once_value(builder, floats(float("-inf")))
     place = cgutils.alloca_once_value(builder, ints(0))
     wrong = cgutils.alloca_once_value(builder, floats(0.0))
-    with _each(builder, count) as part:
+    with each(builder, count) as part:
         x, best = part.load(row, float("-inf")), builder.load(highest)
         above = builder.fcmp_ordered(">", x, best)
         here = builder.add(_LANE, everywhere(builder, builder.trunc(part.first, I32)))
@@ -170,20 +118,20 @@ def _top_line(builder: Any, row: Any, value: Any, index: Any, count: Any) -> Non
 def _rms_line(builder: Any, x: Any, delta: Any, weight: Any, out: Any, width: Any, epsilon: Any) -> None:
     (squares,) = slots(builder, 1, floats(0.0))
     changed = builder.icmp_signed("!=", delta, fixed(0))
-    with _each(builder, width) as row:
+    with each(builder, width) as row:
         value = builder.fadd(row.load(x), row.only(changed).load(delta))
         row.store(x, value)
         builder.store(fma(builder, value, value, builder.load(squares)), squares)
     mean = builder.fdiv(add_up(builder, builder.load(squares)), builder.sitofp(width, FLOAT))
     root = call(builder, "llvm.sqrt.f32", FLOAT, builder.fadd(mean, epsilon))
     scale = everywhere(builder, builder.fdiv(ir.Constant(FLOAT, 1.0), root))
-    with _each(builder, width) as row:
+    with each(builder, width) as row:
         row.store(out, builder.fmul(builder.fmul(row.load(x), scale), row.load(weight)))
 
 
 def _finish_line(builder: Any, x: Any, scales: Any, bias: Any, out: Any, count: Any) -> None:
     scaled, biased = (builder.icmp_signed("!=", address, fixed(0)) for address in (scales, bias))
-    with _each(builder, count) as row:
+    with each(builder, count) as row:
         value = builder.fmul(row.load(x), row.only(scaled).load(scales, 1.0))
         row.store(out, builder.fadd(value, row.only(biased).load(bias)))
 
@@ -193,7 +141,7 @@ def _dequantize_line(
 ) -> None:
     less, factors = everywhere(builder, builder.trunc(above, I32)), everywhere(builder, factor)
     biased = builder.icmp_signed("!=", bias, fixed(0))
-    with _each(builder, count) as row:
+    with each(builder, count) as row:
         whole = builder.sitofp(builder.sub(row.load(x, kind=INTS), less), FLOATS)
         value = builder.fmul(builder.fmul(whole, row.load(scales)), factors)
         row.store(out, builder.fadd(value, row.only(biased).load(bias)))
@@ -235,7 +183,7 @@ def keep_line(typingctx: Any, kind: Any, x: Any, out: Any, count: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _, source, target, number = args
-        with _each(builder, number) as row:
+        with each(builder, number) as row:
             value = row.load(source)
             row.store(target, _bfloat16(builder, value) if half else value)
         return context.get_dummy_value()
@@ -253,18 +201,18 @@ def softmax_line(typingctx: Any, row: Any, count: Any, scale: Any) -> Any:
         highest = cgutils.alloca_once_value(builder, floats(float("-inf")))
         builder.store(floats(0.0), total)
         builder.store(floats(float("-inf")), highest)
-        with _each(builder, number) as row:
+        with each(builder, number) as row:
             x = row.load(address, float("-inf"))
             builder.store(call(builder, f"llvm.maxnum.v{LANES}f32", FLOATS, x, builder.load(highest)), highest)
         top = call(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", FLOAT, builder.load(highest))
         top, factors = everywhere(builder, top), everywhere(builder, factor)
-        with _each(builder, number) as row:
-            e = _exp(builder, builder.fmul(builder.fsub(row.load(address), top), factors))
+        with each(builder, number) as row:
+            e = exp(builder, builder.fmul(builder.fsub(row.load(address), top), factors))
             row.store(address, e)
             builder.store(builder.fadd(builder.load(total), builder.select(row.mask, e, floats(0.0))), total)
         share = builder.fdiv(ir.Constant(FLOAT, 1.0), add_up(builder, builder.load(total)))
         shares = everywhere(builder, share)
-        with _each(builder, number) as row:
+        with each(builder, number) as row:
             row.store(address, builder.fmul(row.load(address), shares))
         return context.get_dummy_value()
 

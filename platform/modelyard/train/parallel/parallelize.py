@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from modelyard.errors import RecipeError
 from modelyard.models.nf4 import quantized_layers
+from modelyard.train.cpu_attention import use_kernels
 from modelyard.train.fp8 import to_fp8
 from modelyard.train.fused import fuse
 from modelyard.train.options import TrainOptions
@@ -57,6 +58,8 @@ def parallelize(model: nn.Module, options: TrainOptions, world: World) -> Strate
     sizes = degrees(options.parallel, world.size)
     if options.attention == "flex":
         use_flex(model, world.device)
+    else:
+        use_kernels(model, world.device)
     if options.precision == "fp8":
         _check_fp8(model)
         to_fp8(blocks(model), world.device)

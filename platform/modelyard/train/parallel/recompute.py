@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import modelyard.train.cpu_attention  # noqa: F401  defines an operator
+
 _KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -17,6 +19,7 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.modelyard.causal_attention.default,
 }
 """Operators whose results selective recomputation keeps: dear to compute, one tensor each."""
 

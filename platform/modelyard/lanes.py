@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -98,6 +100,54 @@ def store(builder: Any, address: Any, value: Any, mask: Any) -> None:
     where = builder.inttoptr(address, value.type.as_pointer())
     name = f"llvm.masked.store.v{LANES}{name}.p0"
     call(builder, name, ir.VoidType(), value, where, ir.Constant(I32, size), mask)
+
+
+@dataclass
+class Row:
+    """Sixteen numbers of a row: the index of the first, and which of the sixteen there are."""
+
+    builder: Any
+    first: Any
+    mask: Any
+
+    def load(self, address: Any, otherwise: float = 0.0, kind: ir.Type = FLOATS) -> Any:
+        where = self.builder.add(address, self.builder.mul(self.first, fixed(4)))
+        return load(self.builder, where, kind, self.mask, otherwise)
+
+    def only(self, wanted: Any) -> Row:
+        """The same, none of them where `wanted` is not so."""
+        nothing = ir.Constant(MASK, [0] * LANES)
+        return Row(self.builder, self.first, self.builder.select(wanted, self.mask, nothing))
+
+    def store(self, address: Any, value: Any) -> None:
+        size = 4 if value.type == FLOATS else 2
+        store(self.builder, self.builder.add(address, self.builder.mul(self.first, fixed(size))), value, self.mask)
+
+
+@contextmanager
+def each(builder: Any, count: Any) -> Iterator[Row]:
+    """A loop over `count` numbers."""
+    steps = builder.sdiv(builder.add(count, fixed(LANES - 1)), fixed(LANES))
+    with cgutils.for_range(builder, steps, intp=I64) as loop:
+        first = builder.mul(loop.index, fixed(LANES))
+        yield Row(builder, first, first_lanes(builder, builder.sub(count, first)))
+
+
+def exp(builder: Any, x: Any) -> Any:
+    """exp to 2e-7: 2^k times a polynomial."""
+    low = builder.select(builder.fcmp_ordered("<", x, floats(-87.0)), floats(-87.0), x)
+    near = builder.select(builder.fcmp_ordered(">", low, floats(87.0)), floats(87.0), low)
+    k = call(builder, f"llvm.rint.v{LANES}f32", FLOATS, builder.fmul(near, floats(1.4426950408889634)))
+    # ln 2 in two parts: the first has few enough digits for its product with k to be exact.
+    f = fma(builder, k, floats(-0.693359375), near)
+    f = fma(builder, k, floats(2.12194440e-4), f)
+    p = floats(1.0 / 720.0)
+    for factor in (1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0):
+        p = fma(builder, p, f, floats(factor))
+    # A NaN becomes some integer here, and stays a NaN in p.
+    power = builder.shl(builder.add(builder.fptosi(builder.select(
+        builder.fcmp_ordered("ord", k, k), k, floats(0.0)), INTS), ints(127)), ints(23))  # fmt: skip
+    return builder.fmul(p, builder.bitcast(power, FLOATS))
 
 
 def add_up(builder: Any, vector: Any) -> Any:
