@@ -27,7 +27,7 @@ from modelyard.models.presets import PRESETS
 from modelyard.tokens import Sequences, TokenWriter
 
 MODEL, LENGTH, VOCABULARY, BATCH = "llama-15m", 256, 8192, 8
-STEPS, ROUNDS, TARGET, COMPILED_TARGET = 2, 9, 0.98, 1.15
+STEPS, ROUNDS, TARGET, COMPILED_TARGET = 1, 25, 0.98, 1.15
 HERE = Path(__file__).resolve().parent
 PEERS = CHECKOUT / ".venv-bench" / "bin" / "python"
 SIDES = {"ours": sys.executable, "compiled": sys.executable, "bare": sys.executable, "hf_trainer": sys.executable,
