@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "train"), str(HERE.parent / "stages")]
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
-MODEL, BATCH, STEPS, REPEATS, TARGET = "llama-8m", 8, 16, 3, 1.03
+MODEL, BATCH, STEPS, REPEATS, TARGET = "llama-8m", 8, 40, 4, 1.03
 FIRST = 4
 """CPU time is counted from this step to the last."""
 
