@@ -48,7 +48,10 @@ async def ask(client: httpx.AsyncClient, prompt: int, known: dict[int, str], *, 
             answer = await client.post("/v1/completions", json=body(prompt, stream=False))
             if answer.status_code != 200:
                 return f"lost: {answer.status_code}"
-            return "right" if answer.json()["choices"][0]["text"] == known[prompt] else "wrong"
+            text = answer.json()["choices"][0]["text"]
+            if text != known[prompt]:
+                say(f"  wrong, whole: {prompt} {answer.json()!r} is not {known[prompt]!r}")
+            return "right" if text == known[prompt] else "wrong"
         text, ended, failed = "", False, False
         async with client.stream("POST", "/v1/completions", json=body(prompt, stream=True)) as answer:
             if answer.status_code != 200:
@@ -62,6 +65,7 @@ async def ask(client: httpx.AsyncClient, prompt: int, known: dict[int, str], *, 
     except httpx.HTTPError as error:
         return f"lost: {type(error).__name__}"
     if not known[prompt].startswith(text) or (not failed and ended and text != known[prompt]):
+        say(f"  wrong, stream: {prompt} {text!r} is not {known[prompt]!r}; failed {failed} ended {ended}")
         return "wrong"
     if failed:
         return "begun" if text and ended else "lost: error before the first token"

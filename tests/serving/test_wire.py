@@ -171,6 +171,46 @@ def test_what_a_lost_replica_had_said_does_not_reach_the_next_attempt(run: Run) 
     run(use())
 
 
+@pytest.mark.parametrize("way", ["wire", "its own call", "the first was slow"])
+def test_a_call_that_serve_gives_to_another_replica_is_not_answered_twice(run: Run, way: str) -> None:
+    """Serve asks another replica when one dies before Serve has heard that it took the call."""
+
+    async def messages(*told: Any) -> AsyncIterator[Any]:
+        for message in told:
+            yield message
+
+    async def use() -> None:
+        async with connected() as (lost, receiver, _, _):
+            other = Exchange()
+            address = await other.open("r2", "127.0.0.1")
+            backend = object.__new__(ServeBackend)
+            backend._receiver = receiver
+            call, box = receiver.expect()
+            begun, again = StepOutput((1,), "begun"), StepOutput((1,), "begun", finish="length")
+            if way == "the first was slow":
+                await backend._follow(messages(address, begun), call, box)
+                lost.put(call, again, Mailbox())
+            else:
+                lost.put(call, begun, Mailbox())
+                await until(lambda: box._merged is not None)
+                if way == "wire":
+                    receiver.connect(address)
+                    (await until(lambda: other.to("c1"))).put(call, again, Mailbox())
+                else:
+                    await backend._follow(messages(address, again), call, box)
+            await until(lambda: box._failure is not None)
+            assert (await box.get()).text == "begun"
+            with pytest.raises(WireLost):
+                await box.get()
+            assert not box.complete
+            # Of the replica that had begun everything is taken, on a new wire too; and a call that is over is no more.
+            receiver.forget(call)
+            assert receiver.claim(call, "r2")
+            other.close()
+
+    run(use())
+
+
 def test_a_mailbox_gives_what_came_before_the_error(run: Run) -> None:
     async def use() -> None:
         box = Mailbox()
@@ -195,10 +235,10 @@ def test_a_call_over_before_serve_looked_is_no_lost_replica(run: Run) -> None:
         backend: Any = ServeBackend.__new__(ServeBackend)
         box, lost = Mailbox(), Mailbox()
         box.put(StepOutput((1,), "a"))
-        await backend._follow(responses("OK"), box)
+        await backend._follow(responses("OK"), 1, box)
         box.put(StepOutput((2,), "b", finish="length"))
         assert (await box.get()).text == "ab" and box.complete
-        await backend._follow(responses("UNAVAILABLE"), lost)
+        await backend._follow(responses("UNAVAILABLE"), 1, lost)
         with pytest.raises(RuntimeError, match="UNAVAILABLE"):
             await lost.get()
 

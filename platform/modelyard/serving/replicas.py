@@ -159,7 +159,7 @@ class ServeBackend:
             started = over = False
             call, box = self._receiver.expect()
             responses: Any = self._handle.remote(request, self._caller, call)
-            follower = asyncio.create_task(self._follow(responses, box))
+            follower = asyncio.create_task(self._follow(responses, call, box))
             self._followers.add(follower)
             follower.add_done_callback(self._followers.discard)
             try:
@@ -182,14 +182,20 @@ class ServeBackend:
                     follower.cancel()
                     responses.cancel()
 
-    async def _follow(self, responses: Any, box: Mailbox) -> None:
+    async def _follow(self, responses: Any, call: int, box: Mailbox) -> None:
         """Reads a request's own call to its end: outputs that no wire carries, errors, and where to open a wire."""
+        speaker = "unnamed"
         try:
             async for message in responses:
                 if isinstance(message, Address):
+                    speaker = message.replica
                     self._receiver.connect(message)
-                else:
+                    again = self._receiver.elsewhere(call, speaker)
+                elif not (again := not self._receiver.claim(call, speaker)):
                     box.put(message)
+                if again:  # Serve lost the replica that had begun and asks another one
+                    box.fail(WireLost())
+                    return
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():

@@ -195,7 +195,8 @@ class Receiver:
     """The caller's ends of its wires to all replicas, and who waits for what. Belongs to one event loop.
 
     A call has a number of its own, because a request may be asked for again while the wire of a replica that died
-    still holds what it had said.
+    still holds what it had said. Serve itself asks another replica when one dies before Serve has heard that it took
+    the call, though its outputs may be here: a call belongs to the replica whose output came first.
 
     Args:
         caller: its name, without spaces.
@@ -204,6 +205,7 @@ class Receiver:
     def __init__(self, caller: str) -> None:
         self._caller = caller
         self.boxes: dict[int, Mailbox] = {}
+        self._sources: dict[int, str] = {}
         self._wires: dict[str, asyncio.Task[None]] = {}
         self._numbers = itertools.count(1)
 
@@ -216,6 +218,15 @@ class Receiver:
     def forget(self, call: int) -> None:
         """A call is over."""
         self.boxes.pop(call, None)
+        self._sources.pop(call, None)
+
+    def claim(self, call: int, replica: str) -> bool:
+        """Whether a call's output may come from `replica`: from then on it may come from no other."""
+        return self._sources.setdefault(call, replica) == replica
+
+    def elsewhere(self, call: int, replica: str) -> bool:
+        """Whether another replica's output has come."""
+        return self._sources.get(call, replica) != replica
 
     def connect(self, address: Address) -> None:
         """Opens a wire to a replica unless there is one."""
@@ -228,7 +239,7 @@ class Receiver:
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
         try:
             async with asyncio.timeout(HELLO_SECONDS):
-                make = partial(_Reader, self.boxes, address.answered, ended)
+                make = partial(_Reader, self, address.replica, address.answered, ended)
                 transport, _ = await loop.create_connection(make, address.host, address.port)
         except OSError as error:  # TimeoutError is one
             log.warning("no wire to replica %s at %s:%d (%s): its outputs come one by one", address.replica,
@@ -247,13 +258,14 @@ class _Reader(asyncio.Protocol):
     """The caller's end of one wire.
 
     Args:
-        boxes: where outputs go, by call; those nobody waits for are dropped.
+        receiver: has the boxes where outputs go, by call; those nobody waits for are dropped.
+        replica: name of the other end.
         answered: what the other end says first if it is the replica.
         ended: told of the end.
     """
 
-    def __init__(self, boxes: dict[int, Mailbox], answered: str, ended: asyncio.Event) -> None:
-        self._boxes, self._answered, self._ended = boxes, line(answered), ended
+    def __init__(self, receiver: Receiver, replica: str, answered: str, ended: asyncio.Event) -> None:
+        self._receiver, self._replica, self._answered, self._ended = receiver, replica, line(answered), ended
         self._known, self._rest = False, b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -272,9 +284,13 @@ class _Reader(asyncio.Protocol):
 
     def _take(self, found: bytes) -> None:
         for call, values in json.loads(found):
-            box = self._boxes.get(call)
-            if box is not None:
+            box = self._receiver.boxes.get(call)
+            if box is None:
+                continue
+            if self._receiver.claim(call, self._replica):
                 box.put(unpack(values))
+            else:  # the whole answer again, from its beginning
+                box.fail(WireLost())
 
     def connection_lost(self, error: Exception | None) -> None:
         self._ended.set()
