@@ -49,9 +49,10 @@ async def ask(client: httpx.AsyncClient, prompt: int, known: dict[int, str], *, 
             if answer.status_code != 200:
                 return f"lost: {answer.status_code}"
             text = answer.json()["choices"][0]["text"]
-            if text != known[prompt]:
-                say(f"  wrong, whole: {prompt} {answer.json()!r} is not {known[prompt]!r}")
-            return "right" if text == known[prompt] else "wrong"
+            if text == known[prompt]:
+                return "right"
+            say(f"  wrong, whole: {prompt} {answer.json()!r} is not {known[prompt]!r}")
+            return "wrong"
         text, ended, failed = "", False, False
         async with client.stream("POST", "/v1/completions", json=body(prompt, stream=True)) as answer:
             if answer.status_code != 200:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-from modelyard.train.head import CHUNK_BYTES, IGNORE, output_layer, replaced, split_over
+from modelyard.train.head import CHUNK_BYTES, IGNORE, output_layer, own_parts, placed, replaced, split_over
 from modelyard.train.parallel import exchange
 
 
@@ -78,8 +78,7 @@ class _FusedScores:
         group = split_over(self._head)
         if hidden.shape[:-1] != self._labels.shape:
             return type(self._head).forward(self._head, hidden)
-        parts = (self._head.weight, self._head.bias)
-        weight, bias = (p.to_local() if group and isinstance(p, DTensor) else p for p in parts)
+        weight, bias = own_parts(self._head)
         if isinstance(weight, DTensor) or isinstance(hidden, DTensor):
             return F.linear(hidden, weight, bias)
         flat = self._labels.reshape(-1)
@@ -122,7 +121,7 @@ class _LinearScores(torch.autograd.Function):
             for start in range(0, len(rows), ctx.size):
                 part = slice(start, start + ctx.size)
                 logs = _logs(rows[part].to(dtype), matrix, bias, temperature, group)
-                index, here = _placed(labels[part], logs.shape[1], group)
+                index, here = placed(labels[part], logs.shape[1], group)
                 found[part] = logs.gather(1, index).squeeze(1) * here
                 entropy[part] = _entropy(logs)
         if group is not None:
@@ -146,7 +145,7 @@ class _LinearScores(torch.autograd.Function):
                 part = slice(start, start + ctx.size)
                 x = rows[part].to(ctx.dtype)
                 logits = _logs(x, matrix, bias, ctx.temperature, ctx.group).exp_().neg_()
-                index, here = _placed(labels[part], logits.shape[1], ctx.group)
+                index, here = placed(labels[part], logits.shape[1], ctx.group)
                 logits.scatter_add_(1, index, here.to(logits.dtype).unsqueeze(1))
                 logits.mul_(slope[part].unsqueeze(1) / ctx.temperature)
                 if offset is not None:
@@ -178,13 +177,6 @@ def _logs(
     sums = logits.exp().sum(dim=1, keepdim=True)
     dist.all_reduce(sums, group=group)
     return logits - sums.log()
-
-
-def _placed(labels: torch.Tensor, columns: int, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Column of each label [N, 1] among this worker's, and whether it is there [N]; else column 0."""
-    at = labels if group is None else labels - columns * dist.get_rank(group)
-    here = (at >= 0) & (at < columns)
-    return at.masked_fill(~here, 0).unsqueeze(1), here
 
 
 def document_sums(values: torch.Tensor, documents: torch.Tensor, count: int) -> torch.Tensor:

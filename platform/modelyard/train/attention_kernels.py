@@ -55,16 +55,25 @@ _DEPTH = 96
 """Rows of the right matrix that a pass of tiles shares: they stay in the first cache."""
 
 
-def _tile(rows: int, wide: int) -> Any:
-    """tile(A, am, ak, B, bk, C, cm, depth, add): C [rows, 16 wide] = (C if add) + sum over k of A[m, k] B[k].
+_FOUR, _ONE = (0, 0, 0, 0), (0,)
+"""Vectors of a panel. Kernels are compiled for the length of such a tuple; what it holds is nothing."""
+
+
+def _tile(rows: int) -> Any:
+    """tile(vectors, A, am, ak, B, bk, C, cm, depth, add): C [rows, 16 of each of vectors] = (C if add) + sum over k of
+    A[m, k] B[k].
 
     am, ak, bk, cm: bytes from a row or column to the next.
     """
 
     @made_intrinsic
-    def tile(typingctx: Any, a: Any, am: Any, ak: Any, b: Any, bk: Any, c: Any, cm: Any, depth: Any, add: Any) -> Any:
+    def tile(
+        typingctx: Any, vectors: Any, a: Any, am: Any, ak: Any, b: Any, bk: Any, c: Any, cm: Any, depth: Any, add: Any
+    ) -> Any:
+        wide = len(vectors)
+
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            a, am, ak, b, bk, c, cm, depth, add = args
+            _, a, am, ak, b, bk, c, cm, depth, add = args
             held = [slots(builder, wide, floats(0.0)) for _ in range(rows)]
             places = [
                 [builder.add(builder.add(c, builder.mul(cm, fixed(m))), fixed(64 * w)) for w in range(wide)]
@@ -83,52 +92,36 @@ def _tile(rows: int, wide: int) -> Any:
                     one = everywhere(builder, builder.load(at(builder, starts[m], column, FLOAT)))
                     for w in range(wide):
                         builder.store(fma(builder, one, numbers[w], builder.load(held[m][w])), held[m][w])
-            for m in range(rows):
-                for w in range(wide):
-                    builder.store(
-                        builder.load(held[m][w]), builder.inttoptr(places[m][w], FLOATS.as_pointer()), align=4
-                    )
+            for line, sums in zip(places, held, strict=True):
+                for place, total in zip(line, sums, strict=True):
+                    where = builder.inttoptr(place, FLOATS.as_pointer())
+                    builder.store(builder.load(total), where, align=4)
             return context.get_dummy_value()
 
-        return types.void(*(types.int64,) * 9), generate
+        return types.void(vectors, *(types.int64,) * 9), generate
 
     return tile
 
 
-_t64, _t44, _t24, _t14 = (_tile(rows, 4) for rows in (6, 4, 2, 1))
-_t61, _t41, _t21, _t11 = (_tile(rows, 1) for rows in (6, 4, 2, 1))
+_tile_6, _tile_4, _tile_2, _tile_1 = (_tile(rows) for rows in (6, 4, 2, 1))
 
 
 @_part
-def _panel4(a: int, am: int, ak: int, b: int, bk: int, c: int, cm: int, rows: int, depth: int, add: int) -> None:
+def _panel(
+    vectors: Any, a: int, am: int, ak: int, b: int, bk: int, c: int, cm: int, rows: int, depth: int, add: int
+) -> None:
     m = 0
     while m + 6 <= rows:
-        _t64(a + m * am, am, ak, b, bk, c + m * cm, cm, depth, add)
+        _tile_6(vectors, a + m * am, am, ak, b, bk, c + m * cm, cm, depth, add)
         m += 6
     if m + 4 <= rows:
-        _t44(a + m * am, am, ak, b, bk, c + m * cm, cm, depth, add)
+        _tile_4(vectors, a + m * am, am, ak, b, bk, c + m * cm, cm, depth, add)
         m += 4
     if m + 2 <= rows:
-        _t24(a + m * am, am, ak, b, bk, c + m * cm, cm, depth, add)
+        _tile_2(vectors, a + m * am, am, ak, b, bk, c + m * cm, cm, depth, add)
         m += 2
     if m < rows:
-        _t14(a + m * am, am, ak, b, bk, c + m * cm, cm, depth, add)
-
-
-@_part
-def _panel1(a: int, am: int, ak: int, b: int, bk: int, c: int, cm: int, rows: int, depth: int, add: int) -> None:
-    m = 0
-    while m + 6 <= rows:
-        _t61(a + m * am, am, ak, b, bk, c + m * cm, cm, depth, add)
-        m += 6
-    if m + 4 <= rows:
-        _t41(a + m * am, am, ak, b, bk, c + m * cm, cm, depth, add)
-        m += 4
-    if m + 2 <= rows:
-        _t21(a + m * am, am, ak, b, bk, c + m * cm, cm, depth, add)
-        m += 2
-    if m < rows:
-        _t11(a + m * am, am, ak, b, bk, c + m * cm, cm, depth, add)
+        _tile_1(vectors, a + m * am, am, ak, b, bk, c + m * cm, cm, depth, add)
 
 
 @_part
@@ -140,10 +133,10 @@ def _product(
         some, more = min(_DEPTH, depth - k), 1 if k else add
         left, n = a + k * ak, 0
         while n + 64 <= columns:
-            _panel4(left, am, ak, b + k * bk + n * 4, bk, c + n * 4, cm, rows, some, more)
+            _panel(_FOUR, left, am, ak, b + k * bk + n * 4, bk, c + n * 4, cm, rows, some, more)
             n += 64
         while n < columns:
-            _panel1(left, am, ak, b + k * bk + n * 4, bk, c + n * 4, cm, rows, some, more)
+            _panel(_ONE, left, am, ak, b + k * bk + n * 4, bk, c + n * 4, cm, rows, some, more)
             n += 16
 
 

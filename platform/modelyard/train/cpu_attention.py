@@ -116,11 +116,7 @@ def causal_attention(
     return out, sizes
 
 
-@causal_attention.register_fake
-def _(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor | None, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _results(query)
+causal_attention.register_fake(lambda query, *_: _results(query))
 
 
 @torch.library.custom_op("modelyard::causal_attention_backward", mutates_args=())
@@ -142,17 +138,7 @@ def _backward(
     return found
 
 
-@_backward.register_fake
-def _(
-    slope: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    starts: torch.Tensor | None,
-    sizes: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _like(query, torch.empty), _like(key, torch.empty), _like(value, torch.empty)
+_backward.register_fake(lambda _, *inputs: tuple(_like(x, torch.empty) for x in inputs[:3]))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:

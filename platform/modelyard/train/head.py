@@ -138,6 +138,21 @@ def split_over(head: nn.Module) -> dist.ProcessGroup | None:
     return group
 
 
+def own_parts(head: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of an output layer, this worker's rows of them where the vocabulary is split."""
+    split = split_over(head) is not None
+    weight, bias = (p.to_local() if split and isinstance(p, DTensor) else p for p in (head.weight, head.bias))
+    return weight, bias
+
+
+def placed(labels: torch.Tensor, columns: int, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Column of each label among this worker's `columns` of the vocabulary, [N, 1] and 0 where it is not there, and
+    whether it is, bool [N]."""
+    at = labels if group is None else labels - columns * dist.get_rank(group)
+    here = (at >= 0) & (at < columns)
+    return at.masked_fill(~here, 0).unsqueeze(1), here
+
+
 class _FusedHead:
     """Stands in for the output layer's `forward` during one call of the model."""
 
@@ -149,8 +164,7 @@ class _FusedHead:
         group = split_over(self._head)
         if hidden.shape[:-1] != self._labels.shape:
             return type(self._head).forward(self._head, hidden)
-        parts = (self._head.weight, self._head.bias)
-        weight, bias = (p.to_local() if group and isinstance(p, DTensor) else p for p in parts)
+        weight, bias = own_parts(self._head)
         if isinstance(weight, DTensor) or isinstance(hidden, DTensor):
             return F.linear(hidden, weight, bias)
         self.loss = linear_cross_entropy(
@@ -251,9 +265,7 @@ def _split_softmax_loss(
     logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`_softmax_loss` for this worker's columns [C, V / n]; the loss is that of all columns."""
-    learnt, at = labels != IGNORE, labels - logits.shape[1] * dist.get_rank(group)
-    here = (at >= 0) & (at < logits.shape[1])
-    index = at.masked_fill(~here, 0).unsqueeze(1)
+    learnt, (index, here) = labels != IGNORE, placed(labels, logits.shape[1], group)
     peak = logits.amax(dim=1)
     dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
     slope = (logits - peak.unsqueeze(1)).exp_()

@@ -30,7 +30,7 @@ from modelyard.train.parallel.mesh import Topology, build_topology
 from modelyard.train.parallel.pipeline import Pipeline, cut_stages
 from modelyard.train.parallel.recompute import recompute
 from modelyard.train.parallel.routing import find_routing
-from modelyard.train.parallel.split_adapters import prefix_terms
+from modelyard.train.parallel.split_adapters import split_prefix
 from modelyard.train.parallel.strategy import Strategy
 from modelyard.train.parallel.tensor import split_tensors
 from modelyard.train.world import World
@@ -83,7 +83,8 @@ def _laid_out(model: nn.Module, options: TrainOptions, world: World, sizes: dict
         # Learned vectors make sequences longer by any number: hidden states stay whole between regions.
         sequence = sequence_parallel(options.parallel) and not _learned(model)
         terms = [] if plain is None else [name + term for term in _split(plain, sequence, topology)]
-        terms += prefix_terms(model)
+        if sizes["tensor"] > 1:
+            terms += split_prefix(model, topology.group("tensor"))
         _local_steps(model, options)
         _shard(model, options, topology, world)
         return Strategy(model, world, topology, terms, averaged=False)

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
 
 from modelyard.train.parallel import exchange
 from modelyard.train.parallel.split_layers import matrix_of
@@ -89,22 +88,22 @@ class _SplitIa3(nn.Module):
         return cast(torch.Tensor, base.summed((product * base.rows(factor)).to(product.dtype)))
 
 
-def cut_prefix(model: PreTrainedModel, group: dist.ProcessGroup) -> None:
-    """Lets keys and values that a call of `model` brings along (prefix tuning, arXiv 2101.00190) keep this worker's
-    heads. They come whole, [B, heads, tokens, D], from a prompt that every worker holds."""
+def split_prefix(model: nn.Module, group: dist.ProcessGroup) -> list[str]:
+    """Lets the learned keys and values of prefix tuning (arXiv 2101.00190) keep this worker's heads, in place.
 
-    def cut(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        cache = kwargs.get("past_key_values")
-        for layer in () if cache is None else cache.layers:
+    They come whole, [B, heads, tokens, D], from a prompt that every worker holds. Returns the names of its parameters,
+    whose gradients are terms; none of another model.
+    """
+    learned: Any = model
+    if getattr(getattr(model, "active_peft_config", None), "peft_type", None) != "PREFIX_TUNING":
+        return []
+    make = learned.get_prompt
+
+    def own_heads(*args: Any, **kwargs: Any) -> Any:
+        cache = make(*args, **kwargs)
+        for layer in cache.layers:
             layer.keys, layer.values = (exchange.own(t, group, 1) for t in (layer.keys, layer.values))
-        return args, kwargs
+        return cache
 
-    model.register_forward_pre_hook(cut, with_kwargs=True)
-
-
-def prefix_terms(model: nn.Module) -> list[str]:
-    """Names of parameters of which each worker along the tensor axis sees its heads' part of the gradient."""
-    kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
-    return [
-        name for name, _ in model.named_parameters() if kind == "PREFIX_TUNING" and name.startswith("prompt_encoder.")
-    ]
+    learned.get_prompt = own_heads
+    return [name for name, _ in model.named_parameters() if name.startswith("prompt_encoder.")]

@@ -132,7 +132,7 @@ class FusedConv1D(SplitLayer, Conv1D):
     """GPT-2's query, key and value in one layer: stored whole, computed for this worker's heads.
 
     A split of the stored matrix would cut across the three; FSDP shards its storage instead. Gradients of other
-    workers' columns are zero here, so they are summed over the tensor axis (`partial_parameters`).
+    workers' columns are zero here, so they are summed over the tensor axis.
     """
 
     def rows(self, whole: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ from modelyard.errors import RecipeError
 from modelyard.models.nf4 import Nf4Linear
 from modelyard.train.parallel import exchange
 from modelyard.train.parallel.blocks import base_model, blocks, final_norm
-from modelyard.train.parallel.split_adapters import cut_prefix, split_adapter
+from modelyard.train.parallel.split_adapters import split_adapter
 from modelyard.train.parallel.split_layers import SplitLayer, VocabularyEmbedding, VocabularyHead, split_class
 
 _PLANS: dict[str, dict[str, str]] = {
@@ -82,7 +82,6 @@ def split_tensors(model: PreTrainedModel, mesh: DeviceMesh, sequence: bool) -> l
     whole = _mixtures(model)
     for region in regions.values():
         _enter_at(region, group, sequence)
-    cut_prefix(model, group)
     _split_vocabulary(model, mesh)
     if sequence:
         for block in whole:
